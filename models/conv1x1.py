@@ -1,0 +1,107 @@
+"""Invertible 1x1 convolutions (Kingma & Dhariwal 2018, arXiv 1807.03039, section 3.2).
+
+z = W x over the channels, at every pixel; log-det = H W log|det W|. The four kinds differ in how
+W is made of parameters, and so in what their determinant costs. `invertible_conv` picks one.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .bijections import Bijection
+
+
+class InvertibleConv(Bijection):
+    """z = W x. A kind of it gives `matrix() -> (W (C, C), log|det W| ())`."""
+
+    def matrix(self):
+        raise NotImplementedError
+
+    def forward(self, x):
+        w, logabsdet = self.matrix()
+        pixels = math.prod(x.shape[2:])
+        return self._over_channels(w, x), (logabsdet * pixels).expand(len(x))
+
+    def inverse(self, z):
+        w, _ = self.matrix()
+        return self._over_channels(torch.linalg.inv(w.double()).to(w.dtype), z)
+
+    @staticmethod
+    def _over_channels(w, x):
+        if x.dim() == 2:
+            return x @ w.T
+        return F.conv2d(x, w[:, :, None, None])
+
+
+class FullConv(InvertibleConv):
+    """A free matrix W, the identity at start; its log-det is taken in double precision."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.W = nn.Parameter(torch.eye(channels))
+
+    def matrix(self):
+        return self.W, torch.linalg.slogdet(self.W.double()).logabsdet.to(self.W.dtype)
+
+
+class HouseholderConv(InvertibleConv):
+    """W = Q = H_1 H_2 ..., a product of reflections H_i = I - 2 v_i v_i^T / |v_i|^2; log-det 0.
+
+    Tomczak & Welling 2016 (arXiv 1611.09630). v_i is drawn uniformly in [-1, 1], normalised.
+    """
+
+    def __init__(self, channels, hh_factors):
+        super().__init__()
+        v = torch.rand(hh_factors, channels) * 2 - 1
+        self.v = nn.Parameter(F.normalize(v))
+
+    def orthogonal(self):
+        q = torch.eye(self.v.shape[1], dtype=self.v.dtype, device=self.v.device)
+        for v in self.v:
+            q = q - 2 * torch.outer(q @ v, v) / v.dot(v)                  # q H_i
+        return q
+
+    def matrix(self):
+        return self.orthogonal(), self.v.new_zeros(())
+
+
+class QRConv(HouseholderConv):
+    """W = Q R, R = diag(softplus(s)) + the strictly upper triangle of r; s and r zero at start.
+
+    Hoogeboom et al. 2019 (arXiv 1901.11137), section 3.3, with Q a product of reflections.
+    """
+
+    def __init__(self, channels, hh_factors):
+        super().__init__(channels, hh_factors)
+        self.s = nn.Parameter(torch.zeros(channels))
+        self.r = nn.Parameter(torch.zeros(channels, channels))
+
+    def diagonal(self):
+        return F.softplus(self.s)
+
+    def matrix(self):
+        d = self.diagonal()
+        r = torch.diag(d) + self.r.triu(1)
+        return self.orthogonal() @ r, d.abs().log().sum()
+
+
+class QRAbsConv(QRConv):
+    """As QRConv with diag(s) in place of diag(softplus(s)), s one at start: log-det sum log|s|."""
+
+    def __init__(self, channels, hh_factors):
+        super().__init__(channels, hh_factors)
+        nn.init.ones_(self.s)
+
+    def diagonal(self):
+        return self.s
+
+
+CONVS = {"full": lambda channels, hh_factors: FullConv(channels),
+         "qr": QRConv, "qr-abs": QRAbsConv, "hh": HouseholderConv}
+
+
+def invertible_conv(kind, channels, hh_factors):
+    """The invertible 1x1 convolution of `kind`, a key of CONVS, over `channels` channels."""
+    return CONVS[kind](channels, hh_factors)

@@ -1,0 +1,76 @@
+"""Files of weights and checkpoints: ours, and the layout of the published code's state dict."""
+
+import os
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import BadInput
+from .published import from_published, is_published
+
+
+def load_weights(model, path):
+    """Load weights into `model` (in place, cast to its dtype) from the file at `path`.
+
+    The file: a `model.torch` or `checkpoint.pt` of a run, or a state dict in the published
+    layout, with or without `module.` prefixes and masks. Raises BadInput if it is missing, is
+    no such file, or holds another architecture (the message names the first mismatches).
+    """
+    state = load_file(path)
+    state = state.get("model", state)
+    if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise BadInput(f"{path} holds no weights: expected a mapping of names to tensors")
+    if is_published(state):
+        state = from_published(model, state)
+    own = model.state_dict()
+    misfits = [f"{key} is missing" for key in own if key not in state and key != "log_p_y"]
+    misfits += [f"{key} is {tuple(state[key].shape)} in the file and {tuple(own[key].shape)} in the model"
+                for key in own if key in state and state[key].shape != own[key].shape]
+    misfits += [f"{key} is not in the model" for key in state if key not in own]
+    if misfits:
+        more = f"; and {len(misfits) - 3} more" if len(misfits) > 3 else ""
+        raise BadInput(f"{path} holds weights of another architecture: {'; '.join(misfits[:3])}{more}")
+    model.load_state_dict(state, strict=False)
+
+
+def load_file(path):
+    """The mapping that torch.save wrote to `path`, its tensors on the CPU. Raises BadInput."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"no file of weights at {path}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+        raise BadInput(f"{path} is no checkpoint that torch.load can read safely ({type(e).__name__})") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} holds a {type(content).__name__}, not the mapping of a checkpoint")
+    return content
+
+
+def save_whole(content, path):
+    """torch.save `content` to `path` so that the file is, at any moment, the old or the new one whole."""
+    partial = Path(f"{path}.partial")
+    with open(partial, "wb") as f:
+        torch.save(content, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+def get_rng_state():
+    """The states of Python's, NumPy's and PyTorch's global generators, in types torch.load reads safely."""
+    kind, keys, *rest = np.random.get_state()
+    return {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest),
+            "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def set_rng_state(state):
+    """Undo to `get_rng_state`. GPUs' states are set where as many GPUs are there as were."""
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
