@@ -12,6 +12,9 @@ from . import BadInput
 from .published import from_published, is_published
 
 
+CHECKPOINT_KEYS = {"model", "optimizer", "epoch", "generator", "rng", "settings"}
+
+
 def load_weights(model, path):
     """Load weights into `model` (in place, cast to its dtype) from the file at `path`.
 
@@ -25,6 +28,21 @@ def load_weights(model, path):
         raise BadInput(f"{path} holds no weights: expected a mapping of names to tensors")
     if is_published(state):
         state = from_published(model, state)
+    check_fit(model, state, path)
+    model.load_state_dict(state, strict=False)
+
+
+def load_checkpoint(path, model):
+    """The content of a run's checkpoint.pt, whose weights fit `model`. Raises BadInput."""
+    checkpoint = load_file(path)
+    if set(checkpoint) != CHECKPOINT_KEYS:
+        raise BadInput(f"{path} is no checkpoint of a run")
+    check_fit(model, checkpoint["model"], path)
+    return checkpoint
+
+
+def check_fit(model, state, path):
+    """Raise BadInput, naming the first three misfits, if `state` is not of the architecture of `model`."""
     own = model.state_dict()
     misfits = [f"{key} is missing" for key in own if key not in state and key != "log_p_y"]
     misfits += [f"{key} is {tuple(state[key].shape)} in the file and {tuple(own[key].shape)} in the model"
@@ -33,7 +51,6 @@ def load_weights(model, path):
     if misfits:
         more = f"; and {len(misfits) - 3} more" if len(misfits) > 3 else ""
         raise BadInput(f"{path} holds weights of another architecture: {'; '.join(misfits[:3])}{more}")
-    model.load_state_dict(state, strict=False)
 
 
 def load_file(path):
@@ -41,7 +58,7 @@ def load_file(path):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise BadInput(f"no file of weights at {path}") from None
+        raise BadInput(f"no file {path}") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
         raise BadInput(f"{path} is no checkpoint that torch.load can read safely ({type(e).__name__})") from None
     if not isinstance(content, dict):

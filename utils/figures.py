@@ -1,0 +1,89 @@
+"""The pictures of a run: curves.png, samples.png, and density.png for points in the plane."""
+
+import numpy as np
+import torch
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+COLOURS = ["#1f77b4", "#d62728"]         # of the classes of points
+SAMPLE_ROWS = 10
+
+
+def draw_curves(rows, path):
+    """Loss, error and log-likelihood against the epoch, from the rows of a MetricsLog."""
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    loss, error, likelihood = figure.subplots(1, 3)
+    epoch = [row["epoch"] for row in rows]
+
+    def curve(axes, key, label, of=lambda v: v):
+        axes.plot(epoch, [of(row[key]) for row in rows], label=label, marker="." if len(rows) < 30 else None)
+    curve(loss, "train_loss", "train loss")
+    loss.set_ylabel("nats")
+    curve(error, "labelled_acc", "labelled rows, training", lambda v: 100 * (1 - v))
+    curve(error, "test_acc", "test", lambda v: 100 * (1 - v))
+    error.set_ylabel("error, %")
+    error.set_ylim(bottom=0)
+    images = bool(rows) and np.isfinite(rows[-1]["test_bpd"])
+    curve(likelihood, "test_bpd" if images else "test_log_p", "test")
+    likelihood.set_ylabel("bits/dim" if images else "log p(x), nats")
+    for axes in (loss, error, likelihood):
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def draw_samples(model, path, seed):
+    """Draws from p(x | y), a column per class, a row per noise vector; the noise depends on `seed` alone."""
+    k, device = model.n_classes, model.log_p_y.device
+    rows = SAMPLE_ROWS if model.image else 1000
+    noise = torch.randn(rows, model.dim, generator=torch.Generator().manual_seed(seed))
+    y = torch.arange(k, device=device).repeat(rows)
+    x = model.sample(y, noise.repeat_interleave(k, 0).to(device, model.log_p_y.dtype)).cpu()
+    x = x.unflatten(0, (rows, k)).float()                                 # (rows, K, C, H, W)
+    if model.image:
+        _, _, c, h, w = x.shape
+        grid = np.full((rows * (h + 1) + 1, k * (w + 1) + 1, c), 0.5)     # a grey line between images
+        for i in range(rows):
+            for j in range(k):
+                grid[i * (h + 1) + 1:(i + 1) * (h + 1), j * (w + 1) + 1:(j + 1) * (w + 1)] = x[i, j].permute(1, 2, 0)
+        figure = Figure(figsize=(k * 0.6, rows * 0.6 + 0.5), layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(grid.squeeze(-1) if c == 1 else grid, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_xticks([(j + 0.5) * (w + 1) for j in range(k)], range(k))
+        axes.set_yticks([])
+        axes.set_xlabel("class y")
+    else:
+        figure = Figure(figsize=(4 * k, 4), layout="constrained")
+        for j, axes in enumerate(figure.subplots(1, k, sharex=True, sharey=True)):
+            axes.scatter(*x[:, j, :, 0, 0].T, s=4, color=COLOURS[j])
+            axes.set_title(f"x ~ p(x | y = {j})")
+            axes.set_aspect("equal")
+    figure.savefig(path, dpi=100)
+
+
+@torch.no_grad()
+def draw_density(model, data, path, cells=200):
+    """For points: log p(x) with the training points, and p(y = 1 | x) with the test points."""
+    points = data.train_x[:, :, 0, 0].cpu()
+    low, high = points.min(0).values - 0.4, points.max(0).values + 0.4
+    xs, ys = (torch.linspace(low[i], high[i], cells) for i in (0, 1))
+    grid = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1).view(-1, 2, 1, 1).to(data.train_x)
+    log_joint = torch.cat([model.log_joint(part) for part in grid.split(4096)]).cpu()
+    log_p, posterior = (v.view(cells, cells) for v in (log_joint.logsumexp(1), log_joint.softmax(1)[:, 1]))
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    density, regions = figure.subplots(1, 2)
+    extent = (*low.tolist()[:1], *high.tolist()[:1], *low.tolist()[1:], *high.tolist()[1:])
+    image = density.imshow(log_p.clamp(min=float(log_p.max()) - 12), origin="lower", extent=extent, cmap="viridis")
+    figure.colorbar(image, ax=density, label="log p(x), nats")
+    density.scatter(*points.T, s=3, color="white", alpha=0.4, linewidths=0)
+    density.set_title("density, training points and the labelled ones")
+    image = regions.imshow(posterior, origin="lower", extent=extent, cmap="RdBu_r", vmin=0, vmax=1, alpha=0.7)
+    figure.colorbar(image, ax=regions, label="p(y = 1 | x)")
+    regions.scatter(*data.test_x[:, :, 0, 0].cpu().T, s=4, c=data.test_y.cpu(), cmap=ListedColormap(COLOURS))
+    regions.set_title("decision regions, test points by their true class")
+    for axes in (density, regions):
+        labelled = points[data.labelled.cpu()]
+        axes.scatter(*labelled.T, s=60, c=data.train_y[data.labelled].cpu(), cmap=ListedColormap(COLOURS),
+                     edgecolors="black", linewidths=1.2)
+    figure.savefig(path, dpi=100)

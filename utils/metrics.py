@@ -1,0 +1,51 @@
+"""The log of a run: a line a logged epoch on the terminal, the same figures in metrics.csv."""
+
+import csv
+import os
+from pathlib import Path
+
+COLUMNS = ("epoch", "train_loss", "elbo", "cl_loss", "labelled_acc",
+           "test_log_p", "test_acc", "test_bpd", "lr", "seconds")
+
+
+class MetricsLog:
+    """The rows of `path`, a CSV file with the columns of COLUMNS.
+
+    epoch; then means over the epoch's training batches: loss, elbo (the objective, nats), cl_loss
+    (L_clf, nats), accuracy on labelled rows (0 to 1); then on the test set: log p(x) (nats),
+    accuracy, bits/dim (NaN for points); the learning rate; seconds of training and evaluation.
+    """
+
+    def __init__(self, path, up_to_epoch=0):
+        """Open a log; of one that exists keep the rows up to `up_to_epoch`."""
+        self.path = Path(path)
+        kept = []
+        if self.path.exists():
+            with open(self.path, newline="") as f:
+                kept = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(f)]
+        self.rows = [row for row in kept if row["epoch"] <= up_to_epoch]
+        partial = self.path.with_suffix(".partial")
+        with open(partial, "w", newline="") as f:
+            csv.writer(f).writerow(COLUMNS)
+            csv.writer(f).writerows(map(self._cells, self.rows))
+        os.replace(partial, self.path)
+
+    def append(self, row):
+        """Add `row`, a mapping with the keys of COLUMNS, to the file and print its line."""
+        self.rows.append(row)
+        with open(self.path, "a", newline="") as f:
+            csv.writer(f).writerow(self._cells(row))
+        print(line(row))
+
+    @staticmethod
+    def _cells(row):
+        return [f"{row[key]:.7g}" for key in COLUMNS]
+
+
+def line(row):
+    """The terminal's line for a row of the log."""
+    bpd = "" if row["test_bpd"] != row["test_bpd"] else f"  bits/dim {row['test_bpd']:.4f}"
+    return (f"epoch {row['epoch']:4.0f}  loss {row['train_loss']:9.3f}  elbo {row['elbo']:9.3f}  "
+            f"clf {row['cl_loss']:.4f}  acc {row['labelled_acc']:7.2%} | "
+            f"test log p {row['test_log_p']:9.3f}{bpd}  acc {row['test_acc']:7.2%} | "
+            f"lr {row['lr']:.2e}  {row['seconds']:.1f} s")
