@@ -43,6 +43,7 @@ class TrainingFailed(RuntimeError):
 
 
 def main(argv=None):
+    """The experiment. argv: the command line, sys.argv[1:] if None. Raises BadInput, TrainingFailed."""
     parser, settings = read_settings(argv)
     device = set_up_torch(settings)
     data = load_data(settings, device)
@@ -97,7 +98,7 @@ def set_up_torch(settings):
 
 def train(model, data, settings, run_dir, checkpoint=None):
     """Train `model` and fill `run_dir`; go on from `checkpoint`, if there is one. Raises TrainingFailed."""
-    optimizer = torch.optim.Adamax(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.Adamax(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, foreach=True)
     generator = torch.Generator(data.device).manual_seed(settings.seed)
     labelled_prob = data.labelled_prob(settings.sup_sample_weight)
     if checkpoint:
@@ -267,11 +268,17 @@ def device_name(device):
     return f"the CPU, {torch.get_num_threads()} threads"
 
 
-if __name__ == "__main__":
+def cli(argv=None):
+    """`main` as a command: returns the exit code, 2 for bad input, 1 for failed training, 130 if interrupted."""
     try:
-        main()
+        main(argv)
     except (BadInput, TrainingFailed) as error:
         print(f"train-flow-ssl.py: error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, BadInput) else 1)
+        return 2 if isinstance(error, BadInput) else 1
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -58,7 +58,7 @@ def toy_flow(shape, settings):
 
 
 FLOWS = {"mnist-masked": partial(masked_glow, width=64, n_blocks=4),
-         "digits-masked": partial(masked_glow, width=16, n_blocks=2),
+         "digits-masked": partial(masked_glow, width=16, n_blocks=1),
          "toy": toy_flow}
 
 

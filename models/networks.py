@@ -18,7 +18,7 @@ class ResidualBlock(nn.Module):
         self.layer1, self.layer2 = layer(width, width), layer(width, width)
 
     def forward(self, x):
-        return x + self.layer2(F.relu(self.layer1(F.relu(x))))
+        return x + self.layer2(F.relu(self.layer1(F.relu(x)), inplace=True))
 
 
 class ResNet(nn.Module):
@@ -39,7 +39,7 @@ class ResNet(nn.Module):
 
     def forward(self, x):
         h, _ = self.norm(self.blocks(self.first(x)))
-        return self.last(F.relu(h))
+        return self.last(F.relu(h, inplace=True))
 
 
 def resnet3x3(c_in, c_out, width=64, n_blocks=4):

@@ -35,7 +35,7 @@ class SemiSupervisedData:
         self.unlabelled = (~shown).nonzero()[:, 0].to(device)
         self.train_x, self.train_y = train_x.to(device), train_y.where(shown, -1).to(device)
         self.test_x, self.test_y = test_x.to(device), test_y.to(device)
-        self.levels, self.device = levels, device
+        self.levels, self.device = levels, torch.device(device)
 
     @property
     def shape(self):

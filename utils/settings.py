@@ -262,8 +262,10 @@ class Run(exman.parser.SafeExperiment):
         if clean or self.run.parent == self.fails:
             super().__exit__(None, None, None)
         else:
+            stdout = self.stdout.stream
             with contextlib.redirect_stdout(io.StringIO()):     # exman prints the traceback, as Python will
                 super().__exit__(exc_type, exc_val, exc_tb)
+            sys.stdout = stdout
         return False
 
 

@@ -1,0 +1,130 @@
+"""Bad input: one line on stderr, exit code 2, and no run created."""
+
+import pytest
+import torch
+from conftest import TINY, load_script, options
+
+import utils.data
+from models import build_model
+
+script = load_script()
+
+CASES = {
+    # name: (command line, what the line must say)
+    "no config file": (["--config", "missing.yaml"], "missing.yaml"),
+    "config is a folder": (["--config", "."], "config file"),
+    "bad YAML": (["--config", "bad.yaml"], "bad.yaml is not YAML"),
+    "YAML that is no mapping": (["--config", "list.yaml"], "not a YAML mapping"),
+    "unknown key": (["--config", "unknown.yaml"], "unknown setting epoch: did you mean epochs?"),
+    "key with several values": (["--config", "several.yaml"], "lr takes one value"),
+    "unknown option": (options(sup_wieght=2), "unknown setting --sup_wieght: did you mean --sup_weight?"),
+    "abbreviated option": (["--epoch", "3"], "did you mean --epochs?"),
+    "stray word": (["config.yaml"], "unknown setting config.yaml"),
+    "wrong type": (options(epochs="many"), "--epochs: invalid int value"),
+    "fraction for a whole number": (options(train_bs=2.5), "--train_bs: invalid int value"),
+    "wrong type in the file": (["--config", "type.yaml"], "--seed: invalid int value"),
+    "wrong flag": (options(deterministic="perhaps"), "true or false"),
+    "no epochs": (options(epochs=0), "--epochs: must be at least 1"),
+    "negative lr": (options(lr=-1), "--lr: must be more than 0"),
+    "zero lr": (options(lr=0), "--lr"),
+    "lr not a number": (options(lr="nan"), "--lr"),
+    "infinite lr": (options(lr="inf"), "--lr"),
+    "batch of one": (options(train_bs=1), "--train_bs: must be at least 2"),
+    "negative weight decay": (options(weight_decay=-1), "--weight_decay"),
+    "negative cl_weight": (options(cl_weight=-1), "--cl_weight"),
+    "zero sup_weight": (options(sup_weight=0), "--sup_weight"),
+    "zero sup_sample_weight": (options(sup_sample_weight=0), "--sup_sample_weight: must be more than 0 or -1"),
+    "negative seed": (options(seed=-1), "--seed"),
+    "warm-up longer than the run": (options(lr_schedule="hat", lr_warmup=5, epochs=5), "lr_warmup 5"),
+    "name that is a path": (options(name="a/b"), "--name"),
+    "more labels than examples": (options(supervised=201), "supervised"),
+    "fewer labels than classes": (options(supervised=9), "supervised"),
+    "more examples than there are": (options(num_examples=5000), "num_examples 5000"),
+    "contradictory classes": (options(ssl_nclasses=3), "ssl_nclasses is 3"),
+    "ssl_dim too large": (options(ssl_dim=66), "ssl_dim"),
+    "ssl_dim odd": (options(ssl_dim=15), "ssl_dim must be an even number"),
+    "ssl_dim too small to split": (options(ssl_dim=2), "ssl_l"),
+    "zero ssl_dim": (options(ssl_dim=0), "--ssl_dim"),
+    "unknown data": (options(data="cifar"), "--data: invalid choice"),
+    "unknown model": (options(model="glow"), "--model: invalid choice"),
+    "unknown conv": (options(conv="lu"), "--conv: invalid choice"),
+    "points for an image model": (options(data="moons"), "digits-masked"),
+    "images for the toy model": (options(model="toy"), "toy"),
+    "no MNIST and no network": (options(data="mnist", data_root="nowhere"), "configs/digits.yaml"),
+    "truncated data": (options(data="mnist", data_root="truncated"), "train-images-idx3-ubyte is truncated"),
+    "unknown device": (options(device="tpu"), "device must be"),
+    "weights that are not there": (options(pretrained="missing.torch"), "no file missing.torch"),
+    "weights that are no checkpoint": (options(pretrained="text.torch"), "text.torch is no checkpoint"),
+    "weights that need code to load": (options(pretrained="code.torch"), "code.torch is no checkpoint"),
+    "weights that are a tensor": (options(pretrained="tensor.torch"), "tensor.torch"),
+    "weights of another architecture": (options(pretrained="other.torch"), "another architecture"),
+    "weights that do not ship": (options(data="moons", model="toy", ssl_dim=-1, ssl_l=1) + ["--pretrained"],
+                                 "--config configs/moons.yaml"),
+    "no run to resume": (["--resume", "nowhere"], "nowhere"),
+}
+if not torch.cuda.is_available():
+    CASES["no GPU"] = (options(device="cuda"), "sees 0 GPUs")
+    CASES["no second GPU"] = (options(device="cuda:1"), "sees 0 GPUs")
+
+
+def no_network(*args, **kwargs):
+    raise RuntimeError("Error downloading")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with the files that the cases name, as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in {"bad.yaml": "lr: [1\nepochs: }", "list.yaml": "- lr", "unknown.yaml": "epoch: 3",
+                       "several.yaml": "lr: [1, 2]", "type.yaml": "seed: 1.5", "text.torch": "not weights"}.items():
+        (tmp_path / name).write_text(text)
+    torch.save({"model": print}, tmp_path / "code.torch")
+    torch.save(torch.zeros(3), tmp_path / "tensor.torch")
+    torch.save(build_model({**TINY, "ssl_hd": 9}, (1, 8, 8), 10).state_dict(), tmp_path / "other.torch")
+    raw = tmp_path / "truncated" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        for kind in ("images-idx3", "labels-idx1"):
+            (raw / f"{part}-{kind}-ubyte").write_bytes(b"\x00\x00\x08\x03" + b"\x00\x00\xea\x60\x00\x00\x00\x1c\x00\x00\x00\x1c")
+    monkeypatch.setattr(utils.data, "MNIST", no_network)                      # what an offline machine sees
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input(name, folder, capsys):
+    argv, message = CASES[name]
+    try:
+        code = script.cli(argv)
+    except SystemExit as end:
+        code = end.code
+    err = capsys.readouterr().err
+    assert code == 2
+    assert message in err and err.count("\n") == 1 and err.startswith("train-flow-ssl.py: error: ")
+    for kind in ("runs", "fails", "tmp", "index"):
+        assert not list((folder / "logs" / "exman-train-flow-ssl.py" / kind).iterdir())
+
+
+def test_missing_mnist_names_folder_files_and_the_way_offline(folder, capsys):
+    assert script.cli(options(data="mnist", data_root="nowhere")) == 2
+    err = capsys.readouterr().err
+    assert "nowhere/MNIST/raw" in err and "t10k-labels-idx1-ubyte" in err and "--data_root" in err
+
+
+def test_mismatched_weights_name_the_first_three(folder, capsys):
+    assert script.cli(options(pretrained="other.torch")) == 2
+    err = capsys.readouterr().err
+    assert "(9, 18) in the file and (8, 18) in the model" in err
+    assert err.count(" in the file and ") == 3 and "more" in err
+
+
+def test_damaged_checkpoint(folder, capsys):
+    assert script.cli(options(epochs=1)) == 0
+    run, = (folder / "logs" / "exman-train-flow-ssl.py" / "runs").iterdir()
+    whole = (run / "checkpoint.pt").read_bytes()
+    (run / "checkpoint.pt").write_bytes(whole[:len(whole) // 2])
+    capsys.readouterr()
+    assert script.cli(["--resume", str(run), "--epochs", "2"]) == 2
+    assert "is no checkpoint" in capsys.readouterr().err
+    (run / "checkpoint.pt").unlink()
+    assert script.cli(["--resume", str(run), "--epochs", "2"]) == 2
+    assert "checkpoint.pt" in capsys.readouterr().err

@@ -1,0 +1,129 @@
+"""Datasets, the choice of the labelled examples, batches and dequantisation."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_tiny
+
+from utils import BadInput
+from utils.data import SemiSupervisedData, choose_labelled
+
+DIGITS = {"num_examples": -1, "supervised": 100}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_digits():
+    data = load_tiny(**DIGITS)
+    assert data.shape == (1, 8, 8) and data.n_classes == 10 and data.levels == 17
+    assert (len(data.train_x), len(data.test_x)) == (1437, 360)
+    assert data.train_x.dtype == torch.uint8 and data.train_x.max() == 16
+    assert torch.bincount(data.test_y).min() >= 34                            # stratified
+
+
+def test_mnist(mnist_root):
+    data = load_tiny(data="mnist", data_root=str(mnist_root), **DIGITS)
+    assert data.shape == (1, 28, 28) and data.levels == 256 and data.train_x.dtype == torch.uint8
+    assert (len(data.train_x), len(data.test_x)) == (60000, 10000)
+    assert torch.bincount(data.train_y[data.labelled]).tolist() == [10] * 10
+
+
+@pytest.mark.parametrize("name", ["moons", "circles"])
+def test_points(name):
+    data = load_tiny(data=name, num_examples=500, supervised=10)
+    assert data.shape == (2, 1, 1) and data.n_classes == 2 and data.levels is None
+    assert (len(data.train_x), len(data.test_x)) == (500, 1000)
+    x, _ = data.draw(1000, 0.5, generator())
+    assert (x[:, None] == data.train_x).flatten(2).all(2).any(1).all()        # drawn as they are
+    assert np.isnan(data.bits_per_dim(1.0))
+    assert not torch.equal(data.train_x, load_tiny(data=name, num_examples=500, supervised=10, data_seed=1).train_x)
+
+
+def test_labelled_choice_is_stratified_and_seeded():
+    data = load_tiny(**DIGITS)
+    assert torch.bincount(data.train_y[data.labelled]).tolist() == [10] * 10
+    assert torch.equal(data.labelled, load_tiny(**DIGITS).labelled)
+    assert not torch.equal(data.labelled, load_tiny(**DIGITS, data_seed=1).labelled)
+    assert torch.equal(data.test_x, load_tiny(**DIGITS, data_seed=1).test_x)
+
+
+def test_labelled_choice_of_unequal_classes():
+    y = np.array([0] * 2 + [1] * 50 + [2] * 50)
+    chosen = y[choose_labelled(y, 3, 21, np.random.default_rng(0))]
+    assert np.bincount(chosen).tolist() == [2, 10, 9]
+    assert len(choose_labelled(y, 3, -1, np.random.default_rng(0))) == 102
+    assert len(set(choose_labelled(y, 3, 102, np.random.default_rng(0)))) == 102
+
+
+def test_class_probs_are_the_labelled_frequencies():
+    y = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1])
+    x = torch.zeros(8, 2, 1, 1)
+    data = SemiSupervisedData(x, y, x, y, torch.tensor([0, 3, 4, 5]), None)
+    assert data.class_probs.tolist() == [0.25, 0.75]
+
+
+def test_hidden_labels_are_not_kept():
+    data = load_tiny(**DIGITS)
+    assert (data.train_y[data.unlabelled] == -1).all() and (data.train_y[data.labelled] >= 0).all()
+    assert len(data.unlabelled) + len(data.labelled) == len(data.train_x)
+
+
+def test_draws_mix_labelled_and_unlabelled():
+    data = load_tiny(**DIGITS)
+    assert data.labelled_prob(0.5) == pytest.approx(1 / 3)
+    assert data.labelled_prob(-1) == pytest.approx(100 / 1437)
+    x, y = data.draw(30_000, 1 / 3, generator())
+    assert x.shape == (30_000, 1, 8, 8) and x.dtype == torch.float32
+    assert abs((y >= 0).float().mean() - 1 / 3) < 5 * (2 / 9 / 30_000) ** 0.5
+    counts = torch.bincount(y[y >= 0])
+    assert counts.min() > 800 and counts.max() < 1200                         # 1,000 expected of each class
+    assert (data.draw(50, 1.0, generator())[1] >= 0).all()
+    everything = load_tiny(supervised=-1)
+    assert (everything.draw(50, 1 / 3, generator())[1] >= 0).all()
+
+
+def test_dequantisation():
+    data = load_tiny(**DIGITS)
+    x = data.train_x[:500]
+    a, b = data.dequantize(x, generator(0)), data.dequantize(x, generator(1))
+    assert not torch.equal(a, b) and torch.equal(a, data.dequantize(x, generator(0)))
+    noise = a * 17 - x
+    assert noise.min() > -1e-5 and noise.max() < 1 + 1e-5
+    assert abs(noise.mean() - 0.5) < 5 * (1 / 12 / noise.numel()) ** 0.5
+
+
+def test_bits_per_dim_of_the_uniform_density():
+    data = load_tiny(**DIGITS)
+    assert data.bits_per_dim(0.0) == pytest.approx(np.log2(17))              # density 1 on [0, 1]
+    assert data.bits_per_dim(64 * np.log(17)) == pytest.approx(0)            # all mass on one image
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"supervised": 9}, "one for each"), ({"supervised": 201}, "at most the 200"),
+    ({"num_examples": 1438}, "more than digits's 1437"), ({"ssl_nclasses": 2}, "has 10 classes"),
+    ({"num_examples": 5}, "none of class"),
+])
+def test_data_that_do_not_fit(changes, message):
+    with pytest.raises(BadInput, match=message):
+        load_tiny(**changes)
+
+
+def test_published_number_of_classes_is_accepted():
+    assert load_tiny(ssl_nclasses=10).n_classes == 10
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "other"])
+def test_damaged_mnist(mnist_root, tmp_path, damage):
+    raw = tmp_path / "MNIST" / "raw"
+    shutil.copytree(mnist_root / "MNIST" / "raw", raw, ignore=shutil.ignore_patterns("*.gz"), copy_function=os.symlink)
+    victim = raw / "train-labels-idx1-ubyte"
+    content = victim.read_bytes()
+    victim.unlink()
+    victim.write_bytes({"half": content[:30_000], "empty": b"", "other": content[::-1]}[damage])
+    with pytest.raises(BadInput, match=f"{victim.name} is truncated"):
+        load_tiny(data="mnist", data_root=str(tmp_path), **DIGITS)

@@ -1,0 +1,177 @@
+"""The semi-conditional flow as a density: log_joint, posterior, samples, its parts put together."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import randomize
+from torch.nn import functional as F
+
+from models import SemiConditionalFlow, build_model
+from models.bases import DiagonalGaussian
+from models.bijections import ActNorm
+from utils import BadInput
+
+SMALL = {"model": "digits-masked", "ssl_dim": 16, "ssl_l": 2, "ssl_k": 2, "ssl_hd": 16}
+TOY = {"model": "toy", "l": 3, "ssl_dim": -1, "ssl_l": 1, "ssl_k": 2, "ssl_hd": 16}
+
+
+def small(scale=1.0, **changes):
+    return randomize(build_model({**SMALL, **changes}, (1, 8, 8), 10), scale=scale)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("ssl_model", ["cond-flow", "cond-shift"])
+@pytest.mark.parametrize("conv", ["full", "qr", "qr-abs", "hh"])
+def test_log_joint_is_the_equation_class_by_class(ssl_model, conv):
+    probs = torch.arange(1.0, 11)
+    model = randomize(build_model({**SMALL, "ssl_model": ssl_model, "conv": conv, "ssl_conv": conv}, (1, 8, 8), 10, probs))
+    x = torch.rand(4, 1, 8, 8)
+    z, ldj = model.encode(x)
+    z_aux, z_f = z[:, :-16], z[:, -16:]
+
+    def log_normal(v, base):
+        return torch.distributions.Normal(0, F.softplus(base.logsigma)).log_prob(v).sum(1)
+    for y in range(10):
+        z_h, ldj_h = model.h_phi(z_f, torch.full((4,), y))
+        expected = ldj + log_normal(z_aux, model.base_aux) + ldj_h + log_normal(z_h, model.base_h) \
+            + math.log(probs[y] / probs.sum())
+        torch.testing.assert_close(model.log_joint(x)[:, y], expected)
+    torch.testing.assert_close(model.log_prob(x), model.log_joint(x).exp().sum(1).log())
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("ssl_model", ["cond-flow", "cond-shift"])
+def test_posterior_from_h_phi_alone_is_that_of_the_joint(ssl_model):
+    model = small(ssl_model=ssl_model)
+    x = torch.rand(8, 1, 8, 8)
+    posterior = model.posterior(x)
+    torch.testing.assert_close(posterior, model.log_joint(x).softmax(1))
+    assert posterior.std(1).min() > 1e-6                                      # it says something
+    torch.testing.assert_close(posterior.sum(1), torch.ones(8))
+
+
+def test_one_pass_of_f_w_for_a_batch():
+    model, passes = small(), []
+    model.f_w.register_forward_hook(lambda *_: passes.append(1))
+    model.log_joint(torch.rand(4, 1, 8, 8))
+    assert len(passes) == 1
+
+
+def grid_of_points():
+    """Points (N, 2, 1, 1) that cover the plane where the random toy densities live, and the area of a cell."""
+    side = torch.linspace(-16, 16, 513)
+    return torch.stack(torch.meshgrid(side, side, indexing="ij"), -1).view(-1, 2, 1, 1), (side[1] - side[0]) ** 2
+
+
+@pytest.mark.usefixtures("float64")
+@torch.no_grad()
+def test_density_of_points_integrates_to_one():
+    torch.manual_seed(0)
+    model = randomize(build_model(TOY, (2, 1, 1), 2, [0.3, 0.7]))
+    grid, area = grid_of_points()
+    log_p = torch.cat([model.log_prob(part) for part in grid.split(20_000)])
+    assert float(log_p.exp().sum() * area) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("ssl_model", ["cond-flow", "cond-shift"])
+@torch.no_grad()
+def test_samples_follow_the_density(ssl_model):
+    """Monte Carlo: the mean of log p(x | y) over samples of y is minus the entropy that the grid gives."""
+    torch.manual_seed(0)
+    model = randomize(build_model({**TOY, "ssl_model": ssl_model}, (2, 1, 1), 2))
+    grid, area = grid_of_points()
+    log_p = torch.cat([model.log_joint(part)[:, 1] for part in grid.split(20_000)]) + math.log(2)
+    on_grid = (log_p.exp() * log_p).sum() * area
+    n = 20_000
+    drawn = model.log_joint(model.sample(torch.ones(n, dtype=torch.long)))[:, 1] + math.log(2)
+    assert abs(drawn.mean() - on_grid) < 5 * drawn.std() / n ** 0.5
+
+
+def test_samples_are_images_and_noise_fixes_them():
+    model = small(scale=0.3)
+    y = torch.arange(10)
+    eps = torch.randn(1, 64).expand(10, -1)
+    x = model.sample(y, eps)
+    assert x.shape == (10, 1, 8, 8) and x.dtype == torch.float32
+    assert x.min() >= 0 and x.max() <= 1
+    assert torch.equal(x, model.sample(y, eps))
+    assert not torch.equal(x[0], x[1])                                        # same noise, other class
+    assert not torch.equal(model.sample(y), model.sample(y))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("ssl_model", ["cond-flow", "cond-shift"])
+def test_sample_is_the_inverse_of_the_density_s_path(ssl_model):
+    model = small(scale=0.3, ssl_model=ssl_model)
+    model.image = False                                                       # no clamp
+    y, eps = torch.arange(10), 0.3 * torch.randn(10, 64)
+    z_aux, z_f = model.split_latent(model.encode(model.sample(y, eps))[0])
+    torch.testing.assert_close(z_aux, eps[:, :48] * model.base_aux.sigma)
+    torch.testing.assert_close(model.h_phi(z_f, y)[0], eps[:, 48:] * model.base_h.sigma)
+
+
+def test_float32_agrees_with_float64():
+    torch.manual_seed(0)
+    model = build_model(SMALL, (1, 8, 8), 10)
+    x = torch.rand(32, 1, 8, 8)
+    model.initialize(x)
+    log_p = model.log_prob(x)
+    assert log_p.dtype == torch.float32
+    torch.testing.assert_close(log_p.double(), model.double().log_prob(x.double()), rtol=1e-5, atol=1e-3)
+
+
+def test_initialize_sets_every_actnorm_once():
+    model = build_model(SMALL, (1, 8, 8), 10)
+    acts = [m for m in model.modules() if isinstance(m, ActNorm)]
+    assert not any(act.initialized for act in acts)
+    model.initialize(torch.rand(64, 1, 8, 8))
+    assert all(act.initialized for act in acts)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.initialize(torch.rand(64, 1, 8, 8))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    again = build_model(SMALL, (1, 8, 8), 10)
+    again.load_state_dict(before)
+    assert all(m.initialized for m in again.modules() if isinstance(m, ActNorm))
+
+
+def test_paper_model_has_the_paper_s_size():
+    model = build_model({}, (1, 28, 28), 10)
+    f_w, h_phi = (sum(p.numel() for p in part.parameters()) for part in (model.f_w, model.h_phi))
+    assert round(f_w / 1e6, 2) == 6.30 and round(h_phi / 1e6, 2) == 9.57
+    assert model.split_latent(torch.zeros(1, 784))[1].shape == (1, 196)
+
+
+def test_base_starts_at_softplus_of_zero():
+    base = DiagonalGaussian(3)
+    expected = torch.distributions.Normal(0, math.log(2)).log_prob(torch.ones(2, 3)).sum(1)
+    torch.testing.assert_close(base.log_prob(torch.ones(2, 3)), expected)
+
+
+def test_settings_may_be_a_mapping_or_a_namespace():
+    torch.manual_seed(0)
+    one = build_model(SMALL, (1, 8, 8), 10)
+    torch.manual_seed(0)
+    two = build_model(SimpleNamespace(**SMALL, seed=1), (1, 8, 8), n_classes=10)
+    assert isinstance(one, SemiConditionalFlow)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert list(one.state_dict()) == list(two.state_dict())
+
+
+@pytest.mark.parametrize("changes, shape, message", [
+    ({"ssl_dim": 66}, (1, 8, 8), "ssl_dim"), ({"ssl_dim": 15}, (1, 8, 8), "even"),
+    ({"ssl_dim": 2, "ssl_l": 2}, (1, 8, 8), "ssl_l"), ({"ssl_dim": 0}, (1, 8, 8), "ssl_dim"),
+    ({"model": "toy"}, (1, 8, 8), "toy"), ({}, (2, 1, 1), "sides"), ({}, (1, 10, 10), "multiples of 4"),
+    ({"conv": "lu"}, (1, 8, 8), "unknown conv"), ({"ssl_k": 0}, (1, 8, 8), "ssl_k"),
+])
+def test_settings_that_do_not_fit(changes, shape, message):
+    with pytest.raises(BadInput, match=message):
+        build_model({**SMALL, **changes}, shape, 10)
+
+
+@pytest.mark.parametrize("probs", [[0.5] * 3, [0.0] + [0.1] * 9])
+def test_class_probs_that_do_not_fit(probs):
+    with pytest.raises(BadInput, match="class_probs"):
+        build_model(SMALL, (1, 8, 8), 10, probs)

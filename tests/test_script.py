@@ -1,0 +1,125 @@
+"""The script as a user runs it: a process, from parse to samples.png."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import PROJECT, TINY, options
+from PIL import Image
+
+from models import build_model
+from utils.checkpoint import load_weights
+from utils.published import published_names
+
+SCRIPT = [sys.executable, str(PROJECT / "train-flow-ssl.py")]
+FILES = {"params.yaml", "log.txt", "metrics.csv", "checkpoint.pt", "model.torch", "samples.png", "curves.png", "labelled.txt"}
+POINTS = {"data": "moons", "model": "toy", "ssl_dim": -1, "ssl_l": 1, "l": 2}
+
+
+def start(folder, *argv):
+    return subprocess.run([*SCRIPT, *argv], cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def run_of(folder):
+    run, = (folder / "logs" / "exman-train-flow-ssl.py" / "runs").iterdir()
+    return run
+
+
+@pytest.mark.parametrize("changes, more", [({}, set()), (POINTS, {"density.png"})])
+def test_from_parse_to_samples(tmp_path, changes, more):
+    done = start(tmp_path, *options(epochs=2, **changes))
+    assert done.returncode == 0, done.stderr
+    run = run_of(tmp_path)
+    assert {path.name for path in run.iterdir()} - {"changes.diff"} == FILES | more
+    for picture in run.glob("*.png"):
+        with Image.open(picture) as image:
+            assert min(image.size) > 200 and len(image.convert("L").getcolors(100_000)) > 10
+    lines = [line for line in done.stdout.splitlines() if line.startswith("epoch ")]
+    assert len(lines) == 2 and all(word in lines[0] for word in ("loss", "elbo", "clf", "test log p", "lr"))
+    assert set(lines) < set((run / "log.txt").read_text().splitlines())
+    assert len((run / "labelled.txt").read_text().split()) == TINY["supervised"]
+    again = start(tmp_path, "--config", str(run / "params.yaml"), "--tmp")
+    assert again.returncode == 0, again.stderr
+    rerun, = (tmp_path / "logs" / "exman-train-flow-ssl.py" / "tmp").iterdir()
+    one, two = (torch.load(folder / "model.torch") for folder in (run, rerun))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+    evaluated = start(tmp_path, *options(**changes), "--pretrained", str(run / "model.torch"))
+    assert evaluated.returncode == 0, evaluated.stderr
+    last = (run / "metrics.csv").read_text().split()[-1].split(",")
+    assert f"log p(x)     {float(last[5]):.3f} nats" in evaluated.stdout
+    assert f"Test error   {1 - float(last[6]):.2%}" in evaluated.stdout
+    assert len(list(run.parent.iterdir())) == 1                               # evaluation creates no run
+
+
+def test_interrupt(tmp_path):
+    process = subprocess.Popen([*SCRIPT, *options(epochs=10_000)], cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch    2"):
+            process.send_signal(signal.SIGINT)
+            break
+    process.stdout.read()
+    err = process.stderr.read()
+    assert process.wait(60) == 130
+    assert "Traceback" not in err and "--resume" in err
+    run = run_of(tmp_path)
+    checkpoint = torch.load(run / "checkpoint.pt")
+    assert checkpoint["epoch"] >= 1
+    resumed = start(tmp_path, "--resume", str(run), "--epochs", str(checkpoint["epoch"] + 1))
+    assert resumed.returncode == 0, resumed.stderr
+    assert (run / "samples.png").exists()
+
+
+def test_shipped_weights_of_the_quick_start(tmp_path):
+    done = start(tmp_path, "--config", str(PROJECT / "configs" / "digits.yaml"), "--pretrained", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    error = float(done.stdout.split("Test error")[1].split("%")[0])
+    bits = float(done.stdout.split("bits/dim")[1].split()[0])
+    assert error <= 8 and bits <= 2.15
+
+
+def test_weights_in_the_published_layout(tmp_path):
+    """A file as the authors' code writes it: its names, 4-d 1x1 convolutions, masks, DataParallel's prefixes."""
+    torch.manual_seed(0)
+    settings = {**TINY, "conv": "qr", "ssl_conv": "hh"}
+    model = build_model(settings, (1, 8, 8), 10)
+    model.initialize(torch.rand(32, 1, 8, 8))
+    state, published = model.state_dict(), {}
+    for key, name in published_names(model).items():
+        value = state[key]
+        name = name.replace("flow.modules_", "flow.module.modules_", 1) if name.startswith("flow.") else name
+        if name.endswith(".vec"):
+            published.update({f"{name}_{i}": v for i, v in enumerate(value)})
+        elif name.endswith("requires_init"):
+            published[name] = 1 - value.float().view(1)
+        else:
+            published[name] = value[:, :, None, None] if ".net" in name and value.dim() == 2 else value
+    published["flow.module.modules_.2.mask"] = torch.ones(1, 1, 8, 8)
+    published["prior.deep_prior.mean"] = torch.zeros(16)
+    torch.save(published, tmp_path / "theirs.torch")
+    fresh = build_model(settings, (1, 8, 8), 10)
+    load_weights(fresh, tmp_path / "theirs.torch")
+    assert all(torch.equal(value, state[key]) for key, value in fresh.state_dict().items())
+    done = start(tmp_path, *options(conv="qr", ssl_conv="hh"), "--pretrained", "theirs.torch")
+    assert done.returncode == 0 and "Test error" in done.stdout, done.stderr
+
+
+def test_half_precision_weights_and_checkpoints_load(tmp_path):
+    model = build_model(TINY, (1, 8, 8), 10)
+    torch.save({"model": {key: v.half() if v.is_floating_point() else v for key, v in model.state_dict().items()}},
+               tmp_path / "half.pt")
+    fresh = build_model(TINY, (1, 8, 8), 10)
+    load_weights(fresh, tmp_path / "half.pt")
+    assert all(v.dtype == torch.float32 for v in fresh.parameters())
+    torch.testing.assert_close(fresh.f_w.levels[0][2].net.first.weight, model.f_w.levels[0][2].net.first.weight,
+                               rtol=1e-3, atol=1e-3)
+
+
+def test_help_lists_the_options(tmp_path):
+    done = start(tmp_path, "--help")
+    assert done.returncode == 0
+    assert all(f"--{name}" in done.stdout for name in ("config", "ssl_dim", "resume", "pretrained", "cl_weight"))
+    assert "--lr_gamma" not in done.stdout

@@ -1,0 +1,150 @@
+"""The parser over exman's: what a config file may say, where runs live, how they end."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import PROJECT, TINY, options
+
+from utils import BadInput
+from utils.settings import PUBLISHED_UNUSED, read_settings
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def read_file(text, *argv):
+    with open("c.yaml", "w") as f:
+        f.write(text)
+    return read_settings(["--config", "c.yaml", *argv])[1]
+
+
+def root(here):
+    return here / "logs" / "exman-train-flow-ssl.py"
+
+
+def test_command_line_overrides_the_file_and_the_file_the_defaults():
+    settings = read_file("epochs: 7\nlr: 0.5\nconv: qr\n", "--lr", "0.25")
+    assert (settings.epochs, settings.lr, settings.conv, settings.train_bs) == (7, 0.25, "qr", 256)
+
+
+def test_numbers_and_words_that_yaml_mistakes():
+    settings = read_file("lr: 3e-4\nlr_schedule: no\nweight_decay: 1e-05\ndeterministic: yes\nname: 007\n")
+    assert settings.lr == 3e-4 and settings.weight_decay == 1e-5
+    assert settings.lr_schedule == "no" and settings.deterministic is True and settings.name == "007"
+
+
+def test_empty_values_are_the_defaults():
+    settings = read_file("name:\npretrained: ''\nsupervised: null\nresume:\n")
+    assert (settings.name, settings.pretrained, settings.supervised, settings.resume) == ("", "", 100, "")
+
+
+def test_published_keys_that_nothing_used(capsys):
+    values = {"k": 4, "hid_dim": [], "logits": False, "lr_gamma": 0.5, "lr_steps": [1, 2], "sup_ohe": True, "status": "x"}
+    assert tuple(values) == PUBLISHED_UNUSED
+    settings = read_file(yaml.dump({**values, "epochs": 3}))
+    assert settings.epochs == 3 and not hasattr(settings, "lr_steps")
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and out.startswith("Ignored") and "lr_steps" in out
+
+
+def test_a_config_with_every_published_key_is_accepted():
+    published = {
+        "name": "", "seed": 0, "data": "mnist", "num_examples": -1, "data_seed": 0, "sup_sample_weight": 0.5,
+        "lr": 1e-3, "epochs": 500, "train_bs": 256, "test_bs": 512, "lr_schedule": "linear", "lr_warmup": 10,
+        "log_each": 1, "pretrained": "", "weight_decay": 1e-5, "clip_gn": 100.0, "model": "mnist-masked",
+        "conv": "full", "hh_factors": 2, "l": 2, "ssl_model": "cond-flow", "ssl_dim": 196, "ssl_l": 2, "ssl_k": 4,
+        "ssl_hd": 256, "ssl_conv": "full", "ssl_hh": 2, "ssl_nclasses": 10, "supervised": 100, "sup_weight": 1.0,
+        "cl_weight": 0.0, "root": "runs/000001-2019-05-01-00-00-00", "time": "2019-05-01T00:00:00", "id": 1,
+        "tmp": False, "git_dirty": False}
+    settings = vars(read_file(yaml.dump(published)))
+    given = {key: value for key, value in published.items() if key not in ("root", "time", "id")}
+    assert {key: settings[key] for key in given} == given
+
+
+def test_config_yaml_is_the_paper_s_run_and_lists_every_setting():
+    path = str(PROJECT / "config.yaml")
+    settings = vars(read_settings(["--config", path])[1])
+    defaults = vars(read_settings([])[1])
+    assert {**settings, "config_file": None} == defaults
+    keys = set(yaml.safe_load(open(path)))
+    assert keys == set(defaults) - {"config_file", "tmp", "git_dirty", "resume"}
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in (PROJECT / "configs").glob("*.yaml")))
+def test_shipped_configs_are_accepted(config):
+    settings = read_settings(["--config", str(PROJECT / "configs" / config)])[1]
+    assert settings.data == config.split(".")[0]
+
+
+def test_params_of_a_run_rerun_it(here):
+    parser, settings = read_settings(options(name="first", lr="3e-4"))
+    run = parser.start_run(settings)
+    params = run.run / "params.yaml"
+    assert yaml.safe_load(params.read_text())["lr"] == 3e-4
+    again = read_settings(["--config", str(params)])[1]
+    assert {**vars(again), "config_file": None} == vars(settings)
+
+
+def test_directories_of_exman(here):
+    for tmp in ([], ["--tmp"]):
+        parser, settings = read_settings([*options(name="x"), *tmp])
+        run = parser.start_run(settings)
+        assert run.run.parent == root(here) / ("tmp" if tmp else "runs")
+        assert run.run.name.startswith("00000") and run.run.name.endswith("-x")
+    assert {path.name for path in root(here).iterdir()} >= {"runs", "index", "tmp", "marked", "fails"}
+    link, = (root(here) / "index").iterdir()
+    assert link.resolve() == next((root(here) / "runs").iterdir()) / "params.yaml"
+
+
+def test_reading_settings_creates_no_run(here):
+    read_settings(options())
+    assert not any((root(here) / "runs").iterdir())
+
+
+@pytest.mark.parametrize("end, kind", [
+    (None, "runs"), (SystemExit(0), "runs"), (SystemExit(None), "runs"), (KeyboardInterrupt(), "runs"),
+    (SystemExit(3), "fails"), (RuntimeError("no"), "fails")])
+def test_how_a_run_ends(here, end, kind):
+    parser, settings = read_settings(options())
+    run = parser.start_run(settings)
+    if end is None:
+        with run:
+            print("a line")
+    else:
+        with pytest.raises(type(end)):
+            with run:
+                print("a line")
+                raise end
+    where = root(here) / kind / run.run.name
+    assert run.directory() == where and (where / "log.txt").read_text() == "a line\n"
+    assert (where / "traceback.txt").exists() == (kind == "fails")
+    assert any((root(here) / "index").iterdir()) == (kind == "runs")
+
+
+def test_resume_reads_the_run_s_settings(here):
+    parser, settings = read_settings(options(epochs=9))
+    run = parser.start_run(settings).run
+    resumed = read_settings(["--resume", str(run), "--threads", "2"])[1]
+    assert resumed.threads == 2 and resumed.resume == str(run)
+    assert {key: vars(resumed)[key] for key in TINY} == {key: vars(settings)[key] for key in TINY}
+    assert read_settings(["--resume", str(run), *options(epochs=9)])[1].epochs == 9
+    with pytest.raises(BadInput, match="keeps its train_bs"):
+        read_settings(["--resume", str(run), "--train_bs", "32"])
+    with pytest.raises(BadInput, match="no run to resume"):
+        read_settings(["--resume", str(here)])
+
+
+def test_works_without_a_git_binary(here):
+    python = shutil.which(sys.executable)
+    done = subprocess.run(
+        [python, "-c", "from utils.settings import read_settings; p, s = read_settings([]); print(p.start_run(s).run)"],
+        env={**os.environ, "PATH": "", "PYTHONPATH": str(PROJECT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert str(root(here) / "runs") in done.stdout

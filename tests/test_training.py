@@ -1,0 +1,225 @@
+"""The losses, the schedule, and what a run must keep to: hidden labels, resuming, failing."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, load_tiny, options
+
+from models import build_model
+from utils.data import SemiSupervisedData
+from utils.settings import read_settings
+
+SGD = {"ssl_alg": "sgd", "sup_weight": 1.0, "cl_weight": 0.0}
+
+
+def loss_and_gradient(script, log_joint, y, **changes):
+    log_joint = log_joint.clone().requires_grad_()
+    values = script.objective(log_joint, y, SimpleNamespace(**{**SGD, **changes}))
+    values[0].backward()
+    return [v.item() for v in values], log_joint.grad
+
+
+@pytest.fixture
+def batch(float64):
+    generator = torch.Generator().manual_seed(0)
+    return 3 * torch.randn(6, 4, generator=generator), torch.tensor([2, -1, 0, -1, -1, 3])
+
+
+def test_objective(script, batch):
+    log_joint, y = batch
+    (loss, elbo, cl_loss, correct, labelled), _ = loss_and_gradient(script, log_joint, y)
+    rows = [float(log_joint[i, k]) if k >= 0 else math.log(sum(map(math.exp, log_joint[i]))) for i, k in enumerate(y)]
+    assert elbo == pytest.approx(np.mean(rows)) and loss == pytest.approx(-elbo)
+    expected = torch.nn.functional.cross_entropy(log_joint[y >= 0], y[y >= 0])
+    assert cl_loss == pytest.approx(float(expected))
+    assert labelled == 3 and correct == (log_joint.argmax(1) == y).sum()
+
+
+def test_weights_of_the_objective(script, batch):
+    log_joint, y = batch
+    values, _ = loss_and_gradient(script, log_joint, y, sup_weight=4.0, cl_weight=0.5)
+    own = [float(log_joint[i, k]) for i, k in enumerate(y) if k >= 0]
+    hidden = log_joint[y < 0].logsumexp(1).tolist()
+    assert values[1] == pytest.approx((4 * sum(own) + sum(hidden)) / (4 * 3 + 3))
+    assert values[0] == pytest.approx(-values[1] + 0.5 * values[2])
+
+
+def test_em_has_the_gradient_of_sgd_and_a_lower_value(script, batch):
+    """grad logsumexp_y = sum_y q(y) grad log p(x, y) with q = p(y | x); the values differ by q's entropy."""
+    log_joint, y = batch
+    sgd, gradient = loss_and_gradient(script, log_joint, y)
+    em, em_gradient = loss_and_gradient(script, log_joint, y, ssl_alg="em")
+    torch.testing.assert_close(em_gradient, gradient)
+    q = log_joint[y < 0].softmax(1)
+    assert sgd[1] - em[1] == pytest.approx(float(-(q * q.log()).sum() / 6))
+
+
+def test_batches_without_labels_or_without_unlabelled(script, batch):
+    log_joint, _ = batch
+    for y in (torch.full((6,), -1), torch.arange(6) % 4):
+        values, gradient = loss_and_gradient(script, log_joint, y, cl_weight=1.0)
+        assert np.isfinite(values).all() and gradient.isfinite().all()
+
+
+def test_learning_rates(script):
+    def rates(**settings):
+        s = SimpleNamespace(lr=2.0, epochs=4, lr_warmup=2, **settings)
+        return [script.learning_rate(epoch, s) for epoch in range(1, 5)]
+    assert rates(lr_schedule="no") == [2, 2, 2, 2]
+    assert rates(lr_schedule="linear") == [1.5, 1, 0.5, 0]
+    assert rates(lr_schedule="hat") == [1, 2, 1, 0]
+
+
+def train_in(script, folder, data, **changes):
+    """Train a fresh tiny model on `data` in `folder` -> its state dict."""
+    folder.mkdir()
+    _, settings = read_settings(options(epochs=2, **changes))
+    torch.manual_seed(settings.seed)
+    model = build_model(settings, data.shape, data.n_classes, data.class_probs)
+    script.train(model, data, settings, folder)
+    return model.state_dict()
+
+
+def assert_same(state, other):
+    assert list(state) == list(other)
+    assert all(torch.equal(state[key], other[key]) for key in state)
+
+
+def test_hidden_labels_never_influence_anything(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = load_tiny()
+    true_y = torch.full_like(shown.train_y, 0)
+    true_y[shown.labelled] = shown.train_y[shown.labelled]
+    states = []
+    for i, hidden in enumerate((0, 1)):                                       # two ways to label the rest
+        y = true_y.clone()
+        y[shown.unlabelled] = hidden + torch.arange(len(shown.unlabelled)) % 9
+        data = SemiSupervisedData(shown.train_x, y, shown.test_x, shown.test_y, shown.labelled, shown.levels)
+        states.append(train_in(script, tmp_path / str(i), data, cl_weight=1))
+    assert_same(*states)
+    y = true_y.clone()
+    y[shown.labelled] = (y[shown.labelled] + 1) % 10                          # while a shown one does
+    data = SemiSupervisedData(shown.train_x, y, shown.test_x, shown.test_y, shown.labelled, shown.levels)
+    other = train_in(script, tmp_path / "other", data, cl_weight=1)
+    assert not all(torch.equal(other[key], states[0][key]) for key in other)
+
+
+def test_training_improves_the_density_and_the_labelled_accuracy(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert script.cli(options(epochs=12, lr=5e-3, cl_weight=1)) == 0
+    rows = read_metrics(next((tmp_path / "logs/exman-train-flow-ssl.py/runs").iterdir()))
+    assert rows[-1]["test_log_p"] > rows[0]["test_log_p"] + 10
+    assert rows[-1]["labelled_acc"] > rows[0]["labelled_acc"] + 0.2
+    assert [row["epoch"] for row in rows] == list(range(1, 13))
+
+
+def read_metrics(run):
+    header, *lines = (run / "metrics.csv").read_text().splitlines()
+    return [dict(zip(header.split(","), map(float, line.split(",")), strict=True)) for line in lines]
+
+
+def runs(tmp_path, kind="runs"):
+    return sorted((tmp_path / "logs" / "exman-train-flow-ssl.py" / kind).iterdir())
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"data": "moons", "model": "toy", "ssl_dim": -1, "ssl_l": 1, "conv": "qr", "l": 3}])
+def test_resumed_run_ends_as_one_never_stopped(script, tmp_path, monkeypatch, capsys, changes):
+    monkeypatch.chdir(tmp_path)
+    line = options(epochs=4, clip_gn=100, cl_weight=1, **changes)
+    assert script.cli(line) == 0
+
+    evaluate, calls = script.evaluate, []
+
+    def interrupted(*args):                                                   # in epoch 3, before its checkpoint
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+    monkeypatch.setattr(script, "evaluate", interrupted)
+    assert script.cli(line) == 130
+    whole, stopped = runs(tmp_path)
+    assert f"--resume {stopped.relative_to(tmp_path)}" in capsys.readouterr().err
+    assert not (stopped / "model.torch").exists() and not (stopped / "traceback.txt").exists()
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    torch.manual_seed(99)                                                     # the checkpoint's states count
+    assert script.cli(["--resume", str(stopped)]) == 0
+
+    assert_same(*(torch.load(run / "model.torch") for run in (whole, stopped)))
+    one, two = (torch.load(run / "checkpoint.pt") for run in (whole, stopped))
+    assert torch.equal(one["generator"], two["generator"]) and one["epoch"] == two["epoch"] == 4
+    assert_same(*({f"{i}.{key}": value for i, state in c["optimizer"]["state"].items() for key, value in state.items()}
+                  for c in (one, two)))
+    for row, other in zip(read_metrics(whole), read_metrics(stopped), strict=True):
+        assert {**row, "seconds": 0} == {**other, "seconds": 0} or changes    # NaN bits/dim of points
+    assert script.cli(["--resume", str(stopped)]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_resume_takes_changes_that_keep_the_run(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert script.cli(options(epochs=2, lr_schedule="no")) == 0
+    run, = runs(tmp_path)
+    assert script.cli(["--resume", str(run), "--lr", "0.5"]) == 2
+    assert "keeps its lr" in capsys.readouterr().err
+    assert script.cli(["--resume", str(run), *options(epochs=3, lr_schedule="no")]) == 0
+    assert "epochs: 3" in (run / "params.yaml").read_text()
+    assert [row["epoch"] for row in read_metrics(run)] == [1, 2, 3]
+    assert script.cli(options(epochs=3, lr_schedule="no")) == 0
+    assert_same(*(torch.load(r / "model.torch") for r in runs(tmp_path)))
+
+
+@pytest.mark.parametrize("what", ["loss", "weight"])
+def test_non_finite_values_end_the_run_and_keep_the_last_good_checkpoint(script, tmp_path, monkeypatch, capsys, what):
+    monkeypatch.chdir(tmp_path)
+    rate = script.learning_rate
+    # In epoch 2: of several steps, the next one's loss shows the damage; of a single one, only the weights do.
+    train_bs, steps, damage = {"loss": (64, 4, 1e30), "weight": (200, 1, math.nan)}[what]
+    monkeypatch.setattr(script, "learning_rate", lambda epoch, s: damage if epoch == 2 else rate(epoch, s))
+    assert script.cli(options(epochs=3, train_bs=train_bs)) == 1
+    err = capsys.readouterr().err
+    failed, = runs(tmp_path, "fails")
+    assert not runs(tmp_path) and not runs(tmp_path, "index")
+    assert f"{what} is not finite" in err and f"of {steps} in epoch 2" in err and str(failed / "checkpoint.pt") in err and err.count("\n") == 1
+    checkpoint = torch.load(failed / "checkpoint.pt")
+    assert checkpoint["epoch"] == 1
+    assert all(value.isfinite().all() for value in checkpoint["model"].values())
+    assert "TrainingFailed" in (failed / "traceback.txt").read_text()
+    monkeypatch.setattr(script, "learning_rate", rate)
+    assert script.cli(["--resume", str(failed)]) == 0
+
+
+def test_evaluation_is_exact_and_repeatable(script):
+    data = load_tiny()
+    model = build_model(TINY, data.shape, 10)
+    one = script.evaluate(model, data, 256, seed=0)
+    assert one == script.evaluate(model, data, 256, seed=0)
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        log_joint = torch.cat([model.log_joint(data.dequantize(x, noise)) for x in data.test_x.split(256)])
+    assert one[0] == pytest.approx(float(log_joint.logsumexp(1).mean()), rel=1e-5)
+    assert one[1] == pytest.approx(float((log_joint.argmax(1) == data.test_y).float().mean()))
+    assert one[0] != script.evaluate(model, data, 256, seed=1)[0]
+
+
+def test_the_paper_s_run_takes_steps_and_evaluates(script, tmp_path, monkeypatch, mnist_root):
+    """config.yaml on MNIST: two full training steps, and an evaluation of 300 images."""
+    monkeypatch.chdir(tmp_path)
+    _, settings = read_settings(["--config", f"{script.__file__[:-len('train-flow-ssl.py')]}config.yaml",
+                                 "--data_root", str(mnist_root), "--device", "cpu"])
+    data = script.load_data(settings)
+    data.test_x, data.test_y = data.test_x[:300], data.test_y[:300]
+    torch.manual_seed(0)
+    model = build_model(settings, data.shape, data.n_classes, data.class_probs)
+    generator = torch.Generator().manual_seed(0)
+    model.initialize(data.draw(settings.train_bs, 1 / 3, generator)[0])
+    optimizer = torch.optim.Adamax(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    before = script.evaluate(model, data, settings.test_bs, 0)
+    sums = script.train_epoch(model, data, settings, optimizer, generator, 1 / 3, steps=2, epoch=1)
+    after = script.evaluate(model, data, settings.test_bs, 0)
+    assert math.isfinite(sums["loss"]) and 0 < sums["labelled"] < 2 * settings.train_bs
+    assert after[0] > before[0] + 50                                          # nats
+    assert 3 < data.bits_per_dim(after[0]) < 8
