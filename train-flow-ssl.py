@@ -35,6 +35,7 @@ from utils.figures import draw_curves, draw_density, draw_samples
 from utils.metrics import MetricsLog
 from utils.settings import SHIPPED, Run, read_settings
 
+FIGURES_EACH = 300      # seconds between two drawings of a long run's figures
 SHIPPED_WEIGHTS = {"mnist": "model.torch", "digits": "digits.torch"}     # in pretrained/
 
 
@@ -59,7 +60,7 @@ def main(argv=None):
     checkpoint = None
     if settings.resume:
         checkpoint = load_checkpoint(Path(settings.resume) / "checkpoint.pt", model)
-        if checkpoint["epoch"] >= settings.epochs:
+        if checkpoint["epoch"] >= settings.epochs and (Path(settings.resume) / "model.torch").exists():
             print(f"{settings.resume} has all its {settings.epochs} epochs: nothing to do")
             return
         run = Run.resumed(settings)
@@ -69,9 +70,10 @@ def main(argv=None):
         with run:
             train(model, data, settings, run.run, checkpoint)
     except TrainingFailed as error:
-        raise TrainingFailed(f"{error}. The last good checkpoint is {run.directory()}/checkpoint.pt") from None
+        raise TrainingFailed(f"{error}. The last good checkpoint is {run.run}/checkpoint.pt") from None
     except KeyboardInterrupt:
-        print(f"\nInterrupted; to go on: python {sys.argv[0]} --resume {os.path.relpath(run.run)}", file=sys.stderr)
+        if (run.run / "checkpoint.pt").exists():
+            print(f"\nInterrupted; to go on: python {sys.argv[0]} --resume {os.path.relpath(run.run)}", file=sys.stderr)
         raise
 
 
@@ -82,6 +84,7 @@ def set_up_torch(settings):
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.allow_tf32 = False                  # float32 means float32, on a GPU too
     name = settings.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -103,10 +106,11 @@ def train(model, data, settings, run_dir, checkpoint=None):
     labelled_prob = data.labelled_prob(settings.sup_sample_weight)
     if checkpoint:
         start = restore(checkpoint, model, optimizer, generator)
+        (run_dir / "model.torch").unlink(missing_ok=True)
         print(f"Going on after epoch {start}")
     else:
         start = 0
-        np.savetxt(run_dir / "labelled.txt", data.labelled.cpu(), "%d")
+        np.savetxt(run_dir / "labelled.txt", data.labelled_ids, "%d")
         model.initialize(data.draw(settings.train_bs, labelled_prob, generator)[0])
     log = MetricsLog(run_dir / "metrics.csv", up_to_epoch=start)
     steps = -(-len(data.train_x) // settings.train_bs)       # an epoch: as many draws as examples, full batches
@@ -120,7 +124,7 @@ def train(model, data, settings, run_dir, checkpoint=None):
 
     if not checkpoint:
         save(0)
-    began = time.perf_counter()
+    began = drawn = time.perf_counter()
     for epoch in range(start + 1, settings.epochs + 1):
         lr = learning_rate(epoch, settings)
         for group in optimizer.param_groups:
@@ -135,12 +139,20 @@ def train(model, data, settings, run_dir, checkpoint=None):
                     "test_log_p": test_log_p, "test_acc": test_acc, "test_bpd": data.bits_per_dim(test_log_p),
                     "lr": lr, "seconds": seconds})
         save(epoch)
-    save_whole(model.state_dict(), run_dir / "model.torch")
+        if time.perf_counter() - drawn > FIGURES_EACH:
+            draw_figures(model, data, log, run_dir, settings.seed)
+            drawn = time.perf_counter()
+    draw_figures(model, data, log, run_dir, settings.seed)
+    save_whole(model.state_dict(), run_dir / "model.torch")  # the last file: with it, the run is complete
+    print(f"Test error {1 - log.rows[-1]['test_acc']:.2%}; weights, curves and samples are in {os.path.relpath(run_dir)}")
+
+
+def draw_figures(model, data, log, run_dir, seed):
+    """The run's pictures: curves, samples and, for points, the density."""
     draw_curves(log.rows, run_dir / "curves.png")
-    draw_samples(model, run_dir / "samples.png", settings.seed)
+    draw_samples(model, run_dir / "samples.png", seed)
     if not model.image:
         draw_density(model, data, run_dir / "density.png")
-    print(f"Test error {1 - test_acc:.2%}; weights, curves and samples are in {os.path.relpath(run_dir)}")
 
 
 def train_epoch(model, data, settings, optimizer, generator, labelled_prob, steps, epoch):
@@ -172,7 +184,7 @@ def train_epoch(model, data, settings, optimizer, generator, labelled_prob, step
                     raise TrainingFailed(f"The loss is not finite at step {int(failed)} of {steps} in epoch {epoch}")
                 bar.update(step * settings.train_bs - bar.n)
                 bar.set_postfix(loss=f"{float(sums[0]) / step:.3f}", refresh=False)
-    if not all(torch.stack([p.isfinite().all() for p in model.parameters()])):
+    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
         raise TrainingFailed(f"A weight is not finite after step {steps} of {steps} in epoch {epoch}")
     return dict(zip(names, sums.tolist()))
 
@@ -215,7 +227,7 @@ def learning_rate(epoch, settings):
 def evaluate(model, data, batch_size, seed):
     """Mean log p(x) of the test set, in nats, and accuracy of argmax p(y | x), from 0 to 1.
 
-    The dequantisation noise depends on `seed` alone: two evaluations of the same weights agree.
+    The dequantisation noise follows `seed`: two evaluations of the same weights on a device agree.
     """
     generator = torch.Generator(data.device).manual_seed(seed)
     log_p = torch.zeros((), dtype=torch.float64, device=data.device)

@@ -35,6 +35,8 @@ def build_model(settings, data_shape, n_classes, class_probs=None):
     for key in ("hh_factors", "l", "ssl_l", "ssl_k", "ssl_hd", "ssl_hh"):
         if getattr(s, key) < 1:
             raise BadInput(f"{key} must be at least 1, not {getattr(s, key)}")
+    if given.get("ssl_nclasses", -1) not in (-1, n_classes):
+        raise BadInput(f"ssl_nclasses is {given['ssl_nclasses']}, but the data has {n_classes} classes")
     f_w = FLOWS[s.model](data_shape, s)
     dim = math.prod(data_shape)
     ssl_dim = dim if s.ssl_dim == -1 else s.ssl_dim

@@ -1,13 +1,32 @@
 """The networks inside the couplings. They are ordinary functions: nothing here is inverted."""
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 
 from .bijections import ActNorm
 
 
-def _conv3x3(c_in, c_out):
-    return nn.Conv2d(c_in, c_out, 3, padding=1, padding_mode="reflect")
+def reflect_pad(x):
+    """x (B, C, H, W) with one more row and column on each side, mirrored: (B, C, H + 2, W + 2)."""
+    if x.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return _reflect_pad_by_slices(x)                    # the other's gradient is not deterministic on a GPU
+    return F.pad(x, (1, 1, 1, 1), mode="reflect")
+
+
+def _reflect_pad_by_slices(x):
+    x = torch.cat((x[:, :, 1:2], x, x[:, :, -2:-1]), 2)
+    return torch.cat((x[..., 1:2], x, x[..., -2:-1]), 3)
+
+
+class Conv3x3(nn.Conv2d):
+    """3x3 convolution with reflect padding, which keeps height and width."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__(c_in, c_out, 3)
+
+    def forward(self, x):
+        return super().forward(reflect_pad(x))
 
 
 class ResidualBlock(nn.Module):
@@ -44,7 +63,7 @@ class ResNet(nn.Module):
 
 def resnet3x3(c_in, c_out, width=64, n_blocks=4):
     """3x3 convolutions with reflect padding: (B, c_in, H, W) -> (B, c_out, H, W)."""
-    return ResNet(_conv3x3, c_in, c_out, width, n_blocks)
+    return ResNet(Conv3x3, c_in, c_out, width, n_blocks)
 
 
 def resnet1x1(c_in, c_out, width=256, n_blocks=4):

@@ -5,6 +5,7 @@ import torch
 from conftest import TINY, load_script, options
 
 import utils.data
+import utils.settings
 from models import build_model
 
 script = load_script()
@@ -60,11 +61,19 @@ CASES = {
     "weights of another architecture": (options(pretrained="other.torch"), "another architecture"),
     "weights that do not ship": (options(data="moons", model="toy", ssl_dim=-1, ssl_l=1) + ["--pretrained"],
                                  "--config configs/moons.yaml"),
+    "weights under a wrong key": (options(pretrained="wrong.torch"), "wrong.torch holds no weights"),
+    "weights without names": (options(pretrained="numbered.torch"), "numbered.torch holds no weights"),
+    "weights cut off": (options(pretrained="short.torch"), "short.torch is no checkpoint"),
+    "seed too large": (options(seed=2**64), "--seed: must be at most"),
+    "data_seed too large": (options(data_seed=2**31), "--data_seed: must be at most"),
+    "number with 400 digits": (options(epochs="1" + 400 * "0"), "--epochs: must be at most"),
+    "too many threads": (options(threads=2**40), "--threads: must be at most"),
+    "name too long": (options(name=300 * "x"), "--name"),
     "no run to resume": (["--resume", "nowhere"], "nowhere"),
 }
+CASES["no such GPU"] = (options(device="cuda:99"), "no device cuda:99")
 if not torch.cuda.is_available():
     CASES["no GPU"] = (options(device="cuda"), "sees 0 GPUs")
-    CASES["no second GPU"] = (options(device="cuda:1"), "sees 0 GPUs")
 
 
 def no_network(*args, **kwargs):
@@ -80,6 +89,9 @@ def folder(tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
     torch.save({"model": print}, tmp_path / "code.torch")
     torch.save(torch.zeros(3), tmp_path / "tensor.torch")
+    torch.save({"model": torch.zeros(3)}, tmp_path / "wrong.torch")
+    torch.save({0: torch.zeros(3)}, tmp_path / "numbered.torch")
+    (tmp_path / "short.torch").write_bytes(b"G")
     torch.save(build_model({**TINY, "ssl_hd": 9}, (1, 8, 8), 10).state_dict(), tmp_path / "other.torch")
     raw = tmp_path / "truncated" / "MNIST" / "raw"
     raw.mkdir(parents=True)
@@ -102,6 +114,13 @@ def test_bad_input(name, folder, capsys):
     assert message in err and err.count("\n") == 1 and err.startswith("train-flow-ssl.py: error: ")
     for kind in ("runs", "fails", "tmp", "index"):
         assert not list((folder / "logs" / "exman-train-flow-ssl.py" / kind).iterdir())
+
+
+def test_a_folder_that_cannot_be_written(folder, capsys, monkeypatch):
+    (folder / "file").touch()
+    monkeypatch.setattr(utils.settings.Path, "cwd", lambda: folder / "file")
+    assert script.cli(options()) == 2
+    assert "cannot create the folders of runs" in capsys.readouterr().err
 
 
 def test_missing_mnist_names_folder_files_and_the_way_offline(folder, capsys):

@@ -11,7 +11,7 @@ from models import build_model
 from models.bijections import (ActNorm, ChannelCoupling, CheckerboardCoupling, ConditionalStep, Logit,
                                MultiScale, Squeeze, split_size)
 from models.conv1x1 import CONVS, invertible_conv
-from models.networks import resnet1x1, resnet3x3, toy_network
+from models.networks import _reflect_pad_by_slices, reflect_pad, resnet1x1, resnet3x3, toy_network
 
 pytestmark = pytest.mark.usefixtures("float64")
 B = 3
@@ -141,6 +141,14 @@ def test_householder_product_order():
     conv = invertible_conv("hh", 3, 2)
     h1, h2 = (torch.eye(3) - 2 * torch.outer(v, v) / v.dot(v) for v in conv.v)
     torch.testing.assert_close(conv.matrix()[0], h1 @ h2)
+
+
+def test_both_ways_to_pad_agree():
+    x = torch.randn(2, 3, 4, 5, requires_grad=True)
+    one, two = reflect_pad(x), _reflect_pad_by_slices(x)
+    assert torch.equal(one, two)
+    weights = torch.randn_like(one)
+    torch.testing.assert_close(*(torch.autograd.grad((v * weights).sum(), x)[0] for v in (one, two)))
 
 
 def test_networks_start_at_zero_and_are_the_formula():

@@ -105,25 +105,27 @@ def test_bits_per_dim_of_the_uniform_density():
 
 @pytest.mark.parametrize("changes, message", [
     ({"supervised": 9}, "one for each"), ({"supervised": 201}, "at most the 200"),
-    ({"num_examples": 1438}, "more than digits's 1437"), ({"ssl_nclasses": 2}, "has 10 classes"),
-    ({"num_examples": 5}, "none of class"),
+    ({"num_examples": 1438}, "more than digits's 1437"), ({"num_examples": 5}, "none of class"),
 ])
 def test_data_that_do_not_fit(changes, message):
     with pytest.raises(BadInput, match=message):
         load_tiny(**changes)
 
 
-def test_published_number_of_classes_is_accepted():
-    assert load_tiny(ssl_nclasses=10).n_classes == 10
+def test_labelled_ids_are_places_in_the_whole_training_set():
+    part, whole = load_tiny(num_examples=300, supervised=20), load_tiny(**DIGITS)
+    assert torch.equal(whole.train_x[part.labelled_ids], part.train_x[part.labelled])
+    assert not torch.equal(part.labelled_ids, part.labelled)
 
 
-@pytest.mark.parametrize("damage", ["half", "empty", "other"])
+@pytest.mark.parametrize("damage", ["half", "empty", "other", "labels of 255"])
 def test_damaged_mnist(mnist_root, tmp_path, damage):
     raw = tmp_path / "MNIST" / "raw"
     shutil.copytree(mnist_root / "MNIST" / "raw", raw, ignore=shutil.ignore_patterns("*.gz"), copy_function=os.symlink)
     victim = raw / "train-labels-idx1-ubyte"
     content = victim.read_bytes()
     victim.unlink()
-    victim.write_bytes({"half": content[:30_000], "empty": b"", "other": content[::-1]}[damage])
+    victim.write_bytes({"half": content[:30_000], "empty": b"", "other": content[::-1],
+                        "labels of 255": content[:8] + b"\xff" * 60_000}[damage])
     with pytest.raises(BadInput, match=f"{victim.name} is truncated"):
         load_tiny(data="mnist", data_root=str(tmp_path), **DIGITS)

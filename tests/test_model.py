@@ -164,7 +164,7 @@ def test_settings_may_be_a_mapping_or_a_namespace():
     ({"ssl_dim": 66}, (1, 8, 8), "ssl_dim"), ({"ssl_dim": 15}, (1, 8, 8), "even"),
     ({"ssl_dim": 2, "ssl_l": 2}, (1, 8, 8), "ssl_l"), ({"ssl_dim": 0}, (1, 8, 8), "ssl_dim"),
     ({"model": "toy"}, (1, 8, 8), "toy"), ({}, (2, 1, 1), "sides"), ({}, (1, 10, 10), "multiples of 4"),
-    ({"conv": "lu"}, (1, 8, 8), "unknown conv"), ({"ssl_k": 0}, (1, 8, 8), "ssl_k"),
+    ({"conv": "lu"}, (1, 8, 8), "unknown conv"), ({"ssl_nclasses": 2}, (1, 8, 8), "has 10 classes"), ({"ssl_k": 0}, (1, 8, 8), "ssl_k"),
 ])
 def test_settings_that_do_not_fit(changes, shape, message):
     with pytest.raises(BadInput, match=message):

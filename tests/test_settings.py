@@ -10,7 +10,7 @@ import yaml
 from conftest import PROJECT, TINY, options
 
 from utils import BadInput
-from utils.settings import PUBLISHED_UNUSED, read_settings
+from utils.settings import PUBLISHED_UNUSED, Run, read_settings
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,7 @@ def test_reading_settings_creates_no_run(here):
 @pytest.mark.parametrize("end, kind", [
     (None, "runs"), (SystemExit(0), "runs"), (SystemExit(None), "runs"), (KeyboardInterrupt(), "runs"),
     (SystemExit(3), "fails"), (RuntimeError("no"), "fails")])
-def test_how_a_run_ends(here, end, kind):
+def test_how_a_run_ends(here, end, kind, capsys):
     parser, settings = read_settings(options())
     run = parser.start_run(settings)
     if end is None:
@@ -123,9 +123,12 @@ def test_how_a_run_ends(here, end, kind):
                 print("a line")
                 raise end
     where = root(here) / kind / run.run.name
-    assert run.directory() == where and (where / "log.txt").read_text() == "a line\n"
+    assert run.run == where and (where / "log.txt").read_text() == "a line\n"
     assert (where / "traceback.txt").exists() == (kind == "fails")
     assert any((root(here) / "index").iterdir()) == (kind == "runs")
+    assert "Traceback" not in capsys.readouterr().out
+    print("after")
+    assert (where / "log.txt").read_text() == "a line\n"                      # and stdout is what it was
 
 
 def test_resume_reads_the_run_s_settings(here):
@@ -139,6 +142,23 @@ def test_resume_reads_the_run_s_settings(here):
         read_settings(["--resume", str(run), "--train_bs", "32"])
     with pytest.raises(BadInput, match="no run to resume"):
         read_settings(["--resume", str(here)])
+    shutil.copytree(run, here / "elsewhere" / "runs" / run.name)
+    with pytest.raises(BadInput, match="not in a folder of runs"):
+        read_settings(["--resume", str(here / "elsewhere" / "runs" / run.name)])
+
+
+def test_a_failed_run_goes_back_to_runs_when_resumed(here):
+    parser, settings = read_settings(options())
+    run = parser.start_run(settings)
+    with pytest.raises(RuntimeError):
+        with run:
+            raise RuntimeError("no")
+    _, resumed = read_settings(["--resume", str(run.run), "--threads", "1"])
+    again = Run.resumed(resumed)
+    assert again.run.parent == root(here) / "runs" and not any((root(here) / "fails").iterdir())
+    assert not (again.run / "traceback.txt").exists()
+    link, = (root(here) / "index").iterdir()
+    assert yaml.safe_load(link.read_text())["threads"] == 1
 
 
 def test_works_without_a_git_binary(here):

@@ -1,8 +1,8 @@
 """Files of weights and checkpoints: ours, and the layout of the published code's state dict."""
 
 import os
-import pickle
 import random
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,8 @@ def load_weights(model, path):
     layout, with or without `module.` prefixes and masks. Raises BadInput if it is missing, is
     no such file, or holds another architecture (the message names the first mismatches).
     """
-    state = load_file(path)
-    state = state.get("model", state)
-    if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise BadInput(f"{path} holds no weights: expected a mapping of names to tensors")
+    content = load_file(path)
+    state = weights_in(content.get("model", content), path)
     if is_published(state):
         state = from_published(model, state)
     check_fit(model, state, path)
@@ -37,8 +35,16 @@ def load_checkpoint(path, model):
     checkpoint = load_file(path)
     if set(checkpoint) != CHECKPOINT_KEYS:
         raise BadInput(f"{path} is no checkpoint of a run")
-    check_fit(model, checkpoint["model"], path)
+    check_fit(model, weights_in(checkpoint["model"], path), path)
     return checkpoint
+
+
+def weights_in(state, path):
+    """`state` if it is a mapping of names to tensors. Raises BadInput."""
+    if not isinstance(state, dict) or not state or not all(
+            isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()):
+        raise BadInput(f"{path} holds no weights: expected a mapping of names to tensors")
+    return state
 
 
 def check_fit(model, state, path):
@@ -56,10 +62,11 @@ def check_fit(model, state, path):
 def load_file(path):
     """The mapping that torch.save wrote to `path`, its tensors on the CPU. Raises BadInput."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise BadInput(f"no file {path}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+    except Exception as e:                  # of many types, by what the damaged bytes happen to mean
         raise BadInput(f"{path} is no checkpoint that torch.load can read safely ({type(e).__name__})") from None
     if not isinstance(content, dict):
         raise BadInput(f"{path} holds a {type(content).__name__}, not the mapping of a checkpoint")

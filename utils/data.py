@@ -1,6 +1,7 @@
 """Datasets with few labels, held on the device: choice of the labelled examples, batches, dequantisation."""
 
 import contextlib
+import http.client
 import io
 import math
 from pathlib import Path
@@ -24,12 +25,13 @@ class SemiSupervisedData:
 
     train_x, test_x: (N, C, H, W), uint8 grey levels in 0 ... levels - 1, or float points (then
     `levels` is None); train_y, test_y: (N,) classes; labelled: indices of the training examples
-    whose labels may be seen. The other training labels are not kept at all.
+    whose labels may be seen. The other training labels are not kept at all. labelled_ids: the
+    same examples' places in the whole training set, of which train_x may be a part.
     """
 
     def __init__(self, train_x, train_y, test_x, test_y, labelled, levels, device="cpu"):
         self.n_classes = int(train_y.max()) + 1
-        self.labelled = labelled.to(device)
+        self.labelled, self.labelled_ids = labelled.to(device), labelled
         shown = torch.zeros(len(train_y), dtype=torch.bool)
         shown[labelled] = True
         self.unlabelled = (~shown).nonzero()[:, 0].to(device)
@@ -85,20 +87,21 @@ class SemiSupervisedData:
 def load_data(settings, device="cpu"):
     """The dataset that settings.data names, as SemiSupervisedData. Raises BadInput.
 
-    settings: data, data_root, num_examples, data_seed, supervised, ssl_nclasses.
+    settings: data, data_root, num_examples, data_seed, supervised.
     """
     train_x, train_y, test_x, test_y, levels = LOADERS[settings.data](settings)
     if settings.num_examples > len(train_x):
         raise BadInput(f"num_examples {settings.num_examples} is more than {settings.data}'s {len(train_x)} training examples")
     rng = np.random.default_rng(settings.data_seed)
+    kept = torch.arange(len(train_x))
     if settings.num_examples != -1:
-        keep = torch.from_numpy(np.sort(rng.permutation(len(train_x))[:settings.num_examples]))
-        train_x, train_y = train_x[keep], train_y[keep]
+        kept = torch.from_numpy(np.sort(rng.permutation(len(train_x))[:settings.num_examples]))
+        train_x, train_y = train_x[kept], train_y[kept]
     n_classes = int(test_y.max()) + 1
-    if settings.ssl_nclasses not in (-1, n_classes):
-        raise BadInput(f"ssl_nclasses is {settings.ssl_nclasses}, but {settings.data} has {n_classes} classes")
     labelled = torch.from_numpy(choose_labelled(train_y.numpy(), n_classes, settings.supervised, rng))
-    return SemiSupervisedData(train_x, train_y, test_x, test_y, labelled, levels, device)
+    data = SemiSupervisedData(train_x, train_y, test_x, test_y, labelled, levels, device)
+    data.labelled_ids = kept[labelled]
+    return data
 
 
 def choose_labelled(y, n_classes, supervised, rng):
@@ -134,6 +137,8 @@ def _load_mnist(settings):
             array = read(str(raw / name))
             if tuple(array.shape) != shape:
                 raise ValueError(f"shape {tuple(array.shape)}")
+            if "labels" in name and array.max() > 9:
+                raise ValueError(f"label {array.max()}")
         except (AssertionError, RuntimeError, ValueError, OSError, TypeError, KeyError):
             raise BadInput(f"{raw / name} is truncated or not MNIST's: remove it to have it fetched again") from None
         arrays.append(array.unsqueeze(1) if "images" in name else array)
@@ -144,7 +149,7 @@ def _download_mnist(root, raw, names):
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             MNIST(root, download=True)
-    except (RuntimeError, OSError, EOFError) as e:
+    except (RuntimeError, OSError, EOFError, http.client.HTTPException) as e:
         raise BadInput(
             f"no MNIST in {raw} ({', '.join(names)}), and fetching it failed ({type(e).__name__}): put the "
             "four files there, name their folder with --data_root, or train offline with "

@@ -73,7 +73,7 @@ def draw_density(model, data, path, cells=200):
     log_p, posterior = (v.view(cells, cells) for v in (log_joint.logsumexp(1), log_joint.softmax(1)[:, 1]))
     figure = Figure(figsize=(12, 5), layout="constrained")
     density, regions = figure.subplots(1, 2)
-    extent = (*low.tolist()[:1], *high.tolist()[:1], *low.tolist()[1:], *high.tolist()[1:])
+    extent = [float(v) for v in (low[0], high[0], low[1], high[1])]
     image = density.imshow(log_p.clamp(min=float(log_p.max()) - 12), origin="lower", extent=extent, cmap="viridis")
     figure.colorbar(image, ax=density, label="log p(x), nats")
     density.scatter(*points.T, s=3, color="white", alpha=0.4, linewidths=0)

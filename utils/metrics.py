@@ -13,33 +13,32 @@ class MetricsLog:
 
     epoch; then means over the epoch's training batches: loss, elbo (the objective, nats), cl_loss
     (L_clf, nats), accuracy on labelled rows (0 to 1); then on the test set: log p(x) (nats),
-    accuracy, bits/dim (NaN for points); the learning rate; seconds of training and evaluation.
+    accuracy, bits/dim (NaN for points); the learning rate; seconds since the row before.
     """
 
     def __init__(self, path, up_to_epoch=0):
         """Open a log; of one that exists keep the rows up to `up_to_epoch`."""
         self.path = Path(path)
-        kept = []
+        self.rows = []
         if self.path.exists():
             with open(self.path, newline="") as f:
-                kept = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(f)]
-        self.rows = [row for row in kept if row["epoch"] <= up_to_epoch]
-        partial = self.path.with_suffix(".partial")
-        with open(partial, "w", newline="") as f:
-            csv.writer(f).writerow(COLUMNS)
-            csv.writer(f).writerows(map(self._cells, self.rows))
-        os.replace(partial, self.path)
+                rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(f)]
+            self.rows = [row for row in rows if row["epoch"] <= up_to_epoch]
+        self._write()
 
     def append(self, row):
         """Add `row`, a mapping with the keys of COLUMNS, to the file and print its line."""
         self.rows.append(row)
-        with open(self.path, "a", newline="") as f:
-            csv.writer(f).writerow(self._cells(row))
+        self._write()
         print(line(row))
 
-    @staticmethod
-    def _cells(row):
-        return [f"{row[key]:.7g}" for key in COLUMNS]
+    def _write(self):
+        """Replace the file by a whole one: a reader, or a resumed run, never finds half a row."""
+        partial = self.path.with_suffix(".partial")
+        with open(partial, "w", newline="") as f:
+            csv.writer(f).writerow(COLUMNS)
+            csv.writer(f).writerows([f"{row[key]:.7g}" for key in COLUMNS] for row in self.rows)
+        os.replace(partial, self.path)
 
 
 def line(row):

@@ -6,14 +6,12 @@ once everything has been checked.
 """
 
 import argparse
-import contextlib
 import difflib
-import io
-import math
 import os
 import shutil
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 # exman imports GitPython, which without this refuses to import where there is no git binary.
@@ -33,6 +31,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 PUBLISHED_UNUSED = ("k", "hid_dim", "logits", "lr_gamma", "lr_steps", "sup_ohe", "status")
 EXMAN_KEYS = ("root", "time", "id", "commit", "dirty")      # what exman adds to a run's params.yaml
 RESUMABLE = ("device", "threads", "data_root", "log_each", "epochs", "deterministic", "config_file", "resume", "git_dirty")
+TRACEBACK_FILE = "traceback.txt"
 SHIPPED = "shipped"                                         # what a bare --pretrained means
 
 
@@ -40,22 +39,25 @@ def read_settings(argv=None):
     """Parse the command line `argv` (sys.argv[1:] if None) -> (parser, settings).
 
     settings: a namespace with every option. Writes nothing but the empty folders of exman's root.
-    What is wrong with the input ends the program with one line on stderr and exit code 2.
+    A setting that is wrong by itself ends the program with one line on stderr and exit code 2; one
+    that cannot be used raises BadInput.
     """
-    parser = SettingsParser(
-        prog="train-flow-ssl.py", description="Train or evaluate a semi-conditional normalizing flow.",
-        root=Path.cwd() / "logs" / "exman-train-flow-ssl.py", git=_git_worktree())
+    root = Path.cwd() / "logs" / "exman-train-flow-ssl.py"
+    try:
+        parser = SettingsParser(prog="train-flow-ssl.py", root=root, git=_git_worktree(),
+                                description="Train or evaluate a semi-conditional normalizing flow.")
+    except OSError as e:
+        raise BadInput(f"cannot create the folders of runs in {root}: {e.strerror}") from None
     return parser, parser.read(argv)
 
 
-def _number(kind, low=-math.inf, *, above=None, also=()):
-    """An argparse type: a finite number of `kind`, at least `low` (more than `above`), or one of `also`."""
+def _number(kind, low, high, *, open_below=False, also=()):
+    """An argparse type: a number of `kind` from `low` (more than it if `open_below`) to `high`, or one of `also`."""
     def convert(text):
         value = kind(text)
-        if value not in also and not (math.isfinite(value) and value >= low and (above is None or value > above)):
-            bound = f"more than {above}" if above is not None else f"at least {low}" if low > -math.inf else "finite"
-            raise argparse.ArgumentTypeError(
-                f"must be {bound}{''.join(f' or {other}' for other in also)}, not {text}")
+        if value not in also and not (low < value <= high if open_below else low <= value <= high):
+            bound = f"at most {high}" if value > high else f"more than {low}" if open_below else f"at least {low}"
+            raise argparse.ArgumentTypeError(f"must be {bound}{''.join(f' or {v}' for v in also)}, not {text}")
         return value
     convert.__name__ = kind.__name__                        # argparse: "invalid int value: 'x'"
     return convert
@@ -68,8 +70,8 @@ def _boolean(text):
 
 
 def _name(text):
-    if Path(text).name != text:
-        raise argparse.ArgumentTypeError(f"must do as the end of a directory's name, not {text!r}")
+    if Path(text).name != text or len(text) > 100:
+        raise argparse.ArgumentTypeError(f"must do as the end of a directory's name, of at most 100 characters, not {text!r}")
     return text
 
 
@@ -77,24 +79,26 @@ def _add_options(parser):
     def add(name, type, default, help, **more):
         parser.add_argument(f"--{name}", type=type, default=default, help=f"{help} (default: {default!r})", **more)
 
-    positive, fraction = _number(int, 1), _number(float, 0)
-    add("seed", _number(int, 0), 0, "initial weights, batches and dequantisation noise")
+    large = 2**31 - 1
+    seed, positive, fraction = _number(int, 0, large), _number(int, 1, large), _number(float, 0, 1e30)
+    above_zero = {"low": 0, "high": 1e30, "open_below": True}
+    add("seed", seed, 0, "initial weights, batches and dequantisation noise")
 
     add("data", str, "mnist", "dataset", choices=tuple(LOADERS))
     add("data_root", str, "data", "folder that holds, or will hold, MNIST/raw")
-    add("num_examples", _number(int, 1, also=(-1,)), -1, "training examples to use; -1: all (1000 points of moons, circles)")
-    add("data_seed", _number(int, 0), 0, "choice of the labelled examples; points of moons, circles")
-    add("supervised", _number(int, 1, also=(-1,)), 100, "labelled examples; -1: all")
-    add("sup_sample_weight", _number(float, above=0, also=(-1,)), 0.5,
+    add("num_examples", _number(int, 1, large, also=(-1,)), -1, "training examples to use; -1: all (1000 points of moons, circles)")
+    add("data_seed", seed, 0, "choice of the labelled examples, and of num_examples of them; points of moons, circles")
+    add("supervised", _number(int, 1, large, also=(-1,)), 100, "labelled examples; -1: all")
+    add("sup_sample_weight", _number(float, **above_zero, also=(-1,)), 0.5,
         "w: each draw is labelled with probability w / (1 + w); -1: in proportion to their number")
 
-    add("lr", _number(float, above=0), 1e-3, "learning rate of Adamax")
+    add("lr", _number(float, **above_zero), 1e-3, "learning rate of Adamax")
     add("epochs", positive, 500, "epochs, each of as many draws as there are training examples")
-    add("train_bs", _number(int, 2), 256, "batch size in training")
+    add("train_bs", _number(int, 2, large), 256, "batch size in training")
     add("test_bs", positive, 512, "batch size in evaluation")
     add("lr_schedule", str, "linear", "no; linear: to zero; hat: up for lr_warmup epochs, then linear to zero",
         choices=("no", "linear", "hat"))
-    add("lr_warmup", _number(int, 0), 0, "epochs of lr_schedule hat's rise")
+    add("lr_warmup", _number(int, 0, large), 0, "epochs of lr_schedule hat's rise")
     add("weight_decay", fraction, 1e-5, "L2 penalty of Adamax")
     add("clip_gn", fraction, 0.0, "largest norm of the gradient; 0: no limit")
     add("log_each", positive, 1, "epochs between two evaluations, log lines and checkpoints")
@@ -106,23 +110,23 @@ def _add_options(parser):
             "ssl_conv": "invertible 1x1 convolutions of h_phi"}[name], choices=MODEL_CHOICES[name])
     add("hh_factors", positive, MODEL_OPTIONS["hh_factors"], "Householder reflections in conv qr, qr-abs, hh")
     add("l", positive, MODEL_OPTIONS["l"], "steps of model toy")
-    add("ssl_dim", _number(int, 2, also=(-1,)), MODEL_OPTIONS["ssl_dim"], "dimensions of z_f, an even number; -1: all of z")
+    add("ssl_dim", _number(int, 2, large, also=(-1,)), MODEL_OPTIONS["ssl_dim"], "dimensions of z_f, an even number; -1: all of z")
     add("ssl_l", positive, MODEL_OPTIONS["ssl_l"], "levels of cond-flow")
     add("ssl_k", positive, MODEL_OPTIONS["ssl_k"], "steps in a level of cond-flow")
     add("ssl_hd", positive, MODEL_OPTIONS["ssl_hd"], "width of cond-flow's networks")
     add("ssl_hh", positive, MODEL_OPTIONS["ssl_hh"], "Householder reflections in ssl_conv qr, qr-abs, hh")
-    add("ssl_nclasses", _number(int, 2, also=(-1,)), -1, "number of classes; -1: the data's")
+    add("ssl_nclasses", _number(int, 2, large, also=(-1,)), -1, "number of classes; -1: the data's")
 
     add("ssl_alg", str, "sgd", "unlabelled term: sgd: log p(x); em: E_q log p(x, y), q = p(y | x) held constant",
         choices=("sgd", "em"))
-    add("sup_weight", _number(float, above=0), 1.0, "weight of a labelled row's log p(x, y)")
+    add("sup_weight", _number(float, **above_zero), 1.0, "weight of a labelled row's log p(x, y)")
     add("cl_weight", fraction, 0.0, "weight of the labelled rows' cross-entropy of p(y | x)")
 
     add("pretrained", str, "", "evaluate these weights and stop; without a value, those shipped for the data",
         nargs="?", const=SHIPPED, metavar="FILE")
     add("resume", str, "", "go on with the stopped run in this directory", metavar="RUN_DIR")
     add("device", str, "auto", "auto, cpu, cuda or cuda:N; auto: cuda where there is one")
-    add("threads", _number(int, 0), 0, "CPU threads; 0: PyTorch's choice")
+    add("threads", _number(int, 0, 4096), 0, "CPU threads; 0: PyTorch's choice")
     add("deterministic", _boolean, False, "only algorithms that give the same bits again, on a GPU too",
         nargs="?", const=True, metavar="true|false")
     for name in PUBLISHED_UNUSED:
@@ -174,6 +178,8 @@ class SettingsParser(ExParser):
         params = Path(run_dir) / exman.parser.PARAMS_FILE
         if not params.is_file():
             raise BadInput(f"no run to resume in {run_dir}: it has no {params.name}")
+        if not all((Path(run_dir).resolve().parent.parent / folder).is_dir() for folder in self.RESERVED_DIRECTORIES):
+            raise BadInput(f"{run_dir} is not in a folder of runs: move it to {self.runs}")
         base = vars(self._parse(["--config", str(params)]))
         self.set_defaults(**base)
         settings = self._parse(argv)
@@ -194,9 +200,16 @@ class SettingsParser(ExParser):
         return super().parse_known_args(*args, **kwargs)
 
     def start_run(self, settings):
-        """Create the directory of a run with exman, `settings` in its params.yaml -> Run."""
-        self._checked = argparse.Namespace(**vars(settings))    # exman adds to it
-        return Run(self.root, super().parse_args().root)
+        """Create the directory of a run with exman, `settings` in its params.yaml -> Run.
+
+        exman does so within `parse_args`; what that parses is put in place of a command line here,
+        since the settings of a run have been read, and checked against data and model, by then.
+        """
+        self._checked = argparse.Namespace(**vars(settings))
+        try:
+            return Run(self.root, super().parse_args().root)
+        finally:
+            self._checked = None
 
 
 class _ConfigFile(configargparse.YAMLConfigFileParser):
@@ -236,37 +249,38 @@ class Run(exman.parser.SafeExperiment):
     """
 
     def __init__(self, root, directory):
-        directory = Path(directory)
-        symlink = Path(root) / "index" / exman.parser.yaml_file(directory.name)
-        super().__init__(root, directory, extra_symlinks=[symlink] if symlink.is_symlink() else [])
+        super().__init__(root, Path(directory))
+
+    @property
+    def symlink(self):
+        """Its entry in exman's index, which only runs in `runs` have."""
+        return self.index / exman.parser.yaml_file(self.run.name)
 
     @classmethod
     def resumed(cls, settings):
-        """The run in settings.resume; its params.yaml is brought up to date with `settings`."""
+        """The run in settings.resume, back in `runs` if it had failed; its params.yaml gets what `settings` changes."""
         directory = Path(settings.resume).resolve()
-        path = directory / exman.parser.PARAMS_FILE
+        run = cls(directory.parent.parent, directory)
+        if directory.parent == run.fails:
+            run.run = Path(shutil.move(directory, run.runs / directory.name))
+            (run.run / TRACEBACK_FILE).unlink(missing_ok=True)
+            run.symlink.symlink_to(Path("..", "runs", run.run.name, exman.parser.PARAMS_FILE))
+        path = run.run / exman.parser.PARAMS_FILE
         params = yaml.safe_load(path.read_text())
         params.update({key: value for key, value in vars(settings).items() if key not in ("config_file", "resume")})
         partial = path.with_suffix(".partial")
         partial.write_text(yaml.dump(params, default_flow_style=False))
         os.replace(partial, path)
-        return cls(directory.parent.parent, directory)
-
-    def directory(self):
-        """Where the run is now: `fails` if it was moved there."""
-        return self.run if self.run.exists() else self.fails / self.run.name
+        return run
 
     def __exit__(self, exc_type, exc_val, exc_tb):
-        clean = exc_type is None or issubclass(exc_type, KeyboardInterrupt) or (
-            issubclass(exc_type, SystemExit) and exc_val.code in (None, 0))
-        if clean or self.run.parent == self.fails:
-            super().__exit__(None, None, None)
-        else:
-            stdout = self.stdout.stream
-            with contextlib.redirect_stdout(io.StringIO()):     # exman prints the traceback, as Python will
-                super().__exit__(exc_type, exc_val, exc_tb)
-            sys.stdout = stdout
-        return False
+        super().__exit__(None, None, None)                  # the end of exman's log.txt, and of nothing else
+        if exc_type is None or issubclass(exc_type, KeyboardInterrupt) or (
+                issubclass(exc_type, SystemExit) and exc_val.code in (None, 0)):
+            return
+        self.run = Path(shutil.move(self.run, self.fails / self.run.name))
+        self.symlink.unlink(missing_ok=True)
+        (self.run / TRACEBACK_FILE).write_text("".join(traceback.format_exception(exc_type, exc_val, exc_tb)))
 
 
 def _git_worktree():
