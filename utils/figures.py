@@ -56,7 +56,7 @@ def draw_samples(model, path, seed):
     else:
         figure = Figure(figsize=(4 * k, 4), layout="constrained")
         for j, axes in enumerate(figure.subplots(1, k, sharex=True, sharey=True)):
-            axes.scatter(*x[:, j, :, 0, 0].T, s=4, color=COLOURS[j])
+            axes.scatter(*x[:, j, :, 0, 0].numpy().T, s=4, color=COLOURS[j])
             axes.set_title(f"x ~ p(x | y = {j})")
             axes.set_aspect("equal")
     figure.savefig(path, dpi=100)
@@ -65,25 +65,25 @@ def draw_samples(model, path, seed):
 @torch.no_grad()
 def draw_density(model, data, path, cells=200):
     """For points: log p(x) with the training points, and p(y = 1 | x) with the test points."""
-    points = data.train_x[:, :, 0, 0].cpu()
-    low, high = points.min(0).values - 0.4, points.max(0).values + 0.4
-    xs, ys = (torch.linspace(low[i], high[i], cells) for i in (0, 1))
+    points = data.train_x[:, :, 0, 0].cpu().numpy()
+    low, high = points.min(0) - 0.4, points.max(0) + 0.4
+    extent = [float(v) for v in (low[0], high[0], low[1], high[1])]
+    xs, ys = torch.linspace(*extent[:2], cells), torch.linspace(*extent[2:], cells)
     grid = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1).view(-1, 2, 1, 1).to(data.train_x)
     log_joint = torch.cat([model.log_joint(part) for part in grid.split(4096)]).cpu()
     log_p, posterior = (v.view(cells, cells) for v in (log_joint.logsumexp(1), log_joint.softmax(1)[:, 1]))
     figure = Figure(figsize=(12, 5), layout="constrained")
     density, regions = figure.subplots(1, 2)
-    extent = [float(v) for v in (low[0], high[0], low[1], high[1])]
-    image = density.imshow(log_p.clamp(min=float(log_p.max()) - 12), origin="lower", extent=extent, cmap="viridis")
+    image = density.imshow(log_p.clamp(min=float(log_p.max()) - 12).numpy(), origin="lower", extent=extent, cmap="viridis")
     figure.colorbar(image, ax=density, label="log p(x), nats")
     density.scatter(*points.T, s=3, color="white", alpha=0.4, linewidths=0)
     density.set_title("density, training points and the labelled ones")
-    image = regions.imshow(posterior, origin="lower", extent=extent, cmap="RdBu_r", vmin=0, vmax=1, alpha=0.7)
+    image = regions.imshow(posterior.numpy(), origin="lower", extent=extent, cmap="RdBu_r", vmin=0, vmax=1, alpha=0.7)
     figure.colorbar(image, ax=regions, label="p(y = 1 | x)")
-    regions.scatter(*data.test_x[:, :, 0, 0].cpu().T, s=4, c=data.test_y.cpu(), cmap=ListedColormap(COLOURS))
+    regions.scatter(*data.test_x[:, :, 0, 0].cpu().numpy().T, s=4, c=data.test_y.cpu().numpy(),
+                    cmap=ListedColormap(COLOURS))
     regions.set_title("decision regions, test points by their true class")
+    labelled, y = data.labelled.cpu().numpy(), data.train_y[data.labelled].cpu().numpy()
     for axes in (density, regions):
-        labelled = points[data.labelled.cpu()]
-        axes.scatter(*labelled.T, s=60, c=data.train_y[data.labelled].cpu(), cmap=ListedColormap(COLOURS),
-                     edgecolors="black", linewidths=1.2)
+        axes.scatter(*points[labelled].T, s=60, c=y, cmap=ListedColormap(COLOURS), edgecolors="black", linewidths=1.2)
     figure.savefig(path, dpi=100)
