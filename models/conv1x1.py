@@ -70,7 +70,7 @@ class HouseholderConv(InvertibleConv):
 class QRConv(HouseholderConv):
     """W = Q R, R = diag(softplus(s)) + the strictly upper triangle of r; s and r zero at start.
 
-    Hoogeboom et al. 2019 (arXiv 1901.11137), section 3.3, with Q a product of reflections.
+    Hoogeboom et al. 2019 (arXiv 1901.11137), with Q a product of reflections.
     """
 
     def __init__(self, channels, hh_factors):

@@ -5,7 +5,7 @@
 
     log p(x | y) = log|det df_w/dx| + log N(z_aux) + log|det dh_phi/dz_f| + log N(z_h)
 
-(arXiv 1905.00505, equations 2 to 5.)
+(Atanov et al. 2019, arXiv 1905.00505.)
 """
 
 import torch
