@@ -1,8 +1,25 @@
 """Everything around the model: settings, data, checkpoints, the log of a run and its figures."""
 
+import contextlib
+import os
+
 
 class BadInput(ValueError):
     """What the user gave cannot be used; the message is one line that says what and why.
 
     The training script prints it to stderr and exits with code 2, without a traceback.
     """
+
+
+@contextlib.contextmanager
+def whole_file(path, mode="w", **options):
+    """Open a file for writing that takes the place of `path` once it is whole.
+
+    At any moment `path` is the old file or the new one; a crash leaves a `.partial` beside it.
+    """
+    partial = f"{path}.partial"
+    with open(partial, mode, **options) as f:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)

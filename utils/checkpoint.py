@@ -1,16 +1,13 @@
 """Files of weights and checkpoints: ours, and the layout of the published code's state dict."""
 
-import os
 import random
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from . import BadInput
+from . import BadInput, whole_file
 from .published import from_published, is_published
-
 
 CHECKPOINT_KEYS = {"model", "optimizer", "epoch", "generator", "rng", "settings"}
 
@@ -75,12 +72,8 @@ def load_file(path):
 
 def save_whole(content, path):
     """torch.save `content` to `path` so that the file is, at any moment, the old or the new one whole."""
-    partial = Path(f"{path}.partial")
-    with open(partial, "wb") as f:
+    with whole_file(path, "wb") as f:
         torch.save(content, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
 
 
 def get_rng_state():

@@ -25,13 +25,14 @@ class SemiSupervisedData:
 
     train_x, test_x: (N, C, H, W), uint8 grey levels in 0 ... levels - 1, or float points (then
     `levels` is None); train_y, test_y: (N,) classes; labelled: indices of the training examples
-    whose labels may be seen. The other training labels are not kept at all. labelled_ids: the
-    same examples' places in the whole training set, of which train_x may be a part.
+    whose labels may be seen, at least one of each class. The other training labels are not kept at
+    all. labelled_ids: the same examples' places in the whole training set, where train_x is a part.
     """
 
-    def __init__(self, train_x, train_y, test_x, test_y, labelled, levels, device="cpu"):
-        self.n_classes = int(train_y.max()) + 1
-        self.labelled, self.labelled_ids = labelled.to(device), labelled
+    def __init__(self, train_x, train_y, test_x, test_y, labelled, levels, device="cpu", labelled_ids=None):
+        self.n_classes = int(train_y[labelled].max()) + 1
+        self.labelled = labelled.to(device)
+        self.labelled_ids = labelled if labelled_ids is None else labelled_ids
         shown = torch.zeros(len(train_y), dtype=torch.bool)
         shown[labelled] = True
         self.unlabelled = (~shown).nonzero()[:, 0].to(device)
@@ -99,9 +100,7 @@ def load_data(settings, device="cpu"):
         train_x, train_y = train_x[kept], train_y[kept]
     n_classes = int(test_y.max()) + 1
     labelled = torch.from_numpy(choose_labelled(train_y.numpy(), n_classes, settings.supervised, rng))
-    data = SemiSupervisedData(train_x, train_y, test_x, test_y, labelled, levels, device)
-    data.labelled_ids = kept[labelled]
-    return data
+    return SemiSupervisedData(train_x, train_y, test_x, test_y, labelled, levels, device, kept[labelled])
 
 
 def choose_labelled(y, n_classes, supervised, rng):

@@ -1,8 +1,9 @@
 """The log of a run: a line a logged epoch on the terminal, the same figures in metrics.csv."""
 
 import csv
-import os
 from pathlib import Path
+
+from . import whole_file
 
 COLUMNS = ("epoch", "train_loss", "elbo", "cl_loss", "labelled_acc",
            "test_log_p", "test_acc", "test_bpd", "lr", "seconds")
@@ -34,11 +35,9 @@ class MetricsLog:
 
     def _write(self):
         """Replace the file by a whole one: a reader, or a resumed run, never finds half a row."""
-        partial = self.path.with_suffix(".partial")
-        with open(partial, "w", newline="") as f:
+        with whole_file(self.path, newline="") as f:
             csv.writer(f).writerow(COLUMNS)
             csv.writer(f).writerows([f"{row[key]:.7g}" for key in COLUMNS] for row in self.rows)
-        os.replace(partial, self.path)
 
 
 def line(row):

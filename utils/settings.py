@@ -24,7 +24,7 @@ from exman import ExParser
 
 from models import MODEL_CHOICES, MODEL_OPTIONS
 
-from . import BadInput
+from . import BadInput, whole_file
 from .data import LOADERS
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -248,9 +248,6 @@ class Run(exman.parser.SafeExperiment):
     code 0, leaves it where it is.
     """
 
-    def __init__(self, root, directory):
-        super().__init__(root, Path(directory))
-
     @property
     def symlink(self):
         """Its entry in exman's index, which only runs in `runs` have."""
@@ -268,9 +265,8 @@ class Run(exman.parser.SafeExperiment):
         path = run.run / exman.parser.PARAMS_FILE
         params = yaml.safe_load(path.read_text())
         params.update({key: value for key, value in vars(settings).items() if key not in ("config_file", "resume")})
-        partial = path.with_suffix(".partial")
-        partial.write_text(yaml.dump(params, default_flow_style=False))
-        os.replace(partial, path)
+        with whole_file(path) as f:
+            yaml.dump(params, f, default_flow_style=False)
         return run
 
     def __exit__(self, exc_type, exc_val, exc_tb):
