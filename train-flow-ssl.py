@@ -3,6 +3,7 @@
     python train-flow-ssl.py --config config.yaml                    train; any option overrides the file
     python train-flow-ssl.py --config config.yaml --pretrained       evaluate the weights that ship
     python train-flow-ssl.py --resume logs/exman-train-flow-ssl.py/runs/RUN
+    torchrun --nproc_per_node N train-flow-ssl.py --config config.yaml      on N GPUs
 
 The model (models/): x --f_w--> (z_aux, z_f), z_f --h_phi( . ; y)--> z_h, so that
 
@@ -18,43 +19,56 @@ the weights normalised to sum to 1 (objective):
     ssl_alg em:   u(x) = sum_y q(y) log p(x, y), q(y) = p(y | x) held constant
 """
 
+import contextlib
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from models import build_model
+from models.fast import FastLogJoint
 from utils import BadInput
-from utils.checkpoint import get_rng_state, load_checkpoint, load_weights, save_whole, set_rng_state
+from utils.checkpoint import (CheckpointWriter, copy_to_cpu, get_rng_state, load_checkpoint, load_weights, save_whole,
+                              set_rng_state)
 from utils.data import load_data
 from utils.figures import draw_curves, draw_density, draw_samples
 from utils.metrics import MetricsLog
+from utils.processes import Processes
 from utils.settings import SHIPPED, Run, read_settings
+from utils.step import PASS_BYTES, TrainingStep, scorer
+from utils.stopping import Stopping
 
 FIGURES_EACH = 300      # seconds between two drawings of a long run's figures
 SHIPPED_WEIGHTS = {"mnist": "model.torch", "digits": "digits.torch"}     # in pretrained/
+TERMS = ("loss", "elbo", "cl_loss", "correct", "labelled")               # what `objective` gives
 
 
 class TrainingFailed(RuntimeError):
     """Training cannot go on; the message is one line."""
 
 
-def main(argv=None):
+def main(argv=None, processes=None):
     """The experiment. argv: the command line, sys.argv[1:] if None. Raises BadInput, TrainingFailed."""
+    processes = processes or Processes()
     parser, settings = read_settings(argv)
-    device = set_up_torch(settings)
+    stopping = Stopping(settings.time_limit)
+    device = set_up_torch(settings, processes)
+    speed = choose_speed(settings, device, processes)
     data = load_data(settings, device)
     torch.manual_seed(settings.seed)
     model = build_model(settings, data.shape, data.n_classes, data.class_probs).to(device)
+    processes.connect(device)
 
     if settings.pretrained:
         path = shipped_weights(settings.data) if settings.pretrained == SHIPPED else settings.pretrained
         load_weights(model, path)
-        report_evaluation(model, data, settings, path)
+        report_evaluation(model, data, settings, speed, processes, path)
         return
 
     checkpoint = None
@@ -63,31 +77,38 @@ def main(argv=None):
         if checkpoint["epoch"] >= settings.epochs and (Path(settings.resume) / "model.torch").exists():
             print(f"{settings.resume} has all its {settings.epochs} epochs: nothing to do")
             return
-        run = Run.resumed(settings)
-    else:
-        run = parser.start_run(settings)
+    run = None
     try:
-        with run:
-            train(model, data, settings, run.run, checkpoint)
+        with contextlib.ExitStack() as around:
+            if processes.main:
+                run = around.enter_context(Run.resumed(settings) if settings.resume else parser.start_run(settings))
+            stopped = train(model, data, settings, speed, processes, stopping, run and run.run, checkpoint)
+            if stopped and processes.main:
+                print(f"{stopped}; to go on: {resume_command(run)}")
     except TrainingFailed as error:
-        raise TrainingFailed(f"{error}. The last good checkpoint is {run.run}/checkpoint.pt") from None
+        raise TrainingFailed(f"{error}. The last good checkpoint is {run and run.run}/checkpoint.pt") from None
     except KeyboardInterrupt:
-        if (run.run / "checkpoint.pt").exists():
-            print(f"\nInterrupted; to go on: python {sys.argv[0]} --resume {os.path.relpath(run.run)}", file=sys.stderr)
+        if run and (run.run / "checkpoint.pt").exists():
+            print(f"\nInterrupted; to go on: {resume_command(run)}", file=sys.stderr)
         raise
 
 
-def set_up_torch(settings):
+def resume_command(run):
+    return f"python {sys.argv[0]} --resume {os.path.relpath(run.run)}"
+
+
+def set_up_torch(settings, processes):
     """Threads, determinism and the torch.device that settings.device names. Raises BadInput."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.allow_tf32 = False                  # float32 means float32, on a GPU too
     name = settings.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and processes.size > 1:
+        name = f"cuda:{processes.local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -96,55 +117,114 @@ def set_up_torch(settings):
         raise BadInput(f"device must be auto, cpu, cuda or cuda:N, not {name}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BadInput(f"no device {name}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
+    if settings.train_bs % processes.size:
+        raise BadInput(f"train_bs {settings.train_bs} cannot be shared by {processes.size} processes: make it a multiple")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = not settings.deterministic
+        torch.backends.cuda.preferred_linalg_library("cusolver")     # MAGMA's LU waits for the device
     return device
 
 
-def train(model, data, settings, run_dir, checkpoint=None):
-    """Train `model` and fill `run_dir`; go on from `checkpoint`, if there is one. Raises TrainingFailed."""
-    optimizer = torch.optim.Adamax(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, foreach=True)
+def choose_speed(settings, device, processes):
+    """precision, compile, cuda_graph, micro_bs as settings say, with auto decided. Raises BadInput."""
+    gpu = device.type == "cuda"
+    precision = settings.precision
+    if precision == "auto":
+        precision = "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if precision == "tf32" and not gpu:
+        raise BadInput("precision tf32 is a GPU's: use fp32 or bf16 on a CPU")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"    # else float32 means float32
+    compilers = [name for name in (os.environ.get("CXX"), "g++", "clang++", "gcc", "clang") if name and shutil.which(name)]
+    if settings.compile == "on" and not compilers:
+        raise BadInput("compile on needs a C++ compiler (g++ or clang++): install one, or use compile off")
+    if settings.cuda_graph == "on" and not (gpu and processes.size == 1):
+        raise BadInput("cuda_graph on needs a GPU and a run of one process: use cuda_graph off")
+    return SimpleNamespace(
+        precision=precision, compile=settings.compile == "on" or settings.compile == "auto" and gpu and bool(compilers),
+        cuda_graph=settings.cuda_graph == "on" or settings.cuda_graph == "auto" and gpu and processes.size == 1,
+        micro_bs=settings.micro_bs)
+
+
+def arrange(model, speed):
+    """The model's log p(x, y) as `speed` wants it -> FastLogJoint, rows of a pass."""
+    log_joint = FastLogJoint(model, speed.precision, speed.compile)
+    if speed.micro_bs:
+        return log_joint, speed.micro_bs
+    return log_joint, sys.maxsize if model.log_p_y.is_cuda else 1 << max(PASS_BYTES // log_joint.largest, 1).bit_length() - 1
+
+
+def train(model, data, settings, speed, processes, stopping, run_dir=None, checkpoint=None):
+    """Train `model` and, in the main process, fill `run_dir`; go on from `checkpoint`, if there is one.
+
+    -> None, or where and why `stopping` ended the run. Raises TrainingFailed.
+    """
     generator = torch.Generator(data.device).manual_seed(settings.seed)
     labelled_prob = data.labelled_prob(settings.sup_sample_weight)
-    if checkpoint:
-        start = restore(checkpoint, model, optimizer, generator)
-        (run_dir / "model.torch").unlink(missing_ok=True)
-        print(f"Going on after epoch {start}")
-    else:
-        start = 0
-        np.savetxt(run_dir / "labelled.txt", data.labelled_ids, "%d")
-        model.initialize(data.draw(settings.train_bs, labelled_prob, generator)[0])
-    log = MetricsLog(run_dir / "metrics.csv", up_to_epoch=start)
     steps = -(-len(data.train_x) // settings.train_bs)       # an epoch: as many draws as examples, full batches
-    print(f"PyTorch {torch.__version__} on {device_name(data.device)}; {sum(p.numel() for p in model.parameters()):,} "
-          f"parameters; {len(data.labelled)} labelled of {len(data.train_x)} examples; {steps} steps an epoch")
-
-    def save(epoch):
-        save_whole({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch,
-                    "generator": generator.get_state(), "rng": get_rng_state(),
-                    "settings": vars(settings)}, run_dir / "checkpoint.pt")
-
     if not checkpoint:
-        save(0)
-    began = drawn = time.perf_counter()
-    for epoch in range(start + 1, settings.epochs + 1):
-        lr = learning_rate(epoch, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        sums = train_epoch(model, data, settings, optimizer, generator, labelled_prob, steps, epoch)
-        if epoch % settings.log_each and epoch != settings.epochs:
-            continue
-        test_log_p, test_acc = evaluate(model, data, settings.test_bs, settings.seed)
-        seconds, began = time.perf_counter() - began, time.perf_counter()
-        log.append({"epoch": epoch, "train_loss": sums["loss"] / steps, "elbo": sums["elbo"] / steps,
-                    "cl_loss": sums["cl_loss"] / steps, "labelled_acc": sums["correct"] / max(sums["labelled"], 1),
-                    "test_log_p": test_log_p, "test_acc": test_acc, "test_bpd": data.bits_per_dim(test_log_p),
-                    "lr": lr, "seconds": seconds})
-        save(epoch)
-        if time.perf_counter() - drawn > FIGURES_EACH:
-            draw_figures(model, data, log, run_dir, settings.seed)
-            drawn = time.perf_counter()
-    draw_figures(model, data, log, run_dir, settings.seed)
-    save_whole(model.state_dict(), run_dir / "model.torch")  # the last file: with it, the run is complete
-    print(f"Test error {1 - log.rows[-1]['test_acc']:.2%}; weights, curves and samples are in {os.path.relpath(run_dir)}")
+        model.initialize(data.draw(settings.train_bs, labelled_prob, generator)[0])
+    log_joint, pass_size = arrange(model, speed)
+    step = TrainingStep(log_joint, objective, settings, processes, pass_size, speed.cuda_graph)
+    score = scorer(log_joint, pass_size, speed.cuda_graph)
+    progress = SimpleNamespace(epoch=0, step=0, sums=torch.zeros(len(TERMS), device=data.device), seconds=0.0)
+    if checkpoint:
+        restore(checkpoint, model, step, generator, progress)
+        print(f"Going on after {place(progress, steps)}")
+    print(f"PyTorch {torch.__version__} on {device_name(data.device)}{f' and {processes.size - 1} more' * (processes.size > 1)}; "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(data.labelled)} labelled of {len(data.train_x)} "
+          f"examples; {steps} steps an epoch; {speed.precision}{', compiled' * speed.compile}")
+
+    with stopping, CheckpointWriter(run_dir and run_dir / "checkpoint.pt") as writer:
+        def save():
+            if processes.main:
+                writer.write({"model": model.state_dict(), "optimizer": step.state_dict(), **vars(progress),
+                              "generator": generator.get_state(), "rng": get_rng_state(), "settings": vars(settings)})
+
+        if processes.main:
+            log = MetricsLog(run_dir / "metrics.csv", up_to_epoch=progress.epoch)
+            (run_dir / "model.torch").unlink(missing_ok=True)
+        if not checkpoint:
+            if processes.main:
+                np.savetxt(run_dir / "labelled.txt", data.labelled_ids, "%d")
+            save()
+        drawn = time.perf_counter()
+        while progress.epoch < settings.epochs:
+            epoch = progress.epoch + 1
+            lr = learning_rate(epoch, settings)
+            step.lr.fill_(lr)
+            stopped = train_epoch(step, data, settings, processes, stopping, generator, labelled_prob, steps, progress)
+            if stopped:
+                save()
+                return f"Stopped {stopped} after {place(progress, steps)}"
+            sums = dict(zip(TERMS, processes.add(progress.sums).tolist()))
+            progress.epoch, progress.step = epoch, 0
+            progress.sums.zero_()
+            if epoch % settings.log_each and epoch != settings.epochs:
+                continue
+            began = time.perf_counter()
+            test_log_p, test_acc = evaluate(score, data, settings.test_bs, settings.seed, processes)
+            seconds = progress.seconds + time.perf_counter() - began
+            progress.seconds = 0.0
+            if processes.main:
+                log.append({"epoch": epoch, "train_loss": sums["loss"] / steps, "elbo": sums["elbo"] / steps,
+                            "cl_loss": sums["cl_loss"] / steps, "labelled_acc": sums["correct"] / max(sums["labelled"], 1),
+                            "test_log_p": test_log_p, "test_acc": test_acc, "test_bpd": data.bits_per_dim(test_log_p),
+                            "lr": lr, "seconds": seconds})
+                save()
+                if time.perf_counter() - drawn > FIGURES_EACH:
+                    draw_figures(model, data, log, run_dir, settings.seed)
+                    drawn = time.perf_counter()
+    if processes.main:
+        draw_figures(model, data, log, run_dir, settings.seed)
+        save_whole(copy_to_cpu(model.state_dict()), run_dir / "model.torch")     # the last file: with it, the run is complete
+        print(f"Test error {1 - log.rows[-1]['test_acc']:.2%}; weights, curves and samples are in {os.path.relpath(run_dir)}")
+    return None
+
+
+def place(progress, steps):
+    """How far training has come, in words."""
+    return f"epoch {progress.epoch}" if not progress.step else f"step {progress.step} of {steps} in epoch {progress.epoch + 1}"
 
 
 def draw_figures(model, data, log, run_dir, seed):
@@ -155,47 +235,55 @@ def draw_figures(model, data, log, run_dir, seed):
         draw_density(model, data, run_dir / "density.png")
 
 
-def train_epoch(model, data, settings, optimizer, generator, labelled_prob, steps, epoch):
-    """One epoch -> sums over its batches: loss, elbo, cl_loss, and correct, labelled (numbers of rows).
+def train_epoch(step, data, settings, processes, stopping, generator, labelled_prob, steps, progress):
+    """The rest of an epoch, from progress.step on -> None, or why it stopped before its end.
 
-    The sums stay on the device; they are read for the bar, at most once a second, and at the end.
-    Raises TrainingFailed, naming the step, if a loss is not finite.
+    progress.sums grows by the TERMS of its batches, of this process's rows, and stays on the
+    device: it is read at the end, and for a bar that someone sees once a second. Raises
+    TrainingFailed, naming the step, if a loss or a weight is not finite.
     """
-    names = ("loss", "elbo", "cl_loss", "correct", "labelled")
-    sums = torch.zeros(len(names), device=data.device)
+    sums, began = progress.sums, time.perf_counter()
     failed = torch.full((), -1, device=data.device)          # the first step whose loss is not finite
-    bar = tqdm(total=steps * settings.train_bs, desc=f"epoch {epoch}/{settings.epochs}", unit="img",
-               unit_scale=True, leave=False, disable=None)
+    bar = tqdm(total=steps * settings.train_bs, initial=progress.step * settings.train_bs, unit="img", unit_scale=True,
+               desc=f"epoch {progress.epoch + 1}/{settings.epochs}", leave=False, disable=None if processes.main else True)
+    reads_between = not bar.disable and processes.size == 1  # of several processes none may leave alone
+    stopped = None
+
+    def check():
+        if failed > 0:
+            raise TrainingFailed(f"The loss is not finite at step {int(failed)} of {steps} in epoch {progress.epoch + 1}")
+
     with bar:
         shown = time.perf_counter()
-        for step in range(1, steps + 1):
+        while progress.step < steps and not stopped:
             x, y = data.draw(settings.train_bs, labelled_prob, generator)
-            terms = objective(model.log_joint(x), y, settings)
-            optimizer.zero_grad()
-            terms[0].backward()
-            if settings.clip_gn:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_gn)
-            optimizer.step()
-            sums += torch.stack(terms).detach()
-            failed = torch.where(sums[0].isfinite() | (failed > 0), failed, step)
-            if time.perf_counter() - shown > 1 or step == steps:
+            sums += step(x, y)
+            progress.step += 1
+            failed = torch.where(sums[0].isfinite() | (failed > 0), failed, progress.step)
+            if processes.any(stopping.reason is not None):
+                stopped = processes.broadcast(stopping.reason)
+            if reads_between and time.perf_counter() - shown > 1:
                 shown = time.perf_counter()
-                if failed > 0:
-                    raise TrainingFailed(f"The loss is not finite at step {int(failed)} of {steps} in epoch {epoch}")
-                bar.update(step * settings.train_bs - bar.n)
-                bar.set_postfix(loss=f"{float(sums[0]) / step:.3f}", refresh=False)
-    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
-        raise TrainingFailed(f"A weight is not finite after step {steps} of {steps} in epoch {epoch}")
-    return dict(zip(names, sums.tolist()))
+                check()
+                bar.update(progress.step * settings.train_bs - bar.n)
+                bar.set_postfix(loss=f"{float(sums[0]) / progress.step:.3f}", refresh=False)
+    failed = processes.largest(failed)
+    check()
+    if not step.vector.isfinite().all():
+        raise TrainingFailed(f"A weight is not finite after step {progress.step} of {steps} in epoch {progress.epoch + 1}")
+    progress.seconds += time.perf_counter() - began
+    return stopped
 
 
-def objective(log_joint, y, settings):
+def objective(log_joint, y, settings, batch_y=None):
     """The loss of a batch and what is logged of it (see the top of this file).
 
     log_joint (B, K); y (B,), -1 where the label is hidden -> loss, elbo, cl_loss, and the numbers of
     labelled rows that p(y | x) gets right and of labelled rows, all of shape (). The elbo is the
-    weighted mean of log p(x, y) and u(x).
+    weighted mean of log p(x, y) and u(x). batch_y: the labels of the whole batch, where the rows
+    given are a part of one: the terms are this part's share, and those of all parts sum to the batch's.
     """
+    batch_y = y if batch_y is None else batch_y
     labelled = y >= 0
     own = log_joint.gather(1, y.clamp(min=0)[:, None])[:, 0]                  # log p(x, y)
     marginal = log_joint.logsumexp(1)                                         # log p(x)
@@ -203,13 +291,14 @@ def objective(log_joint, y, settings):
         unlabelled_term = (log_joint.softmax(1).detach() * log_joint).sum(1)
     else:
         unlabelled_term = marginal
-    weight = torch.where(labelled, settings.sup_weight, 1.0)
-    elbo = (weight * torch.where(labelled, own, unlabelled_term)).sum() / weight.sum()
-    n_labelled = labelled.sum()
-    cl_loss = torch.where(labelled, marginal - own, 0.0).sum() / n_labelled.clamp(min=1)
+
+    def weight(y):
+        return torch.where(y >= 0, settings.sup_weight, 1.0)
+    elbo = (weight(y) * torch.where(labelled, own, unlabelled_term)).sum() / weight(batch_y).sum()
+    cl_loss = torch.where(labelled, marginal - own, 0.0).sum() / (batch_y >= 0).sum().clamp(min=1)
     loss = -elbo + settings.cl_weight * cl_loss if settings.cl_weight else -elbo
     correct = (labelled & (log_joint.argmax(1) == y)).sum()
-    return loss, elbo, cl_loss, correct.to(loss.dtype), n_labelled.to(loss.dtype)
+    return loss, elbo, cl_loss, correct.to(loss.dtype), labelled.sum().to(loss.dtype)
 
 
 def learning_rate(epoch, settings):
@@ -223,26 +312,35 @@ def learning_rate(epoch, settings):
     return settings.lr
 
 
-@torch.no_grad()
-def evaluate(model, data, batch_size, seed):
+def evaluate(score, data, batch_size, seed, processes):
     """Mean log p(x) of the test set, in nats, and accuracy of argmax p(y | x), from 0 to 1.
 
-    The dequantisation noise follows `seed`: two evaluations of the same weights on a device agree.
+    score: x (B, C, H, W) -> log p(x, y) (B, K), called with batches of one size, at most
+    `batch_size`. The dequantisation noise follows `seed`: two evaluations of the same weights on a
+    device agree. Each process takes its share of the batches.
     """
     generator = torch.Generator(data.device).manual_seed(seed)
-    log_p = torch.zeros((), dtype=torch.float64, device=data.device)
-    correct = torch.zeros((), dtype=torch.long, device=data.device)
-    for x, y in zip(data.test_x.split(batch_size), data.test_y.split(batch_size)):
-        log_joint = model.log_joint(data.dequantize(x, generator))
-        log_p += log_joint.logsumexp(1).double().sum()
-        correct += (log_joint.argmax(1) == y).sum()
-    return float(log_p) / len(data.test_x), float(correct) / len(data.test_x)
+    n = len(data.test_x)
+    n_batches = -(-n // batch_size)
+    batch_size = -(-n // n_batches)
+    sums = torch.zeros(2, dtype=torch.float64, device=data.device)           # log p(x), correct
+    for i in range(n_batches):
+        rows = torch.arange(i * batch_size, (i + 1) * batch_size, device=data.device)
+        counted, rows = rows < n, rows.clamp(max=n - 1)
+        x = data.dequantize(data.test_x[rows], generator)
+        if i % processes.size == processes.rank:
+            log_joint = score(x)
+            correct = log_joint.argmax(1) == data.test_y[rows]
+            sums += (torch.stack((log_joint.logsumexp(1).double(), correct.double())) * counted).sum(1)
+    log_p, correct = (processes.add(sums) / n).tolist()
+    return log_p, correct
 
 
-def report_evaluation(model, data, settings, path):
+def report_evaluation(model, data, settings, speed, processes, path):
     """Print what `--pretrained` is for."""
     began = time.perf_counter()
-    log_p, accuracy = evaluate(model, data, settings.test_bs, settings.seed)
+    score = scorer(*arrange(model, speed), speed.cuda_graph)
+    log_p, accuracy = evaluate(score, data, settings.test_bs, settings.seed, processes)
     print(f"Weights      {path}\n"
           f"Test set     {len(data.test_x)} examples of {settings.data}, {time.perf_counter() - began:.1f} s "
           f"on {device_name(data.device)}\n"
@@ -261,17 +359,18 @@ def shipped_weights(data):
     return path
 
 
-def restore(checkpoint, model, optimizer, generator):
-    """Put everything back as the checkpoint has it -> its epoch."""
+def restore(checkpoint, model, step, generator, progress):
+    """Put everything back as the checkpoint has it."""
     model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
+    step.load_state_dict(checkpoint["optimizer"])
+    progress.epoch, progress.step, progress.seconds = (checkpoint[key] for key in ("epoch", "step", "seconds"))
+    progress.sums.copy_(checkpoint["sums"])
     set_rng_state(checkpoint["rng"])
     try:
         generator.set_state(checkpoint["generator"])
     except RuntimeError:                                     # made on another kind of device
         generator.manual_seed(generator.initial_seed() + checkpoint["epoch"])
         print("Resumed on another kind of device: the batches will not be the ones an unstopped run would see")
-    return checkpoint["epoch"]
 
 
 def device_name(device):
@@ -281,14 +380,24 @@ def device_name(device):
 
 
 def cli(argv=None):
-    """`main` as a command: returns the exit code, 2 for bad input, 1 for failed training, 130 if interrupted."""
+    """`main` as a command: returns the exit code, 2 for bad input, 1 for failed training, 130 if interrupted.
+
+    Of several processes only the main one prints.
+    """
+    processes = None
     try:
-        main(argv)
+        processes = Processes()
+        with contextlib.redirect_stdout(sys.stdout if processes.main else None):
+            main(argv, processes)
     except (BadInput, TrainingFailed) as error:
-        print(f"train-flow-ssl.py: error: {error}", file=sys.stderr)
+        if not processes or processes.main:
+            print(f"train-flow-ssl.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        if processes:
+            processes.close()
     return 0
 
 

@@ -96,10 +96,13 @@ class ActNorm(Bijection):
         self.logs.copy_(-torch.log(values.std(1) + 1e-6))
         self.initialized.fill_(True)
 
+    def transform(self, x):
+        """x (B, C, ...) -> z, without the log-det."""
+        return (x - per_channel(self.bias, x)) * per_channel(self.logs.exp(), x)
+
     def forward(self, x):
-        z = (x - per_channel(self.bias, x)) * per_channel(self.logs.exp(), x)
         pixels = math.prod(x.shape[2:])
-        return z, (self.logs.sum() * pixels).expand(len(x))
+        return self.transform(x), (self.logs.sum() * pixels).expand(len(x))
 
     def inverse(self, z):
         return z * per_channel((-self.logs).exp(), z) + per_channel(self.bias, z)

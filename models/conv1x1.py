@@ -12,6 +12,51 @@ from torch.nn import functional as F
 
 from .bijections import Bijection
 
+SMALL = 16    # channels up to which an image's product is written out: a convolution's call costs more than its work
+
+
+class LogAbsDet(torch.autograd.Function):
+    """log|det W| of each W (N, C, C) -> (N,): by LU in double precision; d log|det W| / dW = W^-T.
+
+    Never waits for the device: a singular W gives -inf, and a gradient that is not finite.
+    """
+
+    @staticmethod
+    def forward(ctx, w):
+        lu, pivots = _batched(lambda w: torch.linalg.lu_factor_ex(w)[:2], w.double())
+        ctx.save_for_backward(lu, pivots)
+        return lu.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1).to(w.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        lu, pivots = ctx.saved_tensors
+        eye = torch.eye(lu.shape[-1], dtype=lu.dtype, device=lu.device).expand_as(lu)
+        inverse_t, = _batched(lambda *args: (torch.linalg.lu_solve(*args, adjoint=True),), lu, pivots, eye)
+        return (grad[:, None, None] * inverse_t).to(grad.dtype)
+
+
+def _batched(f, *tensors):
+    """f of tensors with a leading batch dimension, called once a matrix on a CPU.
+
+    There PyTorch (2.14 with MKL) computes a batch's LU wrongly once torch.set_num_threads was called.
+    """
+    if tensors[0].is_cuda:
+        return f(*tensors)
+    return tuple(map(torch.stack, zip(*map(f, *tensors))))
+
+
+log_abs_det = LogAbsDet.apply
+
+
+def over_channels(w, x):
+    """W x at every pixel: w (C, C), x (B, C, ...) -> (B, C, ...)."""
+    if x.dim() == 2:
+        return x @ w.T
+    if len(w) <= SMALL:
+        return (w[:, :, None, None] * x[:, None]).sum(2)                  # (B, C, C, H, W) -> (B, C, H, W)
+    return F.conv2d(x, w[:, :, None, None])
+
 
 class InvertibleConv(Bijection):
     """z = W x. A kind of it gives `matrix() -> (W (C, C), log|det W| ())`."""
@@ -22,28 +67,26 @@ class InvertibleConv(Bijection):
     def forward(self, x):
         w, logabsdet = self.matrix()
         pixels = math.prod(x.shape[2:])
-        return self._over_channels(w, x), (logabsdet * pixels).expand(len(x))
+        return over_channels(w, x), (logabsdet * pixels).expand(len(x))
 
     def inverse(self, z):
         w, _ = self.matrix()
-        return self._over_channels(torch.linalg.inv(w.double()).to(w.dtype), z)
-
-    @staticmethod
-    def _over_channels(w, x):
-        if x.dim() == 2:
-            return x @ w.T
-        return F.conv2d(x, w[:, :, None, None])
+        return over_channels(torch.linalg.inv(w.double()).to(w.dtype), z)
 
 
 class FullConv(InvertibleConv):
-    """A free matrix W, the identity at start; its log-det is taken in double precision."""
+    """A free matrix W, the identity at start."""
 
     def __init__(self, channels):
         super().__init__()
         self.W = nn.Parameter(torch.eye(channels))
 
+    def transform(self, x):
+        """W x, without the log-det."""
+        return over_channels(self.W, x)
+
     def matrix(self):
-        return self.W, torch.linalg.slogdet(self.W.double()).logabsdet.to(self.W.dtype)
+        return self.W, log_abs_det(self.W[None])[0]
 
 
 class HouseholderConv(InvertibleConv):

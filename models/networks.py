@@ -40,25 +40,30 @@ class ResidualBlock(nn.Module):
         return x + self.layer2(F.relu(self.layer1(F.relu(x)), inplace=True))
 
 
+class NetworkNorm(ActNorm):
+    """An ActNorm that is no part of the flow: its log-det counts nowhere."""
+
+    def forward(self, x):
+        return self.transform(x)
+
+
 class ResNet(nn.Module):
     """Residual network of `layer(c_in, c_out)`: in, `n_blocks` residual blocks, ActNorm, ReLU, out.
 
     The last layer is zero at start, so that the coupling around it starts as a fixed scaling.
-    The ActNorm is no part of the flow: its log-det counts nowhere.
     """
 
     def __init__(self, layer, c_in, c_out, width, n_blocks):
         super().__init__()
         self.first = layer(c_in, width)
         self.blocks = nn.Sequential(*(ResidualBlock(layer, width) for _ in range(n_blocks)))
-        self.norm = ActNorm(width)
+        self.norm = NetworkNorm(width)
         self.last = layer(width, c_out)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
     def forward(self, x):
-        h, _ = self.norm(self.blocks(self.first(x)))
-        return self.last(F.relu(h, inplace=True))
+        return self.last(F.relu(self.norm(self.blocks(self.first(x))), inplace=True))
 
 
 def resnet3x3(c_in, c_out, width=64, n_blocks=4):

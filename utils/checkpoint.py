@@ -2,6 +2,7 @@
 
 import random
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ import torch
 from . import BadInput, whole_file
 from .published import from_published, is_published
 
-CHECKPOINT_KEYS = {"model", "optimizer", "epoch", "generator", "rng", "settings"}
+CHECKPOINT_KEYS = {"model", "optimizer", "epoch", "step", "sums", "seconds", "generator", "rng", "settings"}
 
 
 def load_weights(model, path):
@@ -67,6 +68,40 @@ def load_file(path):
         raise BadInput(f"{path} is no checkpoint that torch.load can read safely ({type(e).__name__})") from None
     if not isinstance(content, dict):
         raise BadInput(f"{path} holds a {type(content).__name__}, not the mapping of a checkpoint")
+    return content
+
+
+class CheckpointWriter:
+    """A context whose `write` copies a checkpoint to the CPU's memory and returns; a thread writes the file.
+
+    On leaving it the last file is whole. An error in writing shows at the next call, or on leaving.
+    """
+
+    def __init__(self, path):
+        self.path, self.thread, self.written = path, ThreadPoolExecutor(1), None
+
+    def write(self, content):
+        self.wait()
+        self.written = self.thread.submit(save_whole, copy_to_cpu(content), self.path)
+
+    def wait(self):
+        if self.written:
+            self.written.result()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.thread.shutdown()
+        self.wait()
+
+
+def copy_to_cpu(content):
+    """`content`, nested mappings of tensors and anything else, with copies of the tensors on the CPU."""
+    if isinstance(content, torch.Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, dict):
+        return {key: copy_to_cpu(value) for key, value in content.items()}
     return content
 
 

@@ -14,7 +14,8 @@ class MetricsLog:
 
     epoch; then means over the epoch's training batches: loss, elbo (the objective, nats), cl_loss
     (L_clf, nats), accuracy on labelled rows (0 to 1); then on the test set: log p(x) (nats),
-    accuracy, bits/dim (NaN for points); the learning rate; seconds since the row before.
+    accuracy, bits/dim (NaN for points); the learning rate; seconds of training and
+    evaluation since the row before.
     """
 
     def __init__(self, path, up_to_epoch=0):

@@ -30,7 +30,8 @@ from .data import LOADERS
 PROJECT = Path(__file__).resolve().parent.parent
 PUBLISHED_UNUSED = ("k", "hid_dim", "logits", "lr_gamma", "lr_steps", "sup_ohe", "status")
 EXMAN_KEYS = ("root", "time", "id", "commit", "dirty")      # what exman adds to a run's params.yaml
-RESUMABLE = ("device", "threads", "data_root", "log_each", "epochs", "deterministic", "config_file", "resume", "git_dirty")
+RESUMABLE = ("device", "threads", "data_root", "log_each", "epochs", "deterministic", "precision", "compile", "cuda_graph",
+             "micro_bs", "time_limit", "config_file", "resume", "git_dirty")
 TRACEBACK_FILE = "traceback.txt"
 SHIPPED = "shipped"                                         # what a bare --pretrained means
 
@@ -127,6 +128,13 @@ def _add_options(parser):
     add("resume", str, "", "go on with the stopped run in this directory", metavar="RUN_DIR")
     add("device", str, "auto", "auto, cpu, cuda or cuda:N; auto: cuda where there is one")
     add("threads", _number(int, 0, 4096), 0, "CPU threads; 0: PyTorch's choice")
+    add("precision", str, "auto", "of the networks in the couplings; tf32 and bf16 on a GPU, bf16 on a CPU too; "
+        "auto: bf16 on a GPU that has it, else fp32", choices=("auto", "fp32", "tf32", "bf16"))
+    add("compile", str, "auto", "torch.compile for training and evaluation; auto: on a GPU", choices=("auto", "off", "on"))
+    add("cuda_graph", str, "auto", "a step as one CUDA graph; auto: on a GPU, in a run of one process", choices=("auto", "off", "on"))
+    add("micro_bs", _number(int, 0, large), 0, "rows of a forward and backward pass, which add up to a step; "
+        "0: on a CPU what its caches suit, on a GPU all")
+    add("time_limit", fraction, 0.0, "stop in good order after so many minutes; 0: no limit")
     add("deterministic", _boolean, False, "only algorithms that give the same bits again, on a GPU too",
         nargs="?", const=True, metavar="true|false")
     for name in PUBLISHED_UNUSED:

@@ -1,0 +1,130 @@
+"""The same model arranged for speed: the same parameters, and the same log p(x, y) to rounding."""
+
+import copy
+import math
+
+import torch
+from torch import nn
+
+from .bijections import ActNorm, Bijection, ChannelCoupling, CheckerboardCoupling
+from .conv1x1 import FullConv, log_abs_det
+from .networks import NetworkNorm
+
+NETWORKS = {CheckerboardCoupling: ("net",), ChannelCoupling: ("net1", "net2")}
+
+
+class FastLogJoint(nn.Module):
+    """x (B, C, H, W) -> log p(x, y) (B, K): what `model.log_joint` computes.
+
+    It computes with a twin of `model`, which has the same parameter and buffer objects, and where
+
+    - the log-dets of ActNorms and free 1x1 convolutions, the same for every x, are no part of the
+      pass: they are computed once a call, all matrices of a size at once (WeightLogDet), on a GPU
+      beside the pass, on a stream of their own;
+    - images and the weights of convolutions lie in memory with the channels last;
+    - with `precision` bf16 the networks inside the couplings, and nothing else, run in bfloat16
+      under autocast: scales, log-dets, bases and logsumexp keep the model's type;
+    - with `compiled` the pass is one graph of torch.compile.
+
+    `model` must be on its device, and stay there. `largest`: bytes, for one image, of the largest
+    tensor of the pass.
+    """
+
+    def __init__(self, model, precision="fp32", compiled=False):
+        super().__init__()
+        pixels, self.largest = _survey(model)
+        for p in model.parameters():
+            if p.dim() == 4:
+                p.data = p.data.contiguous(memory_format=torch.channels_last)
+        self.twin = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+        linear = {name: self.twin.get_submodule(name) for name in pixels}
+        self.weight_log_det = WeightLogDet([(part, pixels[name]) for name, part in linear.items()])
+        for name, part in linear.items():
+            self.twin.set_submodule(name, _WithoutLogDet(part))
+        if precision == "bf16":
+            for part in list(self.twin.modules()):
+                for net in NETWORKS.get(type(part), ()):
+                    setattr(part, net, _InBfloat16(getattr(part, net)))
+        self.side_stream = torch.cuda.Stream() if model.log_p_y.is_cuda else None
+        self.of_x = torch.compile(self.twin.log_joint, fullgraph=True, dynamic=False) if compiled else self.twin.log_joint
+
+    def forward(self, x):
+        x = x.contiguous(memory_format=torch.channels_last)
+        if self.side_stream is None:
+            return self.of_x(x) + self.weight_log_det()
+        main = torch.cuda.current_stream()
+        self.side_stream.wait_stream(main)
+        with torch.cuda.stream(self.side_stream):
+            log_det = self.weight_log_det()
+        log_joint = self.of_x(x)
+        main.wait_stream(self.side_stream)
+        log_det.record_stream(main)
+        return log_joint + log_det
+
+
+class WeightLogDet(nn.Module):
+    """() -> the part of ldj that does not depend on x: sum over `parts` of pixels times their log|det|.
+
+    parts: pairs of an ActNorm or FullConv and the number of pixels it works on.
+    """
+
+    def __init__(self, parts):
+        super().__init__()
+        matrices = {}
+        for part, pixels in parts:
+            if isinstance(part, FullConv):
+                matrices.setdefault(len(part.W), []).append((part.W, pixels))
+        logs = [(part.logs, pixels) for part, pixels in parts if isinstance(part, ActNorm)]
+        self.logs = [p for p, _ in logs]
+        self.of_logs = torch.cat([torch.full_like(p, pixels) for p, pixels in logs]).detach() if logs else None
+        self.matrices = [[w for w, _ in group] for group in matrices.values()]
+        self.of_matrices = [group[0][0].new_tensor([pixels for _, pixels in group]) for group in matrices.values()]
+
+    def forward(self):
+        log_dets = [log_abs_det(torch.stack(group)) @ pixels for group, pixels in zip(self.matrices, self.of_matrices)]
+        if self.logs:
+            log_dets.append(torch.cat(self.logs) @ self.of_logs)
+        return sum(log_dets)
+
+
+class _WithoutLogDet(Bijection):
+    """An ActNorm or 1x1 convolution whose log-det is counted elsewhere."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        return self.part.transform(x), 0.0
+
+
+class _InBfloat16(nn.Module):
+    """A network in bfloat16, from and to the type of its input."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
+            return self.net(x).to(x.dtype)
+
+
+@torch.no_grad()
+def _survey(model):
+    """A pass of one example -> {name: pixels} of flow ActNorms and full convolutions; bytes of its largest tensor."""
+    pixels, largest, hooks = {}, [0], []
+
+    def look(name, part, x, out):
+        out = out[0] if isinstance(out, tuple) else out
+        largest[0] = max(largest[0], out.numel() * out.element_size())
+        if isinstance(part, FullConv) or isinstance(part, ActNorm) and not isinstance(part, NetworkNorm):
+            pixels[name] = math.prod(x[0].shape[2:])
+    for name, part in model.named_modules():
+        hooks.append(part.register_forward_hook(lambda part, x, out, name=name: look(name, part, x, out)))
+    try:
+        model.log_joint(model.log_p_y.new_zeros(1, *model.data_shape))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return pixels, largest[0]

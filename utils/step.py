@@ -1,0 +1,129 @@
+"""A step of training, and what makes it fast: one vector of parameters, passes that fit the caches, CUDA graphs."""
+
+import contextlib
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+PASS_BYTES = 2**24          # of the largest tensor of a CPU's pass: larger ones cost page faults and cache misses
+WARM_UP = 3                 # plain runs before a CUDA graph is captured, as libraries choose their algorithms in them
+
+
+class TrainingStep:
+    """step(x, y) moves the parameters of `log_joint` by a step of Adamax; nothing is read back from the device.
+
+    log_joint: a FastLogJoint; objective: as in train-flow-ssl.py; settings: lr, weight_decay,
+    clip_gn and what `objective` uses; pass_size: rows of a forward and backward pass, whose
+    gradients add up to the batch's; processes: each one takes its share of every batch.
+    `lr`, on the device, is the learning rate of the steps to come.
+    """
+
+    def __init__(self, log_joint, objective, settings, processes, pass_size, cuda_graph=False):
+        self.objective, self.settings, self.processes, self.pass_size = objective, settings, processes, pass_size
+        self.parameters = list(log_joint.parameters())
+        self.vector = _as_one_vector(self.parameters)
+        self.vector.grad = torch.zeros_like(self.vector)
+        self.lr = torch.tensor(settings.lr, device=self.vector.device)
+        self.optimizer = torch.optim.Adamax([self.vector], lr=self.lr, weight_decay=settings.weight_decay,
+                                            foreach=True, capturable=self.vector.is_cuda)
+        self.log_joint = log_joint
+        if processes.size > 1:
+            self.log_joint = DistributedDataParallel(log_joint, broadcast_buffers=False)
+        self.run = Captured(self._run) if cuda_graph else self._run
+
+    def __call__(self, x, y):
+        """A step on the batch x (B, C, H, W), y (B,), -1 where hidden -> this process's share of its terms, (5,)."""
+        return self.run(x, y)
+
+    def _run(self, x, y):
+        for p in self.parameters:
+            p.grad = None
+        own_x, own_y = self.processes.share(x), self.processes.share(y)
+        passes = list(zip(own_x.split(self.pass_size), own_y.split(self.pass_size)))
+        batch_terms = 0
+        for i, (part_x, part_y) in enumerate(passes):
+            with self._gradients_synchronised(i == len(passes) - 1):
+                terms = torch.stack(self.objective(self.log_joint(part_x), part_y, self.settings, y))
+                (terms[0] * self.processes.size).backward()              # DistributedDataParallel takes the mean
+            batch_terms = batch_terms + terms.detach()
+        torch.cat([_in_memory_order(p.grad) for p in self.parameters], out=self.vector.grad)
+        if self.settings.clip_gn:
+            nn.utils.clip_grad_norm_([self.vector], self.settings.clip_gn)
+        self.optimizer.step()
+        return batch_terms
+
+    def _gradients_synchronised(self, now):
+        return contextlib.nullcontext() if now or self.processes.size == 1 else self.log_joint.no_sync()
+
+    def state_dict(self):
+        """Adamax's state: step, exp_avg, exp_inf; empty before the first step."""
+        return dict(self.optimizer.state[self.vector])
+
+    def load_state_dict(self, state):
+        """Take over what `state_dict` gave, on whatever device."""
+        device = self.vector.device
+        places = {"step": device if self.vector.is_cuda else "cpu", "exp_avg": device, "exp_inf": device}
+        self.optimizer.state[self.vector] = {key: value.to(places[key], copy=True) for key, value in state.items()}
+
+
+def scorer(log_joint, pass_size, cuda_graph=False):
+    """x (B, C, H, W) -> log p(x, y) (B, K) without gradient, in passes of `pass_size` rows."""
+    @torch.no_grad()
+    def score(x):
+        return torch.cat([log_joint(part) for part in x.split(pass_size)])
+    return Captured(score) if cuda_graph else score
+
+
+class Captured:
+    """A function of tensors of fixed shapes on a GPU, run as one CUDA graph after WARM_UP plain runs.
+
+    What it returns is overwritten by the next call. Its side effects on the device are part of the
+    graph, those on the host happen in the first calls alone.
+    """
+
+    def __init__(self, function):
+        self.function, self.calls, self.graph = function, 0, None
+        self.side_stream = torch.cuda.Stream()
+
+    def __call__(self, *inputs):
+        if self.graph is None:
+            self.calls += 1
+            if self.calls <= WARM_UP:
+                return self._warm_up(inputs)
+            self.inputs = [x.clone() for x in inputs]
+            torch.cuda.empty_cache()                         # the plain runs' memory; the graph has its own
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.output = self.function(*self.inputs)
+        for own, x in zip(self.inputs, inputs):
+            own.copy_(x)
+        self.graph.replay()
+        return self.output
+
+    def _warm_up(self, inputs):
+        """On a stream that is not the default one, as capture wants it."""
+        main = torch.cuda.current_stream()
+        self.side_stream.wait_stream(main)
+        with torch.cuda.stream(self.side_stream):
+            output = self.function(*inputs)
+        main.wait_stream(self.side_stream)
+        return output
+
+
+def _in_memory_order(p):
+    """p flattened as parameters lie in memory: images' weights with the channels last."""
+    return (p.permute(0, 2, 3, 1) if p.dim() == 4 else p).reshape(-1)
+
+
+@torch.no_grad()
+def _as_one_vector(parameters):
+    """Move `parameters` into one vector, as views of it -> the vector, a Parameter."""
+    vector = torch.cat([_in_memory_order(p) for p in parameters])
+    for p, part in zip(parameters, vector.split([p.numel() for p in parameters])):
+        if p.dim() == 4:
+            o, i, h, w = p.shape
+            p.data = part.view(o, h, w, i).permute(0, 3, 1, 2)
+        else:
+            p.data = part.view(p.shape)
+    return nn.Parameter(vector)
