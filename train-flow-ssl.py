@@ -21,7 +21,6 @@ the weights normalised to sum to 1 (objective):
 
 import contextlib
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -32,16 +31,16 @@ import torch
 from tqdm import tqdm
 
 from models import build_model
-from models.fast import FastLogJoint
 from utils import BadInput
 from utils.checkpoint import (CheckpointWriter, copy_to_cpu, get_rng_state, load_checkpoint, load_weights, save_whole,
                               set_rng_state)
 from utils.data import load_data
+from utils.device import choose_speed, device_name, set_up_torch
 from utils.figures import draw_curves, draw_density, draw_samples
 from utils.metrics import MetricsLog
 from utils.processes import Processes
 from utils.settings import SHIPPED, Run, read_settings
-from utils.step import PASS_BYTES, TrainingStep, scorer
+from utils.step import TrainingStep, arrange, scorer
 from utils.stopping import Stopping
 
 FIGURES_EACH = 300      # seconds between two drawings of a long run's figures
@@ -97,63 +96,6 @@ def resume_command(run):
     return f"python {sys.argv[0]} --resume {os.path.relpath(run.run)}"
 
 
-def set_up_torch(settings, processes):
-    """Threads, determinism and the torch.device that settings.device names. Raises BadInput."""
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    name = settings.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and processes.size > 1:
-        name = f"cuda:{processes.local_rank}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise BadInput(f"device must be auto, cpu, cuda or cuda:N, not {name}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BadInput(f"no device {name}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
-    if settings.train_bs % processes.size:
-        raise BadInput(f"train_bs {settings.train_bs} cannot be shared by {processes.size} processes: make it a multiple")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = not settings.deterministic
-        torch.backends.cuda.preferred_linalg_library("cusolver")     # MAGMA's LU waits for the device
-    return device
-
-
-def choose_speed(settings, device, processes):
-    """precision, compile, cuda_graph, micro_bs as settings say, with auto decided. Raises BadInput."""
-    gpu = device.type == "cuda"
-    precision = settings.precision
-    if precision == "auto":
-        precision = "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if precision == "tf32" and not gpu:
-        raise BadInput("precision tf32 is a GPU's: use fp32 or bf16 on a CPU")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"    # else float32 means float32
-    compilers = [name for name in (os.environ.get("CXX"), "g++", "clang++", "gcc", "clang") if name and shutil.which(name)]
-    if settings.compile == "on" and not compilers:
-        raise BadInput("compile on needs a C++ compiler (g++ or clang++): install one, or use compile off")
-    if settings.cuda_graph == "on" and not (gpu and processes.size == 1):
-        raise BadInput("cuda_graph on needs a GPU and a run of one process: use cuda_graph off")
-    return SimpleNamespace(
-        precision=precision, compile=settings.compile == "on" or settings.compile == "auto" and gpu and bool(compilers),
-        cuda_graph=settings.cuda_graph == "on" or settings.cuda_graph == "auto" and gpu and processes.size == 1,
-        micro_bs=settings.micro_bs)
-
-
-def arrange(model, speed):
-    """The model's log p(x, y) as `speed` wants it -> FastLogJoint, rows of a pass."""
-    log_joint = FastLogJoint(model, speed.precision, speed.compile)
-    if speed.micro_bs:
-        return log_joint, speed.micro_bs
-    return log_joint, sys.maxsize if model.log_p_y.is_cuda else 1 << max(PASS_BYTES // log_joint.largest, 1).bit_length() - 1
-
-
 def train(model, data, settings, speed, processes, stopping, run_dir=None, checkpoint=None):
     """Train `model` and, in the main process, fill `run_dir`; go on from `checkpoint`, if there is one.
 
@@ -165,7 +107,7 @@ def train(model, data, settings, speed, processes, stopping, run_dir=None, check
     if not checkpoint:
         model.initialize(data.draw(settings.train_bs, labelled_prob, generator)[0])
     log_joint, pass_size = arrange(model, speed)
-    step = TrainingStep(log_joint, objective, settings, processes, pass_size, speed.cuda_graph)
+    step = TrainingStep(log_joint, pass_size, objective, settings, processes, speed.cuda_graph)
     score = scorer(log_joint, pass_size, speed.cuda_graph)
     progress = SimpleNamespace(epoch=0, step=0, sums=torch.zeros(len(TERMS), device=data.device), seconds=0.0)
     if checkpoint:
@@ -242,16 +184,16 @@ def train_epoch(step, data, settings, processes, stopping, generator, labelled_p
     device: it is read at the end, and for a bar that someone sees once a second. Raises
     TrainingFailed, naming the step, if a loss or a weight is not finite.
     """
-    sums, began = progress.sums, time.perf_counter()
-    failed = torch.full((), -1, device=data.device)          # the first step whose loss is not finite
+    sums, first, began = progress.sums, progress.step + 1, time.perf_counter()
+    finite = torch.zeros((), dtype=torch.long, device=data.device)           # steps from `first` on with a finite loss
     bar = tqdm(total=steps * settings.train_bs, initial=progress.step * settings.train_bs, unit="img", unit_scale=True,
                desc=f"epoch {progress.epoch + 1}/{settings.epochs}", leave=False, disable=None if processes.main else True)
     reads_between = not bar.disable and processes.size == 1  # of several processes none may leave alone
     stopped = None
 
-    def check():
-        if failed > 0:
-            raise TrainingFailed(f"The loss is not finite at step {int(failed)} of {steps} in epoch {progress.epoch + 1}")
+    def check(finite):
+        if first + finite <= progress.step:
+            raise TrainingFailed(f"The loss is not finite at step {first + finite} of {steps} in epoch {progress.epoch + 1}")
 
     with bar:
         shown = time.perf_counter()
@@ -259,16 +201,15 @@ def train_epoch(step, data, settings, processes, stopping, generator, labelled_p
             x, y = data.draw(settings.train_bs, labelled_prob, generator)
             sums += step(x, y)
             progress.step += 1
-            failed = torch.where(sums[0].isfinite() | (failed > 0), failed, progress.step)
+            finite += sums[0].isfinite()                     # once it is not, the sum never is again
             if processes.any(stopping.reason is not None):
                 stopped = processes.broadcast(stopping.reason)
             if reads_between and time.perf_counter() - shown > 1:
                 shown = time.perf_counter()
-                check()
+                check(int(finite))
                 bar.update(progress.step * settings.train_bs - bar.n)
                 bar.set_postfix(loss=f"{float(sums[0]) / progress.step:.3f}", refresh=False)
-    failed = processes.largest(failed)
-    check()
+    check(int(processes.smallest(finite)))
     if not step.vector.isfinite().all():
         raise TrainingFailed(f"A weight is not finite after step {progress.step} of {steps} in epoch {progress.epoch + 1}")
     progress.seconds += time.perf_counter() - began
@@ -293,9 +234,9 @@ def objective(log_joint, y, settings, batch_y=None):
         unlabelled_term = marginal
 
     def weight(y):
-        return torch.where(y >= 0, settings.sup_weight, 1.0)
+        return torch.ones_like(y, dtype=log_joint.dtype).masked_fill(y >= 0, settings.sup_weight)
     elbo = (weight(y) * torch.where(labelled, own, unlabelled_term)).sum() / weight(batch_y).sum()
-    cl_loss = torch.where(labelled, marginal - own, 0.0).sum() / (batch_y >= 0).sum().clamp(min=1)
+    cl_loss = (marginal - own).masked_fill(~labelled, 0).sum() / (batch_y >= 0).sum().clamp(min=1)
     loss = -elbo + settings.cl_weight * cl_loss if settings.cl_weight else -elbo
     correct = (labelled & (log_joint.argmax(1) == y)).sum()
     return loss, elbo, cl_loss, correct.to(loss.dtype), labelled.sum().to(loss.dtype)
@@ -371,12 +312,6 @@ def restore(checkpoint, model, step, generator, progress):
     except RuntimeError:                                     # made on another kind of device
         generator.manual_seed(generator.initial_seed() + checkpoint["epoch"])
         print("Resumed on another kind of device: the batches will not be the ones an unstopped run would see")
-
-
-def device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"the CPU, {torch.get_num_threads()} threads"
 
 
 def cli(argv=None):

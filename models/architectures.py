@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import torch
 from torch import nn
 
 from utils import BadInput
@@ -62,6 +63,15 @@ FLOWS = {"mnist-masked": partial(masked_glow, width=64, n_blocks=4),
          "toy": toy_flow}
 
 
+def embed(embedding, y):
+    """embedding(y) as a product with one-hot rows, y (B,) -> (B, E).
+
+    Its gradient is a product too: on a GPU a lookup's is sorted or added up in no fixed order.
+    """
+    weight = embedding.weight
+    return (y[:, None] == torch.arange(len(weight), device=y.device)).to(weight.dtype) @ weight
+
+
 class ConditionalFlow(nn.Module):
     """h_phi of SCNF-GLOW: `ssl_l` levels of `ssl_k` conditional steps, a split between two levels.
 
@@ -91,10 +101,10 @@ class ConditionalFlow(nn.Module):
 
     def forward(self, z_f, y):
         """z_f (B, ssl_dim), y (B,) -> z_h (B, ssl_dim), ldj (B,)."""
-        return self.flow(z_f, self.embedding(y))
+        return self.flow(z_f, embed(self.embedding, y))
 
     def inverse(self, z_h, y):
-        return self.flow.inverse(z_h, self.embedding(y))
+        return self.flow.inverse(z_h, embed(self.embedding, y))
 
 
 class ConditionalShift(nn.Module):
@@ -106,10 +116,10 @@ class ConditionalShift(nn.Module):
 
     def forward(self, z_f, y):
         """z_f (B, ssl_dim), y (B,) -> z_h (B, ssl_dim), ldj (B,)."""
-        return z_f - self.mu(y), z_f.new_zeros(len(z_f))
+        return z_f - embed(self.mu, y), z_f.new_zeros(len(z_f))
 
     def inverse(self, z_h, y):
-        return z_h + self.mu(y)
+        return z_h + embed(self.mu, y)
 
 
 HEADS = {"cond-flow": ConditionalFlow, "cond-shift": ConditionalShift}

@@ -126,8 +126,8 @@ class CheckerboardCoupling(Bijection):
     def forward(self, x):
         kept = self.mask * x
         raw, t = self.net(kept).chunk(2, dim=1)
-        z = kept + (1 - self.mask) * (x * torch.sigmoid(raw + 2) + t)
-        return z, sum_per_sample((1 - self.mask) * F.logsigmoid(raw + 2))
+        raw, free = raw + 2, 1 - self.mask
+        return kept + free * (x * torch.sigmoid(raw) + t), sum_per_sample(free * F.logsigmoid(raw))
 
     def inverse(self, z):
         kept = self.mask * z

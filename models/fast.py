@@ -11,6 +11,7 @@ from .conv1x1 import FullConv, log_abs_det
 from .networks import NetworkNorm
 
 NETWORKS = {CheckerboardCoupling: ("net",), ChannelCoupling: ("net1", "net2")}
+GRAPHS = 64     # of one function that torch.compile may make: one for each shape, with and without gradient
 
 
 class FastLogJoint(nn.Module):
@@ -21,10 +22,11 @@ class FastLogJoint(nn.Module):
     - the log-dets of ActNorms and free 1x1 convolutions, the same for every x, are no part of the
       pass: they are computed once a call, all matrices of a size at once (WeightLogDet), on a GPU
       beside the pass, on a stream of their own;
-    - images and the weights of convolutions lie in memory with the channels last;
+    - images, their gradients and the weights of convolutions lie in memory with the channels last;
     - with `precision` bf16 the networks inside the couplings, and nothing else, run in bfloat16
       under autocast: scales, log-dets, bases and logsumexp keep the model's type;
-    - with `compiled` the pass is one graph of torch.compile.
+    - with `compiled` each coupling, ActNorm and 1x1 convolution is one graph of torch.compile; equal
+      ones share theirs, so that a flow of many steps compiles in the time of a few.
 
     `model` must be on its device, and stay there. `largest`: bytes, for one image, of the largest
     tensor of the pass.
@@ -35,28 +37,31 @@ class FastLogJoint(nn.Module):
         pixels, self.largest = _survey(model)
         for p in model.parameters():
             if p.dim() == 4:
-                p.data = p.data.contiguous(memory_format=torch.channels_last)
+                p.data = torch.empty_like(p.data, memory_format=torch.channels_last).copy_(p.data)
         self.twin = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
         linear = {name: self.twin.get_submodule(name) for name in pixels}
         self.weight_log_det = WeightLogDet([(part, pixels[name]) for name, part in linear.items()])
         for name, part in linear.items():
             self.twin.set_submodule(name, _WithoutLogDet(part))
-        if precision == "bf16":
-            for part in list(self.twin.modules()):
-                for net in NETWORKS.get(type(part), ()):
-                    setattr(part, net, _InBfloat16(getattr(part, net)))
+        for part in list(self.twin.modules()):
+            for net in NETWORKS.get(type(part), ()):
+                setattr(part, net, _Network(getattr(part, net), precision == "bf16"))
+        if compiled:
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+            for part in self.twin.modules():
+                if isinstance(part, (*NETWORKS, _WithoutLogDet)):
+                    part.compile(fullgraph=True, dynamic=False)
         self.side_stream = torch.cuda.Stream() if model.log_p_y.is_cuda else None
-        self.of_x = torch.compile(self.twin.log_joint, fullgraph=True, dynamic=False) if compiled else self.twin.log_joint
 
     def forward(self, x):
         x = x.contiguous(memory_format=torch.channels_last)
         if self.side_stream is None:
-            return self.of_x(x) + self.weight_log_det()
+            return self.twin.log_joint(x) + self.weight_log_det()
         main = torch.cuda.current_stream()
         self.side_stream.wait_stream(main)
         with torch.cuda.stream(self.side_stream):
             log_det = self.weight_log_det()
-        log_joint = self.of_x(x)
+        log_joint = self.twin.log_joint(x)
         main.wait_stream(self.side_stream)
         log_det.record_stream(main)
         return log_joint + log_det
@@ -98,16 +103,31 @@ class _WithoutLogDet(Bijection):
         return self.part.transform(x), 0.0
 
 
-class _InBfloat16(nn.Module):
-    """A network in bfloat16, from and to the type of its input."""
+class _Network(nn.Module):
+    """A network of a coupling with the channels last, in bfloat16 or not, from and to the type of its input."""
 
-    def __init__(self, net):
+    def __init__(self, net, in_bfloat16):
         super().__init__()
-        self.net = net
+        self.net, self.in_bfloat16 = net, in_bfloat16
 
     def forward(self, x):
-        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
-            return self.net(x).to(x.dtype)
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.in_bfloat16, cache_enabled=False):
+            out = self.net(x).to(x.dtype)
+        return _GradientChannelsLast.apply(out) if x.dim() == 4 else out
+
+
+class _GradientChannelsLast(torch.autograd.Function):
+    """The identity; without it the couplings' halves give the network a gradient with the channels first."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()

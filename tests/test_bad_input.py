@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+import torchvision
 from conftest import TINY, load_script, options
 
-import utils.data
 import utils.settings
 from models import build_model
 
@@ -98,7 +98,7 @@ def folder(tmp_path, monkeypatch):
     for part in ("train", "t10k"):
         for kind in ("images-idx3", "labels-idx1"):
             (raw / f"{part}-{kind}-ubyte").write_bytes(b"\x00\x00\x08\x03" + b"\x00\x00\xea\x60\x00\x00\x00\x1c\x00\x00\x00\x1c")
-    monkeypatch.setattr(utils.data, "MNIST", no_network)                      # what an offline machine sees
+    monkeypatch.setattr(torchvision.datasets, "MNIST", no_network)       # what an offline machine sees
     return tmp_path
 
 

@@ -286,7 +286,7 @@ def test_the_paper_s_run_takes_steps_and_evaluates(script, tmp_path, monkeypatch
     model.initialize(data.draw(settings.train_bs, 1 / 3, generator)[0])
     log_joint, pass_size = script.arrange(model, script.choose_speed(settings, data.device, alone))
     assert pass_size == 64
-    step, score = script.TrainingStep(log_joint, script.objective, settings, alone, pass_size), script.scorer(log_joint, pass_size)
+    step, score = script.TrainingStep(log_joint, pass_size, script.objective, settings, alone), script.scorer(log_joint, pass_size)
     start = {key: value.clone() for key, value in model.named_parameters()}
     log_p, _ = script.evaluate(score, data, settings.test_bs, 0, alone)
     assert 5 < data.bits_per_dim(log_p) < 9                                   # 8: the uniform density

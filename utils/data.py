@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits, make_circles, make_moons
 from sklearn.model_selection import train_test_split
-from torchvision.datasets import MNIST
-from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from . import BadInput
 
@@ -124,6 +122,8 @@ def choose_labelled(y, n_classes, supervised, rng):
 
 
 def _load_mnist(settings):
+    from torchvision.datasets.mnist import read_image_file, read_label_file       # here: it takes a second
+
     root = Path(settings.data_root)
     raw = root / "MNIST" / "raw"
     names = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
@@ -145,6 +145,8 @@ def _load_mnist(settings):
 
 
 def _download_mnist(root, raw, names):
+    from torchvision.datasets import MNIST
+
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             MNIST(root, download=True)

@@ -42,9 +42,9 @@ class Processes:
         """The sum of `tensor` over the processes."""
         return self._reduced(tensor, dist.ReduceOp.SUM)
 
-    def largest(self, tensor):
-        """The largest value of `tensor` among the processes."""
-        return self._reduced(tensor, dist.ReduceOp.MAX)
+    def smallest(self, tensor):
+        """The smallest value of `tensor` among the processes."""
+        return self._reduced(tensor, dist.ReduceOp.MIN)
 
     def _reduced(self, tensor, op):
         if self.size > 1:

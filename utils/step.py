@@ -1,26 +1,39 @@
 """A step of training, and what makes it fast: one vector of parameters, passes that fit the caches, CUDA graphs."""
 
 import contextlib
+import inspect
+import sys
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from models.fast import FastLogJoint
+
 PASS_BYTES = 2**24          # of the largest tensor of a CPU's pass: larger ones cost page faults and cache misses
 WARM_UP = 3                 # plain runs before a CUDA graph is captured, as libraries choose their algorithms in them
+
+
+def arrange(model, speed):
+    """The model's log p(x, y) as `speed` (utils/device.py) wants it -> FastLogJoint, rows of a pass."""
+    log_joint = FastLogJoint(model, speed.precision, speed.compile)
+    if speed.micro_bs:
+        return log_joint, speed.micro_bs
+    fitting = sys.maxsize if model.log_p_y.is_cuda else max(PASS_BYTES // log_joint.largest, 1)
+    return log_joint, 1 << fitting.bit_length() - 1          # a power of two, as batch sizes are
 
 
 class TrainingStep:
     """step(x, y) moves the parameters of `log_joint` by a step of Adamax; nothing is read back from the device.
 
-    log_joint: a FastLogJoint; objective: as in train-flow-ssl.py; settings: lr, weight_decay,
-    clip_gn and what `objective` uses; pass_size: rows of a forward and backward pass, whose
-    gradients add up to the batch's; processes: each one takes its share of every batch.
+    log_joint: a FastLogJoint; pass_size: rows of a forward and backward pass, whose gradients add up
+    to the batch's; objective: as in train-flow-ssl.py; settings: lr, weight_decay, clip_gn and what
+    `objective` uses; processes: each one takes its share of every batch.
     `lr`, on the device, is the learning rate of the steps to come.
     """
 
-    def __init__(self, log_joint, objective, settings, processes, pass_size, cuda_graph=False):
-        self.objective, self.settings, self.processes, self.pass_size = objective, settings, processes, pass_size
+    def __init__(self, log_joint, pass_size, objective, settings, processes, cuda_graph=False):
+        self.pass_size, self.objective, self.settings, self.processes = pass_size, objective, settings, processes
         self.parameters = list(log_joint.parameters())
         self.vector = _as_one_vector(self.parameters)
         self.vector.grad = torch.zeros_like(self.vector)
@@ -29,7 +42,11 @@ class TrainingStep:
                                             foreach=True, capturable=self.vector.is_cuda)
         self.log_joint = log_joint
         if processes.size > 1:
-            self.log_joint = DistributedDataParallel(log_joint, broadcast_buffers=False)
+            # All processes begin with the main one's parameters; buffers never change. The option's name did, in 2.14.
+            takes = inspect.signature(DistributedDataParallel).parameters
+            sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in takes else "broadcast_buffers"
+            log_joint.side_stream = None                     # its hooks expect gradients on one stream
+            self.log_joint = DistributedDataParallel(log_joint, **{sync_buffers: False})
         self.run = Captured(self._run) if cuda_graph else self._run
 
     def __call__(self, x, y):
