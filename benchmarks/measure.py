@@ -160,8 +160,8 @@ def limits(precisions, batch, device):
 
 @contextlib.contextmanager
 def convolutions_in(precision):
-    """cuDNN's TF32 as the precision has it."""
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, precision == "tf32"
+    """cuDNN's TF32 as the precision has it (utils/device.py)."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, precision in ("tf32", "bf16")
     try:
         yield
     finally:

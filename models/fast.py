@@ -8,7 +8,7 @@ from torch import nn
 
 from .bijections import ActNorm, Bijection, ChannelCoupling, CheckerboardCoupling
 from .conv1x1 import FullConv, log_abs_det
-from .networks import NetworkNorm
+from .networks import NetworkNorm, ResNet
 
 NETWORKS = {CheckerboardCoupling: ("net",), ChannelCoupling: ("net1", "net2")}
 GRAPHS = 64     # of one function that torch.compile may make: one for each shape, with and without gradient
@@ -24,7 +24,8 @@ class FastLogJoint(nn.Module):
       beside the pass, on a stream of their own;
     - images, their gradients and the weights of convolutions lie in memory with the channels last;
     - with `precision` bf16 the networks inside the couplings, and nothing else, run in bfloat16
-      under autocast: scales, log-dets, bases and logsumexp keep the model's type;
+      under autocast, their first layer apart, where rounding x would be the largest error: scales,
+      log-dets, bases and logsumexp keep the model's type;
     - with `compiled` each coupling, ActNorm and 1x1 convolution is one graph of torch.compile; equal
       ones share theirs, so that a flow of many steps compiles in the time of a few.
 
@@ -46,6 +47,8 @@ class FastLogJoint(nn.Module):
         for part in list(self.twin.modules()):
             for net in NETWORKS.get(type(part), ()):
                 setattr(part, net, _Network(getattr(part, net), precision == "bf16"))
+            if isinstance(part, ResNet) and precision == "bf16":
+                part.first = _ToBfloat16(part.first)
         if compiled:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
             for part in self.twin.modules():
@@ -116,6 +119,18 @@ class _Network(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.in_bfloat16, cache_enabled=False):
             out = self.net(x).to(x.dtype)
         return _GradientChannelsLast.apply(out) if x.dim() == 4 else out
+
+
+class _ToBfloat16(nn.Module):
+    """A layer in the type of its input, with its output rounded to bfloat16."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return self.layer(x).bfloat16()
 
 
 class _GradientChannelsLast(torch.autograd.Function):

@@ -38,9 +38,11 @@ class Conv3x3(nn.Conv2d):
 
     def _product(self, x):
         c_out, c_in = self.weight.shape[:2]
-        w = (self.weight.reshape(c_out * c_in, 9) @ self.taps).view(c_out, c_in, 4, 4)    # taps: (9, 4 * 4)
-        w = w.permute(1, 2, 0, 3).reshape(c_in * 4, c_out * 4)
-        return (x.reshape(-1, c_in * 4) @ w).view(-1, c_out, 2, 2) + self.bias[:, None, None]
+        with torch.autocast(x.device.type, enabled=False):               # sums of weights are rounded once, at the end
+            w = (self.weight.reshape(c_out * c_in, 9) @ self.taps).view(c_out, c_in, 4, 4)    # [..., seen, output]
+        w = w.permute(0, 3, 1, 2).reshape(c_out * 4, c_in * 4)
+        bias = self.bias[:, None].expand(-1, 4).reshape(-1)
+        return F.linear(x.reshape(-1, c_in * 4), w, bias).view(-1, c_out, 2, 2)
 
 
 class ResidualBlock(nn.Module):

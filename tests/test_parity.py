@@ -132,6 +132,7 @@ def test_decoded_images_are_mnist_s(images, mnist_root):
     assert torch.equal(images, (pixels + 0.5) / 256)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("name", ["toy_moons", *MNIST_CASES])
 def test_on_a_gpu(name, tmp_path, images):

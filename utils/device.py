@@ -46,7 +46,7 @@ def choose_speed(settings, device, processes):
         precision = "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if precision == "tf32" and not gpu:
         raise BadInput("precision tf32 is a GPU's: use fp32 or bf16 on a CPU")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"    # else float32 means float32
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"    # for convolutions: of bf16's networks, the first layer's
     compilers = [name for name in (os.environ.get("CXX"), "g++", "clang++", "gcc", "clang") if name and shutil.which(name)]
     if settings.compile == "on" and not compilers:
         raise BadInput("compile on needs a C++ compiler (g++ or clang++): install one, or use compile off")
