@@ -5,6 +5,7 @@ import torch
 import torchvision
 from conftest import TINY, load_script, options
 
+import utils.device
 import utils.settings
 from models import build_model
 
@@ -70,6 +71,11 @@ CASES = {
     "too many threads": (options(threads=2**40), "--threads: must be at most"),
     "name too long": (options(name=300 * "x"), "--name"),
     "no run to resume": (["--resume", "nowhere"], "nowhere"),
+    "unknown precision": (options(precision="fp16"), "--precision: invalid choice"),
+    "TF32 on a CPU": (options(precision="tf32"), "precision tf32"),
+    "CUDA graph on a CPU": (options(cuda_graph="on"), "cuda_graph on needs a GPU"),
+    "negative time limit": (options(time_limit=-1), "--time_limit: must be at least 0"),
+    "negative micro_bs": (options(micro_bs=-1), "--micro_bs"),
 }
 CASES["no such GPU"] = (options(device="cuda:99"), "no device cuda:99")
 if not torch.cuda.is_available():
@@ -147,3 +153,15 @@ def test_damaged_checkpoint(folder, capsys):
     (run / "checkpoint.pt").unlink()
     assert script.cli(["--resume", str(run), "--epochs", "2"]) == 2
     assert "checkpoint.pt" in capsys.readouterr().err
+
+
+def test_what_the_environment_lacks(folder, monkeypatch, capsys):
+    monkeypatch.setattr(utils.device.shutil, "which", lambda name: None)
+    assert script.cli(options(compile="on")) == 2
+    assert "needs a C++ compiler" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "3")                                     # as torchrun --nproc_per_node 3 sets it
+    assert script.cli(options(train_bs=64)) == 2
+    assert "train_bs 64 cannot be shared by 3 processes" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    assert script.cli(options()) == 2
+    assert capsys.readouterr().err.count("\n") == 1

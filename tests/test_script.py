@@ -1,5 +1,6 @@
 """The script as a user runs it: a process, from parse to samples.png."""
 
+import json
 import re
 import signal
 import subprocess
@@ -72,6 +73,83 @@ def test_interrupt(tmp_path):
     resumed = start(tmp_path, "--resume", str(run), "--epochs", str(checkpoint["epoch"] + 1))
     assert resumed.returncode == 0, resumed.stderr
     assert (run / "samples.png").exists()
+
+
+def test_time_limit_and_termination(tmp_path):
+    done = start(tmp_path, *options(epochs=10_000), "--time_limit", "0.03")
+    assert done.returncode == 0, done.stderr
+    assert "by its time limit of 0.03 minutes" in done.stdout and "--resume" in done.stdout
+    run = run_of(tmp_path)
+    was = torch.load(run / "checkpoint.pt")["epoch"]
+    process = subprocess.Popen([*SCRIPT, "--resume", str(run), "--time_limit", "0"], cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch "):
+            process.send_signal(signal.SIGTERM)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Stopped by SIGTERM" in out and "--resume" in out, err
+    assert torch.load(run / "checkpoint.pt")["epoch"] > was and not (run / "traceback.txt").exists()
+
+
+def torchrun(n, *argv):
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), *argv]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-9), ("float32", 1e-5)])
+def test_two_processes_train_as_one(tmp_path, dtype, tolerance):
+    """Over gloo, three steps on the same batches; one run directory, the same figures, resumed by one process."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"import sys, torch\nsys.path[:0] = [{str(PROJECT)!r}, {str(PROJECT / 'tests')!r}]\n"
+                      f"torch.set_default_dtype(torch.{dtype})\nfrom conftest import load_script\nsys.exit(load_script().cli())\n")
+    line = options(epochs=1, num_examples=192, lr_schedule="no", micro_bs=20, cl_weight=1, clip_gn=500)
+    done = {}
+    for n in (1, 2):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        command = torchrun(n, str(driver)) if n > 1 else [sys.executable, str(driver)]
+        done[n] = subprocess.run([*command, *line], cwd=folder, capture_output=True, text=True, timeout=300)
+        assert done[n].returncode == 0, done[n].stderr
+    one, two = (run_of(tmp_path / str(n)) for n in (1, 2))
+    assert torch.load(one / "checkpoint.pt")["optimizer"]["step"] == 3
+    ours, theirs = (torch.load(run / "model.torch") for run in (one, two))
+    for key, value in ours.items():
+        torch.testing.assert_close(value, theirs[key], rtol=0, atol=tolerance, msg=key)
+    ours, theirs = ([float(v) for v in (run / "metrics.csv").read_text().split()[1].split(",")][:-1] for run in (one, two))
+    assert theirs == pytest.approx(ours, rel=1e-4)
+    assert done[2].stdout.count("Test error") == 1 and "and 1 more" in done[2].stdout
+    resumed = subprocess.run([sys.executable, str(driver), "--resume", str(two), "--epochs", "2"], cwd=tmp_path / "2",
+                             capture_output=True, text=True, timeout=300)
+    assert resumed.returncode == 0 and len((two / "metrics.csv").read_text().split()) == 3, resumed.stderr
+
+
+def test_two_processes_stop_and_fail_in_good_order(tmp_path):
+    """One time limit and one bad setting for both: one line each, not one a process."""
+    stopped = subprocess.run([*torchrun(2, SCRIPT[1]), *options(epochs=10_000), "--time_limit", "0.03"], cwd=tmp_path,
+                             capture_output=True, text=True, timeout=300)
+    assert stopped.returncode == 0, stopped.stderr
+    assert stopped.stdout.count("by its time limit") == 1
+    assert torch.load(run_of(tmp_path) / "checkpoint.pt")["step"] >= 0
+    bad = subprocess.run([*torchrun(2, SCRIPT[1]), *options(supervised=9)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert bad.returncode != 0 and bad.stderr.count("train-flow-ssl.py: error: supervised must be") == 1
+
+
+@pytest.mark.parametrize("benchmark", ["throughput", "evaluate"])
+def test_benchmarks(tmp_path, benchmark):
+    count = {"throughput": "--steps", "evaluate": "--batches"}[benchmark]
+    command = [sys.executable, str(PROJECT / "benchmarks" / f"{benchmark}.py"), *options(), count, "2", "--json", "out.json"]
+    done = subprocess.run([*command, "--modes", "plain,fp32"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert [row["mode"] for row in figures["modes"]][:2] == ["plain", "fp32"]
+    for row in figures["modes"][:2]:
+        assert row["ms"] > 0 and row["peak_gib"] > 0
+        share = row["tflops"] / figures["limits_tflops"]["convolution fp32"]
+        assert row["of_convolution"] == pytest.approx(100 * share)
+        assert row["images_per_s"] * row["ms"] / 1e3 == pytest.approx({"throughput": 64, "evaluate": 180}[benchmark])
+    assert "limit: convolution fp32" in done.stdout and "plain" in done.stdout
+    bad = subprocess.run([*command, "--modes", "fp8"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "no mode fp8" in bad.stderr
 
 
 def test_shipped_weights_of_the_quick_start(tmp_path):

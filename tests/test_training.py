@@ -1,6 +1,8 @@
 """The losses, the schedule, and what a run must keep to: hidden labels, resuming, failing."""
 
 import math
+import os
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -161,6 +163,49 @@ def test_resumed_run_ends_as_one_never_stopped(script, tmp_path, monkeypatch, ca
         assert {key: row[key] for key in row.keys() - unlike} == {key: other[key] for key in other.keys() - unlike}
     assert script.cli(["--resume", str(stopped)]) == 0
     assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("after", [3, 4])
+def test_a_run_stopped_within_an_epoch_goes_on_from_that_step(script, tmp_path, monkeypatch, capsys, after):
+    """Stopped after a step in the midst of epoch 2 of four steps each, and at its end, before its evaluation."""
+    monkeypatch.chdir(tmp_path)
+    line = options(epochs=3, cl_weight=1)
+    assert script.cli(line) == 0
+    draws, draw = [], SemiSupervisedData.draw
+
+    def counted(self, *args):
+        draws.append(1)
+        return draw(self, *args)
+
+    class Deadline(Stopping):
+        reason = property(lambda self: "by the test" if len(draws) >= 1 + 4 + after else None)    # one initialises
+    with monkeypatch.context() as patched:
+        patched.setattr(SemiSupervisedData, "draw", counted)
+        patched.setattr(script, "Stopping", Deadline)
+        assert script.cli(line) == 0
+    whole, stopped = runs(tmp_path)
+    out = capsys.readouterr().out
+    assert f"Stopped by the test after step {after} of 4 in epoch 2; to go on: " in out
+    assert f"--resume {stopped.relative_to(tmp_path)}" in out and out.split("Stopped")[1] in (stopped / "log.txt").read_text()
+    assert not (stopped / "model.torch").exists() and len(read_metrics(stopped)) == 1
+    torch.manual_seed(99)
+    assert script.cli(["--resume", str(stopped)]) == 0
+    assert f"Going on after step {after} of 4 in epoch 2" in capsys.readouterr().out
+    assert_same(*(torch.load(run / "model.torch") for run in (whole, stopped)))
+    for row, other in zip(read_metrics(whole), read_metrics(stopped), strict=True):
+        assert {key: row[key] for key in row.keys() - {"seconds"}} == {key: other[key] for key in other.keys() - {"seconds"}}
+
+
+def test_stopping_by_time_and_by_signal():
+    assert Stopping().reason is None and Stopping(1).reason is None
+    late = Stopping(1)
+    late.began -= 60
+    assert "time limit of 1 minutes" in late.reason
+    before = signal.getsignal(signal.SIGTERM)
+    with Stopping() as stopping:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stopping.reason == "by SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_run_interrupted_after_its_last_epoch_can_be_completed(script, tmp_path, monkeypatch, capsys):
