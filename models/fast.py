@@ -5,12 +5,14 @@ import math
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from .bijections import ActNorm, Bijection, ChannelCoupling, CheckerboardCoupling
 from .conv1x1 import FullConv, log_abs_det
-from .networks import NetworkNorm, ResNet
+from .networks import Conv3x3, NetworkNorm, ResNet, reflect_pad
 
 NETWORKS = {CheckerboardCoupling: ("net",), ChannelCoupling: ("net1", "net2")}
+TINY = 2**14    # elements of a convolution's matrix up to which a CPU is faster at the product
 GRAPHS = 64     # of one function that torch.compile may make: one for each shape, with and without gradient
 
 
@@ -23,6 +25,7 @@ class FastLogJoint(nn.Module):
       pass: they are computed once a call, all matrices of a size at once (WeightLogDet), on a GPU
       beside the pass, on a stream of their own;
     - images, their gradients and the weights of convolutions lie in memory with the channels last;
+    - on a CPU a convolution of a tiny image is a product with one matrix;
     - with `precision` bf16 the networks inside the couplings, and nothing else, run in bfloat16
       under autocast, their first layer apart, where rounding x would be the largest error: scales,
       log-dets, bases and logsumexp keep the model's type;
@@ -35,15 +38,21 @@ class FastLogJoint(nn.Module):
 
     def __init__(self, model, precision="fp32", compiled=False):
         super().__init__()
-        pixels, self.largest = _survey(model)
+        shapes, self.largest = _survey(model)
         for p in model.parameters():
             if p.dim() == 4:
                 p.data = torch.empty_like(p.data, memory_format=torch.channels_last).copy_(p.data)
         self.twin = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
-        linear = {name: self.twin.get_submodule(name) for name in pixels}
-        self.weight_log_det = WeightLogDet([(part, pixels[name]) for name, part in linear.items()])
-        for name, part in linear.items():
-            self.twin.set_submodule(name, _WithoutLogDet(part))
+        linear = []
+        for name, shape in shapes.items():
+            part = self.twin.get_submodule(name)
+            if isinstance(part, Conv3x3):
+                if not part.weight.is_cuda and math.prod(shape) ** 2 * part.weight[:, :, 0, 0].numel() <= TINY:
+                    self.twin.set_submodule(name, _TinyConv3x3(part, shape))
+            else:
+                linear.append((part, math.prod(shape)))
+                self.twin.set_submodule(name, _WithoutLogDet(part))
+        self.weight_log_det = WeightLogDet(linear)
         for part in list(self.twin.modules()):
             for net in NETWORKS.get(type(part), ()):
                 setattr(part, net, _Network(getattr(part, net), precision == "bf16"))
@@ -106,6 +115,26 @@ class _WithoutLogDet(Bijection):
         return self.part.transform(x), 0.0
 
 
+class _TinyConv3x3(nn.Module):
+    """A Conv3x3 of images of `size` as a product with the matrix that maps them to its output."""
+
+    def __init__(self, conv, size):
+        super().__init__()
+        self.conv, self.size, self.pixels = conv, size, math.prod(size)
+        places = torch.arange(self.pixels, dtype=torch.float64).view(1, 1, *size)
+        seen = F.unfold(reflect_pad(places), 3)[0].long()                     # (9, q): the pixel p of each tap and output
+        self.register_buffer("taps", F.one_hot(seen, self.pixels).to(conv.weight).flatten(1), persistent=False)
+
+    def forward(self, x):
+        c_out, c_in = self.conv.weight.shape[:2]
+        n = self.pixels
+        with torch.autocast(x.device.type, enabled=False):                    # sums of weights are rounded once, at the end
+            w = (self.conv.weight.reshape(c_out * c_in, 9) @ self.taps).view(c_out, c_in, n, n)
+            w = w.transpose(1, 2).reshape(c_out * n, c_in * n)
+        bias = self.conv.bias[:, None].expand(-1, n).reshape(-1)
+        return F.linear(x.reshape(-1, c_in * n), w, bias).view(-1, c_out, *self.size)
+
+
 class _Network(nn.Module):
     """A network of a coupling with the channels last, in bfloat16 or not, from and to the type of its input."""
 
@@ -147,14 +176,15 @@ class _GradientChannelsLast(torch.autograd.Function):
 
 @torch.no_grad()
 def _survey(model):
-    """A pass of one example -> {name: pixels} of flow ActNorms and full convolutions; bytes of its largest tensor."""
-    pixels, largest, hooks = {}, [0], []
+    """A pass of one example -> {name: (H, W) or ()} of the flow's ActNorms and full 1x1 convolutions and of the
+    networks' 3x3 ones, by what they see; bytes of the largest tensor."""
+    shapes, largest, hooks = {}, [0], []
 
     def look(name, part, x, out):
         out = out[0] if isinstance(out, tuple) else out
         largest[0] = max(largest[0], out.numel() * out.element_size())
-        if isinstance(part, FullConv) or isinstance(part, ActNorm) and not isinstance(part, NetworkNorm):
-            pixels[name] = math.prod(x[0].shape[2:])
+        if isinstance(part, (FullConv, Conv3x3, ActNorm)) and not isinstance(part, NetworkNorm):
+            shapes[name] = tuple(x[0].shape[2:])
     for name, part in model.named_modules():
         hooks.append(part.register_forward_hook(lambda part, x, out, name=name: look(name, part, x, out)))
     try:
@@ -162,4 +192,4 @@ def _survey(model):
     finally:
         for hook in hooks:
             hook.remove()
-    return pixels, largest[0]
+    return shapes, largest[0]

@@ -20,29 +20,13 @@ def _reflect_pad_by_slices(x):
 
 
 class Conv3x3(nn.Conv2d):
-    """3x3 convolution with reflect padding, which keeps height and width.
-
-    An image of 2 x 2 pixels, each of which sees all four, goes through as a product with one matrix.
-    """
+    """3x3 convolution with reflect padding, which keeps height and width."""
 
     def __init__(self, c_in, c_out):
         super().__init__(c_in, c_out, 3)
-        pixels = torch.arange(4, dtype=torch.get_default_dtype()).view(1, 1, 2, 2)
-        seen = F.unfold(_reflect_pad_by_slices(pixels), 3)[0].long()      # (9, 4): by each tap, for each output
-        self.register_buffer("taps", F.one_hot(seen, 4).to(pixels.dtype).transpose(1, 2).flatten(1), persistent=False)
 
     def forward(self, x):
-        if x.shape[2:] == (2, 2):
-            return self._product(x)
         return super().forward(reflect_pad(x))
-
-    def _product(self, x):
-        c_out, c_in = self.weight.shape[:2]
-        with torch.autocast(x.device.type, enabled=False):               # sums of weights are rounded once, at the end
-            w = (self.weight.reshape(c_out * c_in, 9) @ self.taps).view(c_out, c_in, 4, 4)    # [..., seen, output]
-        w = w.permute(0, 3, 1, 2).reshape(c_out * 4, c_in * 4)
-        bias = self.bias[:, None].expand(-1, 4).reshape(-1)
-        return F.linear(x.reshape(-1, c_in * 4), w, bias).view(-1, c_out, 2, 2)
 
 
 class ResidualBlock(nn.Module):

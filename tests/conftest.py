@@ -17,7 +17,7 @@ MNIST_FOLDERS = [Path(p) for p in (os.environ.get("SCNF_DATA_ROOT"), PROJECT / "
 
 # A model and a run that take seconds.
 TINY = {"data": "digits", "model": "digits-masked", "ssl_dim": 16, "ssl_l": 2, "ssl_k": 1, "ssl_hd": 8,
-        "supervised": 20, "num_examples": 200, "train_bs": 64, "test_bs": 256, "device": "cpu"}
+        "supervised": 20, "num_examples": 200, "train_bs": 64, "test_bs": 256, "log_each": 1, "device": "cpu"}
 
 
 def load_script():

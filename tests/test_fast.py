@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from models import build_model
 from models.bijections import ActNorm
 from models.conv1x1 import CONVS, log_abs_det, over_channels
-from models.fast import FastLogJoint
-from models.networks import Conv3x3, _reflect_pad_by_slices
+from models.fast import FastLogJoint, _TinyConv3x3
+from models.networks import Conv3x3
 from utils.checkpoint import CheckpointWriter, load_weights
 from utils.processes import Processes
 from utils.settings import read_settings
@@ -129,10 +129,10 @@ def test_channels_at_every_pixel():
 
 
 @pytest.mark.usefixtures("float64")
-def test_convolution_of_two_by_two_pixels():
-    conv, x = Conv3x3(3, 5), torch.randn(4, 3, 2, 2, requires_grad=True)
-    expected = F.conv2d(_reflect_pad_by_slices(x), conv.weight, conv.bias)
-    own = conv(x)
+@pytest.mark.parametrize("size", [(2, 2), (2, 3), (4, 4)])
+def test_convolution_of_a_tiny_image(size):
+    conv, x = Conv3x3(3, 5), torch.randn(4, 3, *size, requires_grad=True)
+    expected, own = conv(x), _TinyConv3x3(conv, size)(x)
     torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)
     g = torch.randn_like(own)
     for one, two in zip(*(torch.autograd.grad(out, (x, *conv.parameters()), g) for out in (own, expected))):

@@ -102,7 +102,7 @@ def _add_options(parser):
     add("lr_warmup", _number(int, 0, large), 0, "epochs of lr_schedule hat's rise")
     add("weight_decay", fraction, 1e-5, "L2 penalty of Adamax")
     add("clip_gn", fraction, 0.0, "largest norm of the gradient; 0: no limit")
-    add("log_each", positive, 1, "epochs between two evaluations, log lines and checkpoints")
+    add("log_each", positive, 2, "epochs between two evaluations, log lines and checkpoints")
 
     for name in ("model", "conv", "ssl_model", "ssl_conv"):
         add(name, str, MODEL_OPTIONS[name], {
