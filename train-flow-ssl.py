@@ -59,10 +59,13 @@ def main(argv=None, processes=None):
     stopping = Stopping(settings.time_limit)
     device = set_up_torch(settings, processes)
     speed = choose_speed(settings, device, processes)
-    data = load_data(settings, device)
+    if settings.train_bs % processes.size and not settings.pretrained:
+        raise BadInput(f"train_bs {settings.train_bs} cannot be shared by {processes.size} processes: make it a multiple")
+    processes.connect(device)
+    with processes.main_first():                             # it may have to fetch them
+        data = load_data(settings, device)
     torch.manual_seed(settings.seed)
     model = build_model(settings, data.shape, data.n_classes, data.class_probs).to(device)
-    processes.connect(device)
 
     if settings.pretrained:
         path = shipped_weights(settings.data) if settings.pretrained == SHIPPED else settings.pretrained
@@ -76,6 +79,7 @@ def main(argv=None, processes=None):
         if checkpoint["epoch"] >= settings.epochs and (Path(settings.resume) / "model.torch").exists():
             print(f"{settings.resume} has all its {settings.epochs} epochs: nothing to do")
             return
+        processes.wait()                                     # as the main one may move the run
     run = None
     try:
         with contextlib.ExitStack() as around:
@@ -112,6 +116,7 @@ def train(model, data, settings, speed, processes, stopping, run_dir=None, check
     progress = SimpleNamespace(epoch=0, step=0, sums=torch.zeros(len(TERMS), device=data.device), seconds=0.0)
     if checkpoint:
         restore(checkpoint, model, step, generator, progress)
+        progress.sums *= processes.main                      # they are all processes', and will be added up again
         print(f"Going on after {place(progress, steps)}")
     print(f"PyTorch {torch.__version__} on {device_name(data.device)}{f' and {processes.size - 1} more' * (processes.size > 1)}; "
           f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(data.labelled)} labelled of {len(data.train_x)} "
@@ -137,6 +142,7 @@ def train(model, data, settings, speed, processes, stopping, run_dir=None, check
             step.lr.fill_(lr)
             stopped = train_epoch(step, data, settings, processes, stopping, generator, labelled_prob, steps, progress)
             if stopped:
+                progress.sums.copy_(processes.add(progress.sums))
                 save()
                 return f"Stopped {stopped} after {place(progress, steps)}"
             sums = dict(zip(TERMS, processes.add(progress.sums).tolist()))
@@ -203,7 +209,7 @@ def train_epoch(step, data, settings, processes, stopping, generator, labelled_p
             progress.step += 1
             finite += sums[0].isfinite()                     # once it is not, the sum never is again
             if processes.any(stopping.reason is not None):
-                stopped = processes.broadcast(stopping.reason)
+                stopped = processes.first(stopping.reason)
             if reads_between and time.perf_counter() - shown > 1:
                 shown = time.perf_counter()
                 check(int(finite))

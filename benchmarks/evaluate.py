@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from measure import (COLUMNS, as_command, convolutions_in, flops_per_image, fresh_model, limits,  # noqa: E402
-                     random_data, read_arguments, read_mode, report, reset_peak, row_of, times)
+                     random_data, read_arguments, read_mode, report, start_mode, row_of, times)
 
 from utils.step import WARM_UP, scorer  # noqa: E402
 
@@ -35,7 +35,7 @@ def main():
     x = data.dequantize(data.test_x[:batch], torch.Generator(device).manual_seed(0))
     rows = []
     for mode in own.modes:
-        reset_peak(device)
+        start_mode(device)
         model = fresh_model(settings, data)
         mode.micro_bs = settings.micro_bs
         with convolutions_in(mode.precision), torch.no_grad():
@@ -43,9 +43,10 @@ def main():
             seconds, first = times(lambda: score(x), own.batches, device, warm_up)
         rows.append(row_of(mode, seconds, first, batch, flops, found_limits, device))
         print(f"{mode.name}: {rows[-1]['ms']:.2f} ms", file=sys.stderr)
-    reset_peak(device)
+    start_mode(device)
     model, y = fresh_model(settings, data), torch.arange(batch, device=device) % data.n_classes
-    seconds, first = times(lambda: model.sample(y), own.batches, device, warm_up)
+    with convolutions_in("fp32"):
+        seconds, first = times(lambda: model.sample(y), own.batches, device, warm_up)
     mode = read_mode("fp32", device.type == "cuda")
     mode.name = "sampling"
     rows.append(row_of(mode, seconds, first, batch, flops, found_limits, device))

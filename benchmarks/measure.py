@@ -2,8 +2,9 @@
 
 import argparse
 import contextlib
+import ctypes
+import gc
 import json
-import math
 import platform
 import resource
 import statistics
@@ -28,7 +29,7 @@ from utils.settings import read_settings  # noqa: E402
 
 DATA = {"mnist": ((1, 28, 28), 10, 256), "digits": ((1, 8, 8), 10, 17),       # shape, classes, grey levels
         "moons": ((2, 1, 1), 2, None), "circles": ((2, 1, 1), 2, None)}
-CONV_PASSES = (16, 32, 64)      # rows at which the convolution's limit is looked for, besides the batch
+CONV_PASSES = (16, 32, 64)      # rows at which a CPU's convolution may be at its best, besides the batch
 TYPES = {"bf16": torch.bfloat16}
 
 
@@ -138,7 +139,7 @@ def limits(precisions, batch, device):
     found = {}
     for precision in precisions:
         best = 0.0
-        for n in sorted({*(CONV_PASSES if device.type == "cpu" else ()), batch}):
+        for n in (*CONV_PASSES, batch) if device.type == "cpu" else (batch, 4 * batch):
             dtype = TYPES.get(precision, torch.float32)
             x = torch.randn(n, 64, 30, 30, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
             w = torch.randn(64, 64, 3, 3, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -168,17 +169,22 @@ def convolutions_in(precision):
         torch.backends.cudnn.allow_tf32 = before
 
 
-def reset_peak(device):
+def start_mode(device):
+    """Forget what the modes before left: memory, and what was compiled, but for the compiler's cache on disk."""
+    torch._dynamo.reset()
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     else:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)                 # glibc: gives back what earlier modes left
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")    # Linux: the peak starts again from what is used now
 
 
 def peak_gib(device):
-    """GiB at most since `reset_peak`: of the GPU's memory reserved, or of the process."""
+    """GiB at most since `start_mode`: of the GPU's memory reserved, or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved() / 2**30
     with contextlib.suppress(OSError):

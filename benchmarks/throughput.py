@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from measure import (COLUMNS, as_command, convolutions_in, flops_per_image, fresh_model, limits,  # noqa: E402
-                     random_data, read_arguments, report, reset_peak, row_of, times)
+                     random_data, read_arguments, report, start_mode, row_of, times)
 
 from utils.processes import Processes  # noqa: E402
 from utils.step import WARM_UP, TrainingStep  # noqa: E402
@@ -47,7 +47,7 @@ def main():
     steps = -(-TRAINING_IMAGES[settings.data] // settings.train_bs)
     rows = []
     for mode in own.modes:
-        reset_peak(device)
+        start_mode(device)
         model, generator = fresh_model(settings, data), torch.Generator(device).manual_seed(0)
         mode.micro_bs = settings.micro_bs
         with convolutions_in(mode.precision):

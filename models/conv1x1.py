@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from .bijections import Bijection
 
-SMALL = 16    # channels up to which an image's product is written out: a convolution's call costs more than its work
+SMALL = 16    # channels up to which an image's product is written out: a call of a product costs more than its work
+BATCH = 3     # matrices from which a GPU's LU is batched, which a CUDA graph is known to hold
 
 
 class LogAbsDet(torch.autograd.Function):
@@ -23,9 +24,13 @@ class LogAbsDet(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, w):
-        lu, pivots = _batched(lambda w: torch.linalg.lu_factor_ex(w)[:2], w.double())
+        n, c, _ = w.shape
+        matrices = w.double()
+        if w.is_cuda and n < BATCH:
+            matrices = torch.cat((matrices, torch.eye(c, dtype=matrices.dtype, device=w.device).expand(BATCH - n, c, c)))
+        lu, pivots = _batched(lambda w: torch.linalg.lu_factor_ex(w)[:2], matrices)
         ctx.save_for_backward(lu, pivots)
-        return lu.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1).to(w.dtype)
+        return lu.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)[:n].to(w.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -33,7 +38,7 @@ class LogAbsDet(torch.autograd.Function):
         lu, pivots = ctx.saved_tensors
         eye = torch.eye(lu.shape[-1], dtype=lu.dtype, device=lu.device).expand_as(lu)
         inverse_t, = _batched(lambda *args: (torch.linalg.lu_solve(*args, adjoint=True),), lu, pivots, eye)
-        return (grad[:, None, None] * inverse_t).to(grad.dtype)
+        return (grad[:, None, None] * inverse_t[:len(grad)]).to(grad.dtype)
 
 
 def _batched(f, *tensors):
@@ -55,7 +60,7 @@ def over_channels(w, x):
         return x @ w.T
     if len(w) <= SMALL:
         return (w[:, :, None, None] * x[:, None]).sum(2)                  # (B, C, C, H, W) -> (B, C, H, W)
-    return F.conv2d(x, w[:, :, None, None])
+    return (w @ x.flatten(2)).view_as(x)
 
 
 class InvertibleConv(Bijection):

@@ -13,7 +13,7 @@ from .networks import Conv3x3, NetworkNorm, ResNet, reflect_pad
 
 NETWORKS = {CheckerboardCoupling: ("net",), ChannelCoupling: ("net1", "net2")}
 TINY = 2**14    # elements of a convolution's matrix up to which a CPU is faster at the product
-GRAPHS = 64     # of one function that torch.compile may make: one for each shape, with and without gradient
+GRAPHS = 256    # of one function that torch.compile may make: one for each shape, with and without gradient
 
 
 class FastLogJoint(nn.Module):
@@ -67,12 +67,15 @@ class FastLogJoint(nn.Module):
 
     def forward(self, x):
         x = x.contiguous(memory_format=torch.channels_last)
+        weights = self.weight_log_det.gather()               # on the main stream, where their gradients are wanted
         if self.side_stream is None:
-            return self.twin.log_joint(x) + self.weight_log_det()
+            return self.twin.log_joint(x) + self.weight_log_det(weights)
         main = torch.cuda.current_stream()
         self.side_stream.wait_stream(main)
         with torch.cuda.stream(self.side_stream):
-            log_det = self.weight_log_det()
+            log_det = self.weight_log_det(weights)
+        for w in weights:
+            w.record_stream(self.side_stream)
         log_joint = self.twin.log_joint(x)
         main.wait_stream(self.side_stream)
         log_det.record_stream(main)
@@ -80,7 +83,7 @@ class FastLogJoint(nn.Module):
 
 
 class WeightLogDet(nn.Module):
-    """() -> the part of ldj that does not depend on x: sum over `parts` of pixels times their log|det|.
+    """The part of ldj that does not depend on x: the sum over `parts` of pixels times their log|det|, ().
 
     parts: pairs of an ActNorm or FullConv and the number of pixels it works on.
     """
@@ -97,10 +100,14 @@ class WeightLogDet(nn.Module):
         self.matrices = [[w for w, _ in group] for group in matrices.values()]
         self.of_matrices = [group[0][0].new_tensor([pixels for _, pixels in group]) for group in matrices.values()]
 
-    def forward(self):
-        log_dets = [log_abs_det(torch.stack(group)) @ pixels for group, pixels in zip(self.matrices, self.of_matrices)]
+    def gather(self):
+        """The weights it is computed from: (N, C, C) for each size C of matrices, then all scales (sum of C,)."""
+        return [torch.stack(group) for group in self.matrices] + ([torch.cat(self.logs)] if self.logs else [])
+
+    def forward(self, weights):
+        log_dets = [log_abs_det(group) @ pixels for group, pixels in zip(weights, self.of_matrices)]
         if self.logs:
-            log_dets.append(torch.cat(self.logs) @ self.of_logs)
+            log_dets.append(weights[-1] @ self.of_logs)
         return sum(log_dets)
 
 

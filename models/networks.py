@@ -20,13 +20,16 @@ def _reflect_pad_by_slices(x):
 
 
 class Conv3x3(nn.Conv2d):
-    """3x3 convolution with reflect padding, which keeps height and width."""
+    """3x3 convolution with reflect padding, which keeps height and width, in the memory layout of its weight."""
 
     def __init__(self, c_in, c_out):
         super().__init__(c_in, c_out, 3)
 
     def forward(self, x):
-        return super().forward(reflect_pad(x))
+        x = reflect_pad(x)
+        if self.weight.is_contiguous(memory_format=torch.channels_last):
+            x = x.contiguous(memory_format=torch.channels_last)           # on a GPU padding loses the layout
+        return super().forward(x)
 
 
 class ResidualBlock(nn.Module):

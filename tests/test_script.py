@@ -1,6 +1,7 @@
 """The script as a user runs it: a process, from parse to samples.png."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -96,31 +97,61 @@ def torchrun(n, *argv):
     return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), *argv]
 
 
+DRIVER = """import os, sys, torch
+sys.path[:0] = [{project!r}, {tests!r}]
+torch.set_default_dtype(torch.{dtype})
+from conftest import load_script
+script = load_script()
+
+class AfterSteps(script.Stopping):              # of which the second process alone knows
+    steps = 0
+
+    @property
+    def reason(self):
+        AfterSteps.steps += 1
+        return "by the test" if AfterSteps.steps == 2 and os.environ.get("RANK") == "1" else None
+
+if os.environ.get("STOP"):
+    script.Stopping = AfterSteps
+sys.exit(script.cli())
+"""
+
+
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-9), ("float32", 1e-5)])
 def test_two_processes_train_as_one(tmp_path, dtype, tolerance):
-    """Over gloo, three steps on the same batches; one run directory, the same figures, resumed by one process."""
+    """Over gloo, three steps on the same batches: the weights and figures of one process, in one run directory.
+
+    In float64 also stopped after two of them by one process, and gone on with by a single one.
+    """
     driver = tmp_path / "driver.py"
-    driver.write_text(f"import sys, torch\nsys.path[:0] = [{str(PROJECT)!r}, {str(PROJECT / 'tests')!r}]\n"
-                      f"torch.set_default_dtype(torch.{dtype})\nfrom conftest import load_script\nsys.exit(load_script().cli())\n")
+    driver.write_text(DRIVER.format(project=str(PROJECT), tests=str(PROJECT / "tests"), dtype=dtype))
     line = options(epochs=1, num_examples=192, lr_schedule="no", micro_bs=20, cl_weight=1, clip_gn=500)
-    done = {}
-    for n in (1, 2):
-        folder = tmp_path / str(n)
-        folder.mkdir()
+
+    def train(name, n, argv, **environment):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
         command = torchrun(n, str(driver)) if n > 1 else [sys.executable, str(driver)]
-        done[n] = subprocess.run([*command, *line], cwd=folder, capture_output=True, text=True, timeout=300)
-        assert done[n].returncode == 0, done[n].stderr
-    one, two = (run_of(tmp_path / str(n)) for n in (1, 2))
+        done = subprocess.run([*command, *argv], cwd=folder, capture_output=True, text=True, timeout=300,
+                              env={**os.environ, **environment})
+        assert done.returncode == 0, done.stderr
+        return done.stdout, run_of(folder)
+
+    _, one = train("one", 1, line)
+    out, two = train("two", 2, line)
+    assert out.count("Test error") == 1 and "and 1 more" in out
     assert torch.load(one / "checkpoint.pt")["optimizer"]["step"] == 3
-    ours, theirs = (torch.load(run / "model.torch") for run in (one, two))
-    for key, value in ours.items():
-        torch.testing.assert_close(value, theirs[key], rtol=0, atol=tolerance, msg=key)
-    ours, theirs = ([float(v) for v in (run / "metrics.csv").read_text().split()[1].split(",")][:-1] for run in (one, two))
-    assert theirs == pytest.approx(ours, rel=1e-4)
-    assert done[2].stdout.count("Test error") == 1 and "and 1 more" in done[2].stdout
-    resumed = subprocess.run([sys.executable, str(driver), "--resume", str(two), "--epochs", "2"], cwd=tmp_path / "2",
-                             capture_output=True, text=True, timeout=300)
-    assert resumed.returncode == 0 and len((two / "metrics.csv").read_text().split()) == 3, resumed.stderr
+    others = [two]
+    if dtype == "float64":
+        out, stopped = train("stopped", 2, line, STOP="1")
+        assert out.count("Stopped by the test after step 2 of 3") == 1
+        train("stopped", 1, ["--resume", str(stopped)])
+        others.append(stopped)
+    for run in others:
+        ours, theirs = (torch.load(r / "model.torch") for r in (one, run))
+        for key, value in ours.items():
+            torch.testing.assert_close(value, theirs[key], rtol=0, atol=tolerance, msg=key)
+        ours, theirs = ([float(v) for v in (r / "metrics.csv").read_text().split()[1].split(",")][:-1] for r in (one, run))
+        assert theirs == pytest.approx(ours, rel=1e-4)
 
 
 def test_two_processes_stop_and_fail_in_good_order(tmp_path):

@@ -32,7 +32,7 @@ def load_checkpoint(path, model):
     """The content of a run's checkpoint.pt, whose weights fit `model`. Raises BadInput."""
     checkpoint = load_file(path)
     if set(checkpoint) != CHECKPOINT_KEYS:
-        raise BadInput(f"{path} is no checkpoint of a run")
+        raise BadInput(f"{path} is no checkpoint of a run, or one of another version")
     check_fit(model, weights_in(checkpoint["model"], path), path)
     return checkpoint
 

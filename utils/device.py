@@ -2,6 +2,9 @@
 
 import os
 import shutil
+import sysconfig
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -19,7 +22,10 @@ def set_up_torch(settings, processes):
     name = settings.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and processes.size > 1:
+    if name.startswith("cuda") and processes.size > 1:
+        if name != "cuda" or processes.local_size > torch.cuda.device_count():
+            raise BadInput(f"{processes.local_size} processes on this machine want a GPU each: use device cuda, or cpu, and at "
+                           f"most as many processes as the {torch.cuda.device_count()} GPUs that PyTorch sees")
         name = f"cuda:{processes.local_rank}"
     try:
         device = torch.device(name)
@@ -29,12 +35,11 @@ def set_up_torch(settings, processes):
         raise BadInput(f"device must be auto, cpu, cuda or cuda:N, not {name}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BadInput(f"no device {name}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
-    if settings.train_bs % processes.size:
-        raise BadInput(f"train_bs {settings.train_bs} cannot be shared by {processes.size} processes: make it a multiple")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = not settings.deterministic
-        torch.backends.cuda.preferred_linalg_library("cusolver")     # MAGMA's LU waits for the device
+        with warnings.catch_warnings(action="ignore"):       # that the option is experimental
+            torch.backends.cuda.preferred_linalg_library("cusolver")          # MAGMA's LU waits for the device
     return device
 
 
@@ -47,16 +52,30 @@ def choose_speed(settings, device, processes):
     if precision == "tf32" and not gpu:
         raise BadInput("precision tf32 is a GPU's: use fp32 or bf16 on a CPU")
     torch.backends.cudnn.allow_tf32 = precision != "fp32"    # for convolutions: of bf16's networks, the first layer's
-    compilers = [name for name in (os.environ.get("CXX"), "g++", "clang++", "gcc", "clang") if name and shutil.which(name)]
-    if settings.compile == "on" and not compilers:
-        raise BadInput("compile on needs a C++ compiler (g++ or clang++): install one, or use compile off")
+    can_compile = _can_compile()
+    if settings.compile == "on" and not can_compile:
+        raise BadInput("compile on needs a C++ compiler (g++ or clang++) and Python's header files: install them, "
+                       "or use compile off")
     if settings.cuda_graph == "on" and not (gpu and processes.size == 1):
         raise BadInput("cuda_graph on needs a GPU and a run of one process: use cuda_graph off")
     worth_it = gpu and not settings.pretrained               # one evaluation alone would take less than compiling it
+    compiled = settings.compile == "on" or settings.compile == "auto" and worth_it and can_compile
+    if compiled:
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")         # left off on purpose
+    if compiled and settings.deterministic:
+        import torch._inductor.config as inductor            # slow to import
+
+        inductor.deterministic = True
     return SimpleNamespace(
-        precision=precision, compile=settings.compile == "on" or settings.compile == "auto" and worth_it and bool(compilers),
+        precision=precision, compile=compiled,
         cuda_graph=settings.cuda_graph == "on" or settings.cuda_graph == "auto" and worth_it and processes.size == 1,
         micro_bs=settings.micro_bs)
+
+
+def _can_compile():
+    """Whether what torch.compile calls is here."""
+    compilers = (os.environ.get("CXX"), "g++", "clang++", "gcc", "clang")
+    return any(name and shutil.which(name) for name in compilers) and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
 def device_name(device):

@@ -1,5 +1,6 @@
 """The processes of one run, as torchrun starts them; any other start is a run of one process."""
 
+import contextlib
 import os
 
 import torch
@@ -9,15 +10,17 @@ from . import BadInput
 
 
 class Processes:
-    """rank, size, and what the processes do together. Leave by `close`."""
+    """rank, size (on this machine: local_rank, local_size), and what the processes do together. Leave by `close`."""
 
     def __init__(self):
         """From the environment that torchrun sets. Raises BadInput if it makes no sense."""
         try:
-            self.rank, self.size, self.local_rank = (
-                int(os.environ.get(key, value)) for key, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+            self.rank, self.size, self.local_rank, self.local_size = (
+                int(os.environ.get(key, value)) for key, value in
+                (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
         except ValueError:
-            raise BadInput("RANK, WORLD_SIZE and LOCAL_RANK are not numbers: start with torchrun, or unset them") from None
+            raise BadInput("RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE are not numbers: start with torchrun, "
+                           "or unset them") from None
         self.connected = False
 
     @property
@@ -60,13 +63,28 @@ class Processes:
         dist.all_reduce(count)
         return bool(count)
 
-    def broadcast(self, value):
-        """The main process's value, a picklable object, in each of them."""
+    def first(self, value):
+        """The `value` of the first process where it is not None, a picklable object."""
         if self.size == 1:
             return value
-        values = [value]
-        dist.broadcast_object_list(values)
-        return values[0]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return next((v for v in values if v is not None), None)
+
+    def wait(self):
+        """Until all are here."""
+        self.any(False)
+
+    @contextlib.contextmanager
+    def main_first(self):
+        """A block that the other processes begin when the main one has left it."""
+        if not self.main:
+            self.wait()
+        try:
+            yield
+        finally:
+            if self.main:
+                self.wait()
 
     def close(self):
         if self.connected:

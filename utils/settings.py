@@ -128,7 +128,7 @@ def _add_options(parser):
     add("resume", str, "", "go on with the stopped run in this directory", metavar="RUN_DIR")
     add("device", str, "auto", "auto, cpu, cuda or cuda:N; auto: cuda where there is one")
     add("threads", _number(int, 0, 4096), 0, "CPU threads; 0: PyTorch's choice")
-    add("precision", str, "auto", "of the networks in the couplings; tf32 and bf16 on a GPU, bf16 on a CPU too; "
+    add("precision", str, "auto", "of the networks in the couplings; tf32: of their convolutions, on a GPU; "
         "auto: bf16 on a GPU that has it, else fp32", choices=("auto", "fp32", "tf32", "bf16"))
     add("compile", str, "auto", "torch.compile for training and evaluation; auto: on a GPU", choices=("auto", "off", "on"))
     add("cuda_graph", str, "auto", "a step as one CUDA graph; auto: on a GPU, in a run of one process", choices=("auto", "off", "on"))

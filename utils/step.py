@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from models.fast import FastLogJoint
 
 PASS_BYTES = 2**24          # of the largest tensor of a CPU's pass: larger ones cost page faults and cache misses
+ALIGNMENT = 32              # numbers: GPU kernels want weights to begin at multiples of 16 bytes and more
 WARM_UP = 3                 # plain runs before a CUDA graph is captured, as libraries choose their algorithms in them
 
 
@@ -35,7 +36,7 @@ class TrainingStep:
     def __init__(self, log_joint, pass_size, objective, settings, processes, cuda_graph=False):
         self.pass_size, self.objective, self.settings, self.processes = pass_size, objective, settings, processes
         self.parameters = list(log_joint.parameters())
-        self.vector = _as_one_vector(self.parameters)
+        self.vector, self.gaps = _as_one_vector(self.parameters)
         self.vector.grad = torch.zeros_like(self.vector)
         self.lr = torch.tensor(settings.lr, device=self.vector.device)
         self.optimizer = torch.optim.Adamax([self.vector], lr=self.lr, weight_decay=settings.weight_decay,
@@ -46,6 +47,7 @@ class TrainingStep:
             takes = inspect.signature(DistributedDataParallel).parameters
             sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in takes else "broadcast_buffers"
             log_joint.side_stream = None                     # its hooks expect gradients on one stream
+            torch._dynamo.config.optimize_ddp = False        # else it would cut the compiled parts, small as they are
             self.log_joint = DistributedDataParallel(log_joint, **{sync_buffers: False})
         self.run = Captured(self._run) if cuda_graph else self._run
 
@@ -64,7 +66,8 @@ class TrainingStep:
                 terms = torch.stack(self.objective(self.log_joint(part_x), part_y, self.settings, y))
                 (terms[0] * self.processes.size).backward()              # DistributedDataParallel takes the mean
             batch_terms = batch_terms + terms.detach()
-        torch.cat([_in_memory_order(p.grad) for p in self.parameters], out=self.vector.grad)
+        torch.cat([part for p, gap in zip(self.parameters, self.gaps) for part in (_in_memory_order(p.grad), *gap)],
+                  out=self.vector.grad)
         if self.settings.clip_gn:
             nn.utils.clip_grad_norm_([self.vector], self.settings.clip_gn)
         self.optimizer.step()
@@ -109,7 +112,6 @@ class Captured:
             if self.calls <= WARM_UP:
                 return self._warm_up(inputs)
             self.inputs = [x.clone() for x in inputs]
-            torch.cuda.empty_cache()                         # the plain runs' memory; the graph has its own
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.output = self.function(*self.inputs)
@@ -135,12 +137,19 @@ def _in_memory_order(p):
 
 @torch.no_grad()
 def _as_one_vector(parameters):
-    """Move `parameters` into one vector, as views of it -> the vector, a Parameter."""
-    vector = torch.cat([_in_memory_order(p) for p in parameters])
-    for p, part in zip(parameters, vector.split([p.numel() for p in parameters])):
+    """Move `parameters` into one vector, as views of it that begin at multiples of ALIGNMENT.
+
+    -> the vector, a Parameter; for each of `parameters` the zeros behind it, a list of one tensor or none.
+    """
+    gaps = [[p.new_zeros(n)] if (n := -p.numel() % ALIGNMENT) else [] for p in parameters]
+    vector = torch.cat([part for p, gap in zip(parameters, gaps) for part in (_in_memory_order(p), *gap)])
+    start = 0
+    for p in parameters:
+        part = vector[start:start + p.numel()]
+        start += p.numel() + -p.numel() % ALIGNMENT
         if p.dim() == 4:
             o, i, h, w = p.shape
             p.data = part.view(o, h, w, i).permute(0, 3, 1, 2)
         else:
             p.data = part.view(p.shape)
-    return nn.Parameter(vector)
+    return nn.Parameter(vector), gaps
