@@ -109,7 +109,7 @@ class AfterSteps(script.Stopping):              # of which the second process al
     @property
     def reason(self):
         AfterSteps.steps += 1
-        return "by the test" if AfterSteps.steps == 2 and os.environ.get("RANK") == "1" else None
+        return "by the test" if AfterSteps.steps >= 2 and os.environ.get("RANK") == "1" else None
 
 if os.environ.get("STOP"):
     script.Stopping = AfterSteps
