@@ -88,6 +88,7 @@ def main(argv=None, processes=None):
             stopped = train(model, data, settings, speed, processes, stopping, run and run.run, checkpoint)
             if stopped and processes.main:
                 print(f"{stopped}; to go on: {resume_command(run)}")
+            processes.wait()                                 # none leaves while the main one still writes
     except TrainingFailed as error:
         raise TrainingFailed(f"{error}. The last good checkpoint is {run and run.run}/checkpoint.pt") from None
     except KeyboardInterrupt:

@@ -25,7 +25,7 @@ class FastLogJoint(nn.Module):
       pass: they are computed once a call, all matrices of a size at once (WeightLogDet), on a GPU
       beside the pass, on a stream of their own;
     - images, their gradients and the weights of convolutions lie in memory with the channels last;
-    - on a CPU a convolution of a tiny image is a product with one matrix;
+    - a convolution of a single pixel, on a CPU one of a tiny image too, is a product with one matrix;
     - with `precision` bf16 the networks inside the couplings, and nothing else, run in bfloat16
       under autocast, their first layer apart, where rounding x would be the largest error: scales,
       log-dets, bases and logsumexp keep the model's type;
@@ -49,6 +49,9 @@ class FastLogJoint(nn.Module):
             if isinstance(part, Conv3x3):
                 if not part.weight.is_cuda and math.prod(shape) ** 2 * part.weight[:, :, 0, 0].numel() <= TINY:
                     self.twin.set_submodule(name, _TinyConv3x3(part, shape))
+            elif isinstance(part, nn.Conv2d):
+                if shape == part.kernel_size == (1, 1):
+                    self.twin.set_submodule(name, _PixelConv(part))
             else:
                 linear.append((part, math.prod(shape)))
                 self.twin.set_submodule(name, _WithoutLogDet(part))
@@ -122,6 +125,17 @@ class _WithoutLogDet(Bijection):
         return self.part.transform(x), 0.0
 
 
+class _PixelConv(nn.Module):
+    """A 1x1 convolution of images of one pixel."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x):
+        return F.linear(x.flatten(1), self.conv.weight.flatten(1), self.conv.bias)[:, :, None, None]
+
+
 class _TinyConv3x3(nn.Module):
     """A Conv3x3 of images of `size` as a product with the matrix that maps them to its output."""
 
@@ -184,13 +198,13 @@ class _GradientChannelsLast(torch.autograd.Function):
 @torch.no_grad()
 def _survey(model):
     """A pass of one example -> {name: (H, W) or ()} of the flow's ActNorms and full 1x1 convolutions and of the
-    networks' 3x3 ones, by what they see; bytes of the largest tensor."""
+    networks' convolutions, by what they see; bytes of the largest tensor."""
     shapes, largest, hooks = {}, [0], []
 
     def look(name, part, x, out):
         out = out[0] if isinstance(out, tuple) else out
         largest[0] = max(largest[0], out.numel() * out.element_size())
-        if isinstance(part, (FullConv, Conv3x3, ActNorm)) and not isinstance(part, NetworkNorm):
+        if isinstance(part, (FullConv, nn.Conv2d, ActNorm)) and not isinstance(part, NetworkNorm):
             shapes[name] = tuple(x[0].shape[2:])
     for name, part in model.named_modules():
         hooks.append(part.register_forward_hook(lambda part, x, out, name=name: look(name, part, x, out)))

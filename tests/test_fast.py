@@ -420,7 +420,7 @@ def test_the_paper_s_step_is_captured_on_a_gpu(script, tmp_path, monkeypatch):
     model.initialize(x)
     step = a_step(script, settings, model.cuda(), 32, precision="bf16", compile=True, cuda_graph=True)
     losses = [float(step(x.cuda(), y.cuda())[0]) for _ in range(8)]
-    assert step.run.graph is not None and all(map(math.isfinite, losses)) and len(set(losses)) == 8
+    assert step.captured.graph is not None and all(map(math.isfinite, losses)) and len(set(losses)) == 8
 
 
 @gpu_test

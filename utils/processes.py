@@ -1,6 +1,7 @@
 """The processes of one run, as torchrun starts them; any other start is a run of one process."""
 
 import contextlib
+import gc
 import os
 
 import torch
@@ -87,6 +88,8 @@ class Processes:
                 self.wait()
 
     def close(self):
+        """Let go of the others; what still refers to them goes first."""
         if self.connected:
+            gc.collect()
             dist.destroy_process_group()
             self.connected = False

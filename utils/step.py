@@ -49,11 +49,11 @@ class TrainingStep:
             log_joint.side_stream = None                     # its hooks expect gradients on one stream
             torch._dynamo.config.optimize_ddp = False        # else it would cut the compiled parts, small as they are
             self.log_joint = DistributedDataParallel(log_joint, **{sync_buffers: False})
-        self.run = Captured(self._run) if cuda_graph else self._run
+        self.captured = Captured(self._run) if cuda_graph else None
 
     def __call__(self, x, y):
         """A step on the batch x (B, C, H, W), y (B,), -1 where hidden -> this process's share of its terms, (5,)."""
-        return self.run(x, y)
+        return self.captured(x, y) if self.captured else self._run(x, y)
 
     def _run(self, x, y):
         for p in self.parameters:
