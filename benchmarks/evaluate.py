@@ -15,18 +15,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from measure import (COLUMNS, as_command, convolutions_in, flops_per_image, fresh_model, limits,  # noqa: E402
-                     random_data, read_arguments, read_mode, report, start_mode, row_of, times)
+                     random_data, read_arguments, read_mode, report, row_of, start_mode, times)
 
-from utils.step import WARM_UP, scorer  # noqa: E402
+from utils.step import WARM_UP, arrange, scorer  # noqa: E402
 
 TEST_IMAGES = {"mnist": 10_000, "digits": 360, "moons": 1000, "circles": 1000}
 
 
 def main():
-    own, settings, device, script = read_arguments(
+    own, settings, device = read_arguments(
         "Times evaluation and sampling.", lambda parser: parser.add_argument("--batches", type=int, default=5, help="timed batches of a mode"))
     data = random_data(settings, device)
-    found_limits = limits(sorted({"fp32", *("fp32" if m.precision == "plain" else m.precision for m in own.modes)}), settings.test_bs, device)
+    found_limits = limits(sorted({"fp32", *(m.precision for m in own.modes)}), settings.test_bs, device)
     flops, _ = flops_per_image(settings, data)
     n = TEST_IMAGES[settings.data]
     n_batches = -(-n // settings.test_bs)
@@ -39,7 +39,7 @@ def main():
         model = fresh_model(settings, data)
         mode.micro_bs = settings.micro_bs
         with convolutions_in(mode.precision), torch.no_grad():
-            score = model.log_joint if mode.precision == "plain" else scorer(*script.arrange(model, mode), mode.cuda_graph)
+            score = model.log_joint if mode.plain else scorer(*arrange(model, mode), mode.cuda_graph)
             seconds, first = times(lambda: score(x), own.batches, device, warm_up)
         rows.append(row_of(mode, seconds, first, batch, flops, found_limits, device))
         print(f"{mode.name}: {rows[-1]['ms']:.2f} ms", file=sys.stderr)
@@ -54,7 +54,7 @@ def main():
     for row in rows:
         row["all_s"] = n_batches * row["ms"] / 1e3
     report(f"A test batch of {batch} images of {settings.data}: {batch * flops / 1e12:.3f} TFLOP; median of {own.batches}",
-           device, script, found_limits, rows, {**COLUMNS, "all_s": (f"{n:,} images, s", ".1f")}, own.json)
+           device, found_limits, rows, {**COLUMNS, "all_s": (f"{n:,} images, s", ".1f")}, own.json)
 
 
 if __name__ == "__main__":

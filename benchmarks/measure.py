@@ -24,6 +24,7 @@ sys.path.insert(0, str(PROJECT))
 from models import build_model  # noqa: E402
 from utils import BadInput  # noqa: E402
 from utils.data import SemiSupervisedData  # noqa: E402
+from utils.device import device_name, set_up_torch  # noqa: E402
 from utils.processes import Processes  # noqa: E402
 from utils.settings import read_settings  # noqa: E402
 
@@ -50,22 +51,22 @@ def read_arguments(description, add_own):
     add_own(parser)
     own, rest = parser.parse_known_args()
     _, settings = read_settings(rest)
-    script = load_script()
-    device = script.set_up_torch(settings, Processes())
+    device = set_up_torch(settings, Processes())
     gpu = device.type == "cuda"
     default = "plain,fp32,fp32+compile+graph,tf32+compile+graph,bf16,bf16+compile,bf16+compile+graph" if gpu else "plain,fp32,bf16"
     own.modes = [read_mode(text, gpu) for text in (own.modes or default).split(",")]
-    return own, settings, device, script
+    return own, settings, device
 
 
 def read_mode(text, gpu):
-    """'bf16+compile+graph' -> the namespace that train-flow-ssl.py's `arrange` takes, with the name. Raises BadInput."""
+    """'bf16+compile+graph' -> the namespace that `arrange` (utils/step.py) takes, with the name. Raises BadInput."""
     precision, *more = text.strip().split("+")
     if precision not in ("plain", "fp32", "tf32", "bf16") or set(more) - {"compile", "graph"} or (precision == "plain" and more):
         raise BadInput(f"no mode {text}: plain, or fp32, tf32 or bf16 with +compile, +graph")
     if not gpu and (precision == "tf32" or "graph" in more):
         raise BadInput(f"mode {text} needs a GPU")
-    return SimpleNamespace(name=text.strip(), precision=precision, compile="compile" in more, cuda_graph="graph" in more)
+    plain = precision == "plain"
+    return SimpleNamespace(name=text.strip(), plain=plain, precision="fp32" if plain else precision, compile="compile" in more, cuda_graph="graph" in more)
 
 
 def random_data(settings, device, n=2048):
@@ -194,9 +195,9 @@ def peak_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def report(title, device, script, found_limits, rows, columns, path):
+def report(title, device, found_limits, rows, columns, path):
     """Print the table of `rows`, by `columns` {key: (heading, format)}, and write everything to `path`."""
-    print(f"\n{title}\nPyTorch {torch.__version__} on {script.device_name(device)}, {platform.processor() or platform.machine()}")
+    print(f"\n{title}\nPyTorch {torch.__version__} on {device_name(device)}, {platform.processor() or platform.machine()}")
     for name, tflops in found_limits.items():
         print(f"limit: {name}, {tflops:.3f} TFLOP/s")
     table = [[heading for heading, _ in columns.values()]]
@@ -205,7 +206,7 @@ def report(title, device, script, found_limits, rows, columns, path):
     for line in table:
         print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))))
     if path:
-        path.write_text(json.dumps({"title": title, "torch": torch.__version__, "device": script.device_name(device),
+        path.write_text(json.dumps({"title": title, "torch": torch.__version__, "device": device_name(device),
                                     "limits_tflops": found_limits, "modes": rows}, indent=1) + "\n")
 
 
@@ -219,7 +220,7 @@ def row_of(mode, seconds, first, images, flops, found_limits, device):
     """The columns that both benchmarks have."""
     median, low, high = spread(seconds)
     tflops = images * flops / median / 1e9
-    conv = found_limits[f"convolution {'fp32' if mode.precision == 'plain' else mode.precision}"]
+    conv = found_limits[f"convolution {mode.precision}"]
     return {"mode": mode.name, "ms": median, "ms_low": low, "ms_high": high, "images_per_s": 1e3 * images / median,
             "tflops": tflops, "of_convolution": 100 * tflops / conv,
             "of_matmul": 100 * tflops / found_limits["matrix product bf16"] if device.type == "cuda" else None,

@@ -17,10 +17,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from measure import (COLUMNS, as_command, convolutions_in, flops_per_image, fresh_model, limits,  # noqa: E402
-                     random_data, read_arguments, report, start_mode, row_of, times)
+                     load_script, random_data, read_arguments, report, row_of, start_mode, times)
 
 from utils.processes import Processes  # noqa: E402
-from utils.step import WARM_UP, TrainingStep  # noqa: E402
+from utils.step import WARM_UP, TrainingStep, arrange  # noqa: E402
 
 TRAINING_IMAGES = {"mnist": 60_000, "digits": 1437, "moons": 1000, "circles": 1000}
 
@@ -38,11 +38,12 @@ def plain_step(model, objective, settings):
 
 
 def main():
-    own, settings, device, script = read_arguments(
+    own, settings, device = read_arguments(
         "Times training steps.", lambda parser: parser.add_argument("--steps", type=int, default=10, help="timed steps of a mode"))
     settings.lr = 1e-6                                       # random images: the weights should stay where they are
     data = random_data(settings, device)
-    found_limits = limits(sorted({"fp32" if m.precision == "plain" else m.precision for m in own.modes}), settings.train_bs, device)
+    found_limits = limits(sorted({m.precision for m in own.modes}), settings.train_bs, device)
+    objective = load_script().objective
     _, flops = flops_per_image(settings, data)
     steps = -(-TRAINING_IMAGES[settings.data] // settings.train_bs)
     rows = []
@@ -51,10 +52,10 @@ def main():
         model, generator = fresh_model(settings, data), torch.Generator(device).manual_seed(0)
         mode.micro_bs = settings.micro_bs
         with convolutions_in(mode.precision):
-            if mode.precision == "plain":
-                step = plain_step(model, script.objective, settings)
+            if mode.plain:
+                step = plain_step(model, objective, settings)
             else:
-                step = TrainingStep(*script.arrange(model, mode), script.objective, settings, Processes(), mode.cuda_graph)
+                step = TrainingStep(*arrange(model, mode), objective, settings, Processes(), mode.cuda_graph)
             seconds, first = times(lambda: step(*data.draw(settings.train_bs, 1 / 3, generator)), own.steps, device,
                                    WARM_UP + 2 if device.type == "cuda" else 1)
         row = row_of(mode, seconds, first, settings.train_bs, flops, found_limits, device)
@@ -62,7 +63,7 @@ def main():
         print(f"{mode.name}: {row['ms']:.2f} ms", file=sys.stderr)
         del model, step
     report(f"A training step of {settings.train_bs} images of {settings.data}: {settings.train_bs * flops / 1e12:.3f} TFLOP; "
-           f"median of {own.steps}", device, script, found_limits, rows,
+           f"median of {own.steps}", device, found_limits, rows,
            {**COLUMNS, "epoch_s": (f"{steps} steps, s", ".1f")}, own.json)
 
 

@@ -69,7 +69,6 @@ class FastLogJoint(nn.Module):
         self.side_stream = torch.cuda.Stream() if model.log_p_y.is_cuda else None
 
     def forward(self, x):
-        x = x.contiguous(memory_format=torch.channels_last)
         weights = self.weight_log_det.gather()               # on the main stream, where their gradients are wanted
         if self.side_stream is None:
             return self.twin.log_joint(x) + self.weight_log_det(weights)
@@ -85,14 +84,13 @@ class FastLogJoint(nn.Module):
         return log_joint + log_det
 
 
-class WeightLogDet(nn.Module):
+class WeightLogDet:
     """The part of ldj that does not depend on x: the sum over `parts` of pixels times their log|det|, ().
 
     parts: pairs of an ActNorm or FullConv and the number of pixels it works on.
     """
 
     def __init__(self, parts):
-        super().__init__()
         matrices = {}
         for part, pixels in parts:
             if isinstance(part, FullConv):
@@ -107,7 +105,7 @@ class WeightLogDet(nn.Module):
         """The weights it is computed from: (N, C, C) for each size C of matrices, then all scales (sum of C,)."""
         return [torch.stack(group) for group in self.matrices] + ([torch.cat(self.logs)] if self.logs else [])
 
-    def forward(self, weights):
+    def __call__(self, weights):
         log_dets = [log_abs_det(group) @ pixels for group, pixels in zip(weights, self.of_matrices)]
         if self.logs:
             log_dets.append(weights[-1] @ self.of_logs)

@@ -42,6 +42,20 @@ def mnist_root():
     pytest.skip("no MNIST in $SCNF_DATA_ROOT or data/ (run config.yaml once to fetch it)")
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+
+
+@pytest.fixture(autouse=True)
+def fresh_gpu(request):
+    """For tests of a GPU: no graphs of other tests, LU as a run has it, float32 without TF32."""
+    if request.node.get_closest_marker("gpu"):
+        torch._dynamo.reset()
+        torch.backends.cuda.preferred_linalg_library("cusolver")
+        torch.backends.cudnn.allow_tf32 = False
+
+
 @pytest.fixture
 def float64():
     """Models and tensors of double precision, within the test."""

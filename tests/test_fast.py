@@ -27,7 +27,6 @@ POINTS = {"model": "toy", "ssl_dim": 2, "ssl_l": 1, "ssl_k": 2, "ssl_hd": 8, "l"
 MODELS = {**{f"digits, {conv}": ({**TINY, "conv": conv, "ssl_conv": conv}, (1, 8, 8)) for conv in CONVS},
           "digits, cond-shift": ({**TINY, "ssl_model": "cond-shift"}, (1, 8, 8)),
           "points": (POINTS, (2, 1, 1))}
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 
 def a_model(name="digits, full", device="cpu"):
@@ -327,27 +326,11 @@ def test_a_checkpoint_is_as_the_weights_were_and_its_errors_show(tmp_path):
 
 # On a GPU: all of them by `python -m pytest -m gpu`.
 
-@pytest.fixture(autouse=True)
-def fresh_compiler(request):
-    """On a GPU: no graphs of other tests, LU as a run has it, float32 without TF32."""
-    if request.node.get_closest_marker("gpu"):
-        torch._dynamo.reset()
-        torch.backends.cuda.preferred_linalg_library("cusolver")
-        torch.backends.cudnn.allow_tf32 = False
-    yield
-
-
-def gpu_test(function):
-    for mark in gpu:
-        function = mark(function)
-    return function
-
-
 MODES = {"fp32": ("fp32", False), "fp32, compiled": ("fp32", True), "tf32, compiled": ("tf32", True),
          "bf16": ("bf16", False), "bf16, compiled": ("bf16", True)}
 
 
-@gpu_test
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 def test_fidelity_on_a_gpu(mode, monkeypatch):
     """The digits model that ships: log p(x) within 0.01 % of plain float32's, the gradient's cosine above 0.999."""
@@ -366,7 +349,7 @@ def test_fidelity_on_a_gpu(mode, monkeypatch):
     assert cosine(own_gradients, exact_gradients) > 0.999
 
 
-@gpu_test
+@pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_fidelity_of_the_paper_s_model_on_a_gpu(compiled, monkeypatch):
     """bf16 against plain float32 on config.yaml's model, its last layers filled."""
@@ -387,7 +370,7 @@ def test_fidelity_of_the_paper_s_model_on_a_gpu(compiled, monkeypatch):
     assert cosine(own_gradients, exact_gradients) > 0.999
 
 
-@gpu_test
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_captured_steps_are_the_plain_ones_on_a_gpu(script, tmp_path, monkeypatch, precision, compiled):
@@ -409,7 +392,7 @@ def test_captured_steps_are_the_plain_ones_on_a_gpu(script, tmp_path, monkeypatc
     assert float((vector - plain_vector).norm() / plain_vector.norm()) < 1e-3
 
 
-@gpu_test
+@pytest.mark.gpu
 def test_the_paper_s_step_is_captured_on_a_gpu(script, tmp_path, monkeypatch):
     """config.yaml's model, whose 1x1 convolutions are of six sizes, as the defaults run it."""
     monkeypatch.chdir(tmp_path)
@@ -423,7 +406,7 @@ def test_the_paper_s_step_is_captured_on_a_gpu(script, tmp_path, monkeypatch):
     assert step.captured.graph is not None and all(map(math.isfinite, losses)) and len(set(losses)) == 8
 
 
-@gpu_test
+@pytest.mark.gpu
 def test_no_step_waits_for_the_gpu(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, settings = read_settings(options(cl_weight=1, clip_gn=100, ssl_alg="em", sup_weight=2))
@@ -442,7 +425,7 @@ def test_no_step_waits_for_the_gpu(script, tmp_path, monkeypatch):
             torch.cuda.set_sync_debug_mode("default")
 
 
-@gpu_test
+@pytest.mark.gpu
 def test_log_abs_det_on_a_gpu():
     for n in (1, 2, 4, 8, 98, 196):
         w = torch.eye(n) + 0.5 / n ** 0.5 * torch.randn(4, n, n, generator=torch.Generator().manual_seed(n))
@@ -454,7 +437,7 @@ def test_log_abs_det_on_a_gpu():
         torch.testing.assert_close(own.grad.cpu(), inverse.mT, rtol=1e-5, atol=1e-5)
 
 
-@gpu_test
+@pytest.mark.gpu
 def test_captured_scores_on_a_gpu():
     model, x = a_model(device="cuda")
     score, exact = scorer(FastLogJoint(model), sys.maxsize, cuda_graph=True), model.log_joint
@@ -462,7 +445,7 @@ def test_captured_scores_on_a_gpu():
         torch.testing.assert_close(score(x + 0.01 * i), exact(x + 0.01 * i).detach(), rtol=1e-4, atol=1e-3)
 
 
-@gpu_test
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
 def test_loss_curve_lies_over_float32_s_on_a_gpu(script, tmp_path, monkeypatch, precision):
     monkeypatch.chdir(tmp_path)

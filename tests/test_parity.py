@@ -133,7 +133,6 @@ def test_decoded_images_are_mnist_s(images, mnist_root):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("name", ["toy_moons", *MNIST_CASES])
 def test_on_a_gpu(name, tmp_path, images):
     model, x, reference = load_case(name, tmp_path)

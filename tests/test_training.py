@@ -247,7 +247,6 @@ def test_a_checkpoint_of_another_kind_of_device_gives_new_batches(script, tmp_pa
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_training_and_resuming_on_a_gpu(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = options(epochs=3, lr_schedule="no", device="cuda", deterministic="true")

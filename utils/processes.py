@@ -33,8 +33,6 @@ class Processes:
         """Find each other: over NCCL for tensors on GPUs, over gloo for the CPU's."""
         if self.size == 1:
             return
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         self.connected = True
 

@@ -144,9 +144,9 @@ def _as_one_vector(parameters):
     gaps = [[p.new_zeros(n)] if (n := -p.numel() % ALIGNMENT) else [] for p in parameters]
     vector = torch.cat([part for p, gap in zip(parameters, gaps) for part in (_in_memory_order(p), *gap)])
     start = 0
-    for p in parameters:
+    for p, gap in zip(parameters, gaps):
         part = vector[start:start + p.numel()]
-        start += p.numel() + -p.numel() % ALIGNMENT
+        start += p.numel() + sum(map(len, gap))
         if p.dim() == 4:
             o, i, h, w = p.shape
             p.data = part.view(o, h, w, i).permute(0, 3, 1, 2)
