@@ -20,6 +20,7 @@ the weights normalised to sum to 1 (objective):
 """
 
 import contextlib
+import math
 import os
 import sys
 import time
@@ -28,12 +29,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from models import build_model
 from utils import BadInput
 from utils.checkpoint import (CheckpointWriter, copy_to_cpu, get_rng_state, load_checkpoint, load_weights, save_whole,
-                              set_rng_state)
+                              set_rng_state, shipped_weights)
 from utils.data import load_data
 from utils.device import choose_speed, device_name, set_up_torch
 from utils.figures import draw_curves, draw_density, draw_samples
@@ -43,9 +45,9 @@ from utils.settings import SHIPPED, Run, read_settings
 from utils.step import TrainingStep, arrange, scorer
 from utils.stopping import Stopping
 
+SURE = 0.95             # of the consistency term: p(y | x) from which on it is a target
 FIGURES_EACH = 300      # seconds between two drawings of a long run's figures
-SHIPPED_WEIGHTS = {"mnist": "model.torch", "digits": "digits.torch"}     # in pretrained/
-TERMS = ("loss", "elbo", "cl_loss", "correct", "labelled")               # what `objective` gives
+TERMS = ("loss", "elbo", "cl_loss", "cons_loss", "sure", "correct", "labelled")               # what `objective` gives
 
 
 class TrainingFailed(RuntimeError):
@@ -68,7 +70,7 @@ def main(argv=None, processes=None):
     model = build_model(settings, data.shape, data.n_classes, data.class_probs).to(device)
 
     if settings.pretrained:
-        path = shipped_weights(settings.data) if settings.pretrained == SHIPPED else settings.pretrained
+        path = shipped_weights(settings) if settings.pretrained == SHIPPED else settings.pretrained
         load_weights(model, path)
         report_evaluation(model, data, settings, speed, processes, path)
         return
@@ -113,7 +115,7 @@ def train(model, data, settings, speed, processes, stopping, run_dir=None, check
         model.initialize(data.draw(settings.train_bs, labelled_prob, generator)[0])
     log_joint, pass_size = arrange(model, speed)
     step = TrainingStep(log_joint, pass_size, objective, settings, processes, speed.cuda_graph)
-    score = scorer(log_joint, pass_size, speed.cuda_graph)
+    scores = [scorer(log_joint, pass_size, speed.cuda_graph) for _ in range(2)]      # of test and held-out batches
     progress = SimpleNamespace(epoch=0, step=0, sums=torch.zeros(len(TERMS), device=data.device), seconds=0.0)
     if checkpoint:
         restore(checkpoint, model, step, generator, progress)
@@ -139,36 +141,54 @@ def train(model, data, settings, speed, processes, stopping, run_dir=None, check
         drawn = time.perf_counter()
         while progress.epoch < settings.epochs:
             epoch = progress.epoch + 1
-            lr = learning_rate(epoch, settings)
-            step.lr.fill_(lr)
             stopped = train_epoch(step, data, settings, processes, stopping, generator, labelled_prob, steps, progress)
             if stopped:
                 progress.sums.copy_(processes.add(progress.sums))
                 save()
                 return f"Stopped {stopped} after {place(progress, steps)}"
             sums = dict(zip(TERMS, processes.add(progress.sums).tolist()))
+            lr = learning_rate(epoch, steps, steps, settings)
             progress.epoch, progress.step = epoch, 0
             progress.sums.zero_()
             if epoch % settings.log_each and epoch != settings.epochs:
                 continue
             began = time.perf_counter()
-            test_log_p, test_acc = evaluate(score, data, settings.test_bs, settings.seed, processes)
+            row = measure(scores, data, settings, processes)
+            if settings.ema:
+                with step.averaged():
+                    row.update({f"ema_{key}": value for key, value in measure(scores, data, settings, processes).items()})
             seconds = progress.seconds + time.perf_counter() - began
             progress.seconds = 0.0
             if processes.main:
-                log.append({"epoch": epoch, "train_loss": sums["loss"] / steps, "elbo": sums["elbo"] / steps,
-                            "cl_loss": sums["cl_loss"] / steps, "labelled_acc": sums["correct"] / max(sums["labelled"], 1),
-                            "test_log_p": test_log_p, "test_acc": test_acc, "test_bpd": data.bits_per_dim(test_log_p),
-                            "lr": lr, "seconds": seconds})
+                means = {key: sums[key] / steps for key in ("elbo", "cl_loss", "cons_loss", "sure")}
+                log.append({"epoch": epoch, "train_loss": sums["loss"] / steps, **means,
+                            "labelled_acc": sums["correct"] / max(sums["labelled"], 1), **row, "lr": lr, "seconds": seconds})
                 save()
                 if time.perf_counter() - drawn > FIGURES_EACH:
                     draw_figures(model, data, log, run_dir, settings.seed)
                     drawn = time.perf_counter()
     if processes.main:
-        draw_figures(model, data, log, run_dir, settings.seed)
-        save_whole(copy_to_cpu(model.state_dict()), run_dir / "model.torch")     # the last file: with it, the run is complete
-        print(f"Test error {1 - log.rows[-1]['test_acc']:.2%}; weights, curves and samples are in {os.path.relpath(run_dir)}")
+        last, chosen = log.rows[-1], ""
+        averaged = last["ema_held_out_log_p"] > last["held_out_log_p"]           # not so without ema, when they are NaN
+        if settings.ema:
+            chosen = f" of the {'averaged' if averaged else 'last'} weights, the likelier ones on held-out images"
+        with step.averaged() if averaged else contextlib.nullcontext():
+            draw_figures(model, data, log, run_dir, settings.seed)
+            save_whole(copy_to_cpu(model.state_dict()), run_dir / "model.torch") # the last file: with it, the run is complete
+        print(f"Test error{chosen} {1 - last['ema_test_acc' if averaged else 'test_acc']:.2%}; "
+              f"weights, curves and samples are in {os.path.relpath(run_dir)}")
     return None
+
+
+def measure(scores, data, settings, processes):
+    """test_log_p, test_acc, test_bpd, and held_out_log_p, NaN where nothing is held out; scores: see `evaluate`, one for each set."""
+    test = data.test_x, data.test_y
+    log_p, accuracy = evaluate(scores[0], data, test, settings.test_bs, settings.seed, processes)
+    row = {"test_log_p": log_p, "test_acc": accuracy, "test_bpd": data.bits_per_dim(log_p), "held_out_log_p": math.nan}
+    if len(data.held_out):
+        held_out = data.train_x[data.held_out], data.train_y[data.held_out]
+        row["held_out_log_p"], _ = evaluate(scores[1], data, held_out, settings.test_bs, settings.seed, processes)
+    return row
 
 
 def place(progress, steps):
@@ -204,9 +224,12 @@ def train_epoch(step, data, settings, processes, stopping, generator, labelled_p
 
     with bar:
         shown = time.perf_counter()
+        lr = None
         while progress.step < steps and not stopped:
-            x, y = data.draw(settings.train_bs, labelled_prob, generator)
-            sums += step(x, y)
+            was, lr = lr, learning_rate(progress.epoch + 1, progress.step + 1, steps, settings)
+            if lr != was:
+                step.lr.fill_(lr)
+            sums += step(*data.draw(settings.train_bs, labelled_prob, generator, settings.cons_weight > 0))
             progress.step += 1
             finite += sums[0].isfinite()                     # once it is not, the sum never is again
             if processes.any(stopping.reason is not None):
@@ -223,13 +246,14 @@ def train_epoch(step, data, settings, processes, stopping, generator, labelled_p
     return stopped
 
 
-def objective(log_joint, y, settings, batch_y=None):
+def objective(log_joint, y, settings, batch_y=None, altered=None):
     """The loss of a batch and what is logged of it (see the top of this file).
 
-    log_joint (B, K); y (B,), -1 where the label is hidden -> loss, elbo, cl_loss, and the numbers of
-    labelled rows that p(y | x) gets right and of labelled rows, all of shape (). The elbo is the
-    weighted mean of log p(x, y) and u(x). batch_y: the labels of the whole batch, where the rows
-    given are a part of one: the terms are this part's share, and those of all parts sum to the batch's.
+    log_joint (B, K); y (B,), -1 where the label is hidden -> loss, elbo, cl_loss, cons_loss, the share
+    of unlabelled rows with a sure label, and the numbers of labelled rows that p(y | x) gets right and
+    of labelled rows, all of shape (). The elbo is the weighted mean of log p(x, y) and u(x). batch_y:
+    the labels of the whole batch, where the rows given are a part of one: the terms are this part's
+    share, and those of all parts sum to the batch's. altered: log p(x', y), (B, K), of the altered images.
     """
     batch_y = y if batch_y is None else batch_y
     labelled = y >= 0
@@ -240,71 +264,85 @@ def objective(log_joint, y, settings, batch_y=None):
     else:
         unlabelled_term = marginal
 
-    def weight(y):
+    def row_weight(y):
         return torch.ones_like(y, dtype=log_joint.dtype).masked_fill(y >= 0, settings.sup_weight)
-    elbo = (weight(y) * torch.where(labelled, own, unlabelled_term)).sum() / weight(batch_y).sum()
-    cl_loss = (marginal - own).masked_fill(~labelled, 0).sum() / (batch_y >= 0).sum().clamp(min=1)
-    loss = -elbo + settings.cl_weight * cl_loss if settings.cl_weight else -elbo
+    elbo = (row_weight(y) * torch.where(labelled, own, unlabelled_term)).sum() / row_weight(batch_y).sum()
+    n_labelled = (batch_y >= 0).sum()
+    cons_loss = sure = torch.zeros_like(elbo)
+    if altered is None:
+        surprise = marginal - own                                             # -log p(y | x)
+    else:
+        surprise = F.cross_entropy(altered, y.clamp(min=0), reduction="none")
+        target = log_joint.detach().softmax(1)
+        is_sure = ~labelled & (target.amax(1) > SURE)
+        n_unlabelled = (len(batch_y) - n_labelled).clamp(min=1)
+        cons_loss = (F.cross_entropy(altered, target, reduction="none") * is_sure).sum() / n_unlabelled
+        sure = is_sure.sum() / n_unlabelled
+    cl_loss = surprise.masked_fill(~labelled, 0).sum() / n_labelled.clamp(min=1)
+    loss = -elbo
+    for weight, term in ((settings.cl_weight, cl_loss), (settings.cons_weight, cons_loss)):
+        loss = loss + weight * term if weight else loss
     correct = (labelled & (log_joint.argmax(1) == y)).sum()
-    return loss, elbo, cl_loss, correct.to(loss.dtype), labelled.sum().to(loss.dtype)
+    return loss, elbo, cl_loss, cons_loss, sure, correct.to(loss.dtype), labelled.sum().to(loss.dtype)
 
 
-def learning_rate(epoch, settings):
-    """The learning rate of an epoch, counted from 1, by settings.lr_schedule."""
+def learning_rate(epoch, step, steps, settings):
+    """The learning rate of a step of an epoch of `steps`, both counted from 1, by settings.lr_schedule and warmup_steps."""
+    done = (epoch - 1) * steps + step                        # with this step
+    lr = settings.lr * min(1, done / settings.warmup_steps) if settings.warmup_steps else settings.lr
     if settings.lr_schedule == "linear":
-        return settings.lr * (1 - epoch / settings.epochs)
+        return lr * (1 - epoch / settings.epochs)
     if settings.lr_schedule == "hat":
         if epoch <= settings.lr_warmup:
-            return settings.lr * epoch / settings.lr_warmup
-        return settings.lr * (settings.epochs - epoch) / (settings.epochs - settings.lr_warmup)
-    return settings.lr
+            return lr * epoch / settings.lr_warmup
+        return lr * (settings.epochs - epoch) / (settings.epochs - settings.lr_warmup)
+    if settings.lr_schedule == "cosine":
+        return lr * (1 + math.cos(math.pi * (done - 1) / (settings.epochs * steps))) / 2
+    return lr
 
 
-def evaluate(score, data, batch_size, seed, processes):
-    """Mean log p(x) of the test set, in nats, and accuracy of argmax p(y | x), from 0 to 1.
+def evaluate(score, data, examples, batch_size, seed, processes):
+    """Mean log p(x) of `examples`, images or points and their labels, in nats, and accuracy of argmax p(y | x), from 0 to 1.
 
     score: x (B, C, H, W) -> log p(x, y) (B, K), called with batches of one size, at most
     `batch_size`. The dequantisation noise follows `seed`: two evaluations of the same weights on a
     device agree. Each process takes its share of the batches.
     """
     generator = torch.Generator(data.device).manual_seed(seed)
-    n = len(data.test_x)
+    images, y = examples
+    n = len(images)
     n_batches = -(-n // batch_size)
     batch_size = -(-n // n_batches)
     sums = torch.zeros(2, dtype=torch.float64, device=data.device)           # log p(x), correct
     for i in range(n_batches):
         rows = torch.arange(i * batch_size, (i + 1) * batch_size, device=data.device)
         counted, rows = rows < n, rows.clamp(max=n - 1)
-        x = data.dequantize(data.test_x[rows], generator)
+        x = data.dequantize(images[rows], generator)
         if i % processes.size == processes.rank:
             log_joint = score(x)
-            correct = log_joint.argmax(1) == data.test_y[rows]
+            correct = log_joint.argmax(1) == y[rows]
             sums += (torch.stack((log_joint.logsumexp(1).double(), correct.double())) * counted).sum(1)
     log_p, correct = (processes.add(sums) / n).tolist()
     return log_p, correct
 
 
 def report_evaluation(model, data, settings, speed, processes, path):
-    """Print what `--pretrained` is for."""
+    """Print what `--pretrained` is for: the mean over `draws` draws of the dequantisation noise, and each."""
     began = time.perf_counter()
     score = scorer(*arrange(model, speed), speed.cuda_graph)
-    log_p, accuracy = evaluate(score, data, settings.test_bs, settings.seed, processes)
+    test = data.test_x, data.test_y
+    log_p, accuracy = np.transpose([evaluate(score, data, test, settings.test_bs, settings.seed + draw, processes)
+                                    for draw in range(settings.draws)])
+
+    def figure(values, digits, unit=""):
+        each = f" ({', '.join(f'{v:.{digits}f}' for v in values)})" if len(values) > 1 else ""
+        return f"{np.mean(values):.{digits}f}{unit}{each}"
     print(f"Weights      {path}\n"
           f"Test set     {len(data.test_x)} examples of {settings.data}, {time.perf_counter() - began:.1f} s "
           f"on {device_name(data.device)}\n"
-          f"Test error   {1 - accuracy:.2%}\n"
-          f"log p(x)     {log_p:.3f} nats" +
-          (f"\nbits/dim     {data.bits_per_dim(log_p):.4f}" if data.levels else ""))
-
-
-def shipped_weights(data):
-    """The file in pretrained/ for the dataset `data`. Raises BadInput, saying how to make it, if there is none."""
-    path = Path(__file__).resolve().parent / "pretrained" / SHIPPED_WEIGHTS.get(data, "")
-    if not path.is_file():
-        config = "config.yaml" if data == "mnist" else f"configs/{data}.yaml"
-        raise BadInput(f"no weights ship for {data} yet: train them (python train-flow-ssl.py --config {config}), "
-                       "then give the run's model.torch to --pretrained")
-    return path
+          f"Test error   {figure(100 * (1 - accuracy), 2, '%')}\n"
+          f"log p(x)     {figure(log_p, 3, ' nats')}" +
+          (f"\nbits/dim     {figure(data.bits_per_dim(log_p), 4)}" if data.levels else ""))
 
 
 def restore(checkpoint, model, step, generator, progress):

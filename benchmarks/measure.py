@@ -10,7 +10,6 @@ import resource
 import statistics
 import sys
 import time
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,14 +31,6 @@ DATA = {"mnist": ((1, 28, 28), 10, 256), "digits": ((1, 8, 8), 10, 17),       # 
         "moons": ((2, 1, 1), 2, None), "circles": ((2, 1, 1), 2, None)}
 CONV_PASSES = (16, 32, 64)      # rows at which a CPU's convolution may be at its best, besides the batch
 TYPES = {"bf16": torch.bfloat16}
-
-
-def load_script():
-    """train-flow-ssl.py as a module."""
-    spec = spec_from_file_location("train_flow_ssl", PROJECT / "train-flow-ssl.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def read_arguments(description, add_own):

@@ -17,8 +17,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from measure import (COLUMNS, as_command, convolutions_in, flops_per_image, fresh_model, limits,  # noqa: E402
-                     load_script, random_data, read_arguments, report, row_of, start_mode, times)
+                     random_data, read_arguments, report, row_of, start_mode, times)
 
+from utils import load_script  # noqa: E402
 from utils.processes import Processes  # noqa: E402
 from utils.step import WARM_UP, TrainingStep, arrange  # noqa: E402
 
@@ -29,8 +30,9 @@ def plain_step(model, objective, settings):
     """A training step without any of what makes it fast."""
     optimizer = torch.optim.Adamax(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, foreach=True)
 
-    def step(x, y):
-        loss = objective(model.log_joint(x), y, settings)[0]
+    def step(x, y, *altered):
+        log_joints = model.log_joint(torch.cat((x, *altered))).chunk(1 + len(altered))
+        loss = objective(log_joints[0], y, settings, y, *log_joints[1:])[0]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -56,7 +58,7 @@ def main():
                 step = plain_step(model, objective, settings)
             else:
                 step = TrainingStep(*arrange(model, mode), objective, settings, Processes(), mode.cuda_graph)
-            seconds, first = times(lambda: step(*data.draw(settings.train_bs, 1 / 3, generator)), own.steps, device,
+            seconds, first = times(lambda: step(*data.draw(settings.train_bs, 1 / 3, generator, settings.cons_weight > 0)), own.steps, device,
                                    WARM_UP + 2 if device.type == "cuda" else 1)
         row = row_of(mode, seconds, first, settings.train_bs, flops, found_limits, device)
         rows.append({**row, "epoch_s": steps * row["ms"] / 1e3})

@@ -10,7 +10,7 @@ from .conv1x1 import CONVS
 from .scnf import SemiConditionalFlow
 
 # The options that describe a model, with the defaults of the paper's MNIST run.
-MODEL_OPTIONS = {"model": "mnist-masked", "conv": "full", "hh_factors": 2, "l": 8,
+MODEL_OPTIONS = {"model": "mnist-masked", "conv": "full", "hh_factors": 2, "l": 8, "width": 0, "n_blocks": 0,
                  "ssl_model": "cond-flow", "ssl_dim": 196, "ssl_l": 2, "ssl_k": 4, "ssl_hd": 256,
                  "ssl_conv": "full", "ssl_hh": 2}
 MODEL_CHOICES = {"model": tuple(FLOWS), "conv": tuple(CONVS), "ssl_conv": tuple(CONVS),

@@ -15,17 +15,20 @@ from .networks import resnet1x1, resnet3x3, toy_network
 LABEL_DIM = 10    # length of a label's embedding in h_phi
 
 
-def masked_glow(shape, settings, width, n_blocks):
+def masked_glow(shape, settings, width, n_blocks, squeezed=False, padding_mode="reflect"):
     """f_w for images: couplings with checkerboard masks and by channels, on three scales.
 
-    The latent's last part, after two squeezes and two splits, is 4 channels of a quarter of the
-    height and width (for one input channel): z_f where `ssl_dim` is its size.
+    width, n_blocks: of the couplings' networks, where settings.width and settings.n_blocks are 0. The
+    latent's last part, after two squeezes and two splits, is 4 channels of a quarter of the height
+    and width (for one input channel): z_f where `ssl_dim` is its size. `squeezed`: the first
+    squeeze comes before the first couplings, which so work on a quarter of the pixels.
     """
     channels, height, width_px = shape
     if height % 4 or width_px % 4 or min(height, width_px) < 8:
         raise BadInput(f"model {settings.model} needs images with sides that are multiples of 4, at "
                        f"least 8, not data of shape {tuple(shape)}: use model toy for points")
-    net = partial(resnet3x3, width=width, n_blocks=n_blocks)
+    net = partial(resnet3x3, width=settings.width or width, n_blocks=settings.n_blocks or n_blocks,
+                  padding_mode=padding_mode)
     inv = partial(invertible_conv, settings.conv, hh_factors=settings.hh_factors)
 
     def check(c, size, parity):
@@ -35,10 +38,14 @@ def masked_glow(shape, settings, width, n_blocks):
         return [inv(c), ChannelCoupling(net(c // 2, c), net(c // 2, c)), ActNorm(c)]
 
     c, full, half, quarter = channels, *((height // d, width_px // d) for d in (1, 2, 4))
+    if squeezed:
+        # 4c x H/2 x W/2
+        first = [Squeeze(), *check(4 * c, half, 0), *check(4 * c, half, 1), *check(4 * c, half, 0)]
+    else:
+        # c x H x W                                                                     4c x H/2 x W/2
+        first = [*check(c, full, 0), *check(c, full, 1), *check(c, full, 0), Squeeze()]
     return MultiScale([
-        # c x H x W                                                     4c x H/2 x W/2
-        [Logit(), *check(c, full, 0), *check(c, full, 1), *check(c, full, 0),
-         Squeeze(), *channel(4 * c), *channel(4 * c)],
+        [Logit(), *first, *channel(4 * c), *channel(4 * c)],
         # 2c x H/2 x W/2                                                8c x H/4 x W/4
         [*check(2 * c, half, 0), *check(2 * c, half, 1), *check(2 * c, half, 0),
          Squeeze(), *channel(8 * c), *channel(8 * c)],
@@ -59,6 +66,7 @@ def toy_flow(shape, settings):
 
 
 FLOWS = {"mnist-masked": partial(masked_glow, width=64, n_blocks=4),
+         "mnist-small": partial(masked_glow, width=32, n_blocks=1, squeezed=True, padding_mode="zeros"),
          "digits-masked": partial(masked_glow, width=16, n_blocks=1),
          "toy": toy_flow}
 

@@ -61,6 +61,8 @@ class FastLogJoint(nn.Module):
                 setattr(part, net, _Network(getattr(part, net), precision == "bf16"))
             if isinstance(part, ResNet) and precision == "bf16":
                 part.first = _ToBfloat16(part.first)
+                if not model.log_p_y.is_cuda:
+                    part.norm = _FusedNorm(part.norm)
         if compiled:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
             for part in self.twin.modules():
@@ -140,9 +142,11 @@ class _TinyConv3x3(nn.Module):
     def __init__(self, conv, size):
         super().__init__()
         self.conv, self.size, self.pixels = conv, size, math.prod(size)
-        places = torch.arange(self.pixels, dtype=torch.float64).view(1, 1, *size)
-        seen = F.unfold(reflect_pad(places), 3)[0].long()                     # (9, q): the pixel p of each tap and output
-        self.register_buffer("taps", F.one_hot(seen, self.pixels).to(conv.weight).flatten(1), persistent=False)
+        places = torch.arange(1, self.pixels + 1, dtype=torch.float64).view(1, 1, *size)
+        padded = reflect_pad(places) if conv.reflects else F.pad(places, (1, 1, 1, 1))
+        seen = F.unfold(padded, 3)[0].long()                                  # (9, q): the pixel p of each tap and output, from 1
+        taps = F.one_hot(seen, self.pixels + 1)[..., 1:]                      # none where the padding is zero
+        self.register_buffer("taps", taps.to(conv.weight).flatten(1), persistent=False)
 
     def forward(self, x):
         c_out, c_in = self.conv.weight.shape[:2]
@@ -152,6 +156,20 @@ class _TinyConv3x3(nn.Module):
             w = w.transpose(1, 2).reshape(c_out * n, c_in * n)
         bias = self.conv.bias[:, None].expand(-1, n).reshape(-1)
         return F.linear(x.reshape(-1, c_in * n), w, bias).view(-1, c_out, *self.size)
+
+
+class _FusedNorm(nn.Module):
+    """A NetworkNorm in one kernel, from and to bfloat16; on a CPU arithmetic of two types is slow."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+        self.register_buffer("zeros", torch.zeros_like(norm.bias, requires_grad=False), persistent=False)
+        self.register_buffer("ones", torch.ones_like(norm.bias, requires_grad=False), persistent=False)
+
+    def forward(self, x):
+        scale = self.norm.logs.exp()
+        return F.batch_norm(x, self.zeros, self.ones, scale, -self.norm.bias * scale, eps=0.0)
 
 
 class _Network(nn.Module):

@@ -1,5 +1,7 @@
 """The networks inside the couplings. They are ordinary functions: nothing here is inverted."""
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -20,13 +22,15 @@ def _reflect_pad_by_slices(x):
 
 
 class Conv3x3(nn.Conv2d):
-    """3x3 convolution with reflect padding, which keeps height and width, in the memory layout of its weight."""
+    """3x3 convolution that keeps height and width, in the memory layout of its weight; padding_mode: reflect or zeros."""
 
-    def __init__(self, c_in, c_out):
-        super().__init__(c_in, c_out, 3)
+    def __init__(self, c_in, c_out, padding_mode="reflect"):
+        super().__init__(c_in, c_out, 3, padding=1 if padding_mode == "zeros" else 0)
+        self.reflects = padding_mode == "reflect"
 
     def forward(self, x):
-        x = reflect_pad(x)
+        if self.reflects:
+            x = reflect_pad(x)
         if self.weight.is_contiguous(memory_format=torch.channels_last):
             x = x.contiguous(memory_format=torch.channels_last)           # on a GPU padding loses the layout
         return super().forward(x)
@@ -69,9 +73,9 @@ class ResNet(nn.Module):
         return self.last(F.relu(self.norm(self.blocks(self.first(x))), inplace=True))
 
 
-def resnet3x3(c_in, c_out, width=64, n_blocks=4):
-    """3x3 convolutions with reflect padding: (B, c_in, H, W) -> (B, c_out, H, W)."""
-    return ResNet(Conv3x3, c_in, c_out, width, n_blocks)
+def resnet3x3(c_in, c_out, width=64, n_blocks=4, padding_mode="reflect"):
+    """3x3 convolutions: (B, c_in, H, W) -> (B, c_out, H, W)."""
+    return ResNet(partial(Conv3x3, padding_mode=padding_mode), c_in, c_out, width, n_blocks)
 
 
 def resnet1x1(c_in, c_out, width=256, n_blocks=4):

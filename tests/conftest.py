@@ -1,6 +1,5 @@
 """What the tests share: the script as a module, small settings, MNIST where there is one."""
 
-import importlib.util
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ import torch
 
 from models.bijections import ActNorm
 from models.conv1x1 import HouseholderConv, QRConv
-from utils import data
+from utils import data, load_script
 
 PROJECT = Path(__file__).resolve().parent.parent
 MNIST_FOLDERS = [Path(p) for p in (os.environ.get("SCNF_DATA_ROOT"), PROJECT / "data") if p]
@@ -18,13 +17,6 @@ MNIST_FOLDERS = [Path(p) for p in (os.environ.get("SCNF_DATA_ROOT"), PROJECT / "
 # A model and a run that take seconds.
 TINY = {"data": "digits", "model": "digits-masked", "ssl_dim": 16, "ssl_l": 2, "ssl_k": 1, "ssl_hd": 8,
         "supervised": 20, "num_examples": 200, "train_bs": 64, "test_bs": 256, "log_each": 1, "device": "cpu"}
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("train_flow_ssl", PROJECT / "train-flow-ssl.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +63,7 @@ def options(**changes):
 
 def load_tiny(**changes):
     """The dataset of TINY with `changes`."""
-    settings = {"data_root": "data", "num_examples": -1, "data_seed": 0, "ssl_nclasses": -1, **TINY, **changes}
+    settings = {"data_root": "data", "num_examples": -1, "data_seed": 0, "ssl_nclasses": -1, "ema": 0, **TINY, **changes}
     return data.load_data(SimpleNamespace(**settings))
 
 

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torchvision
-from conftest import TINY, load_script, options
+from conftest import TINY, options
 
 import utils.device
 import utils.settings
 from models import build_model
+from utils import load_script
 
 script = load_script()
 

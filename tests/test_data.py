@@ -9,7 +9,7 @@ import torch
 from conftest import load_tiny
 
 from utils import BadInput
-from utils.data import SemiSupervisedData, choose_labelled
+from utils.data import SemiSupervisedData, alter, choose_labelled
 
 DIGITS = {"num_examples": -1, "supervised": 100}
 
@@ -85,6 +85,48 @@ def test_draws_mix_labelled_and_unlabelled():
     assert (data.draw(50, 1.0, generator())[1] >= 0).all()
     everything = load_tiny(supervised=-1)
     assert (everything.draw(50, 1 / 3, generator())[1] >= 0).all()
+
+
+def test_altered_draws():
+    """The same rows, moved within the stated bounds; without them the draws are what they were."""
+    data = load_tiny(**DIGITS)
+    x, y, altered = data.draw(500, 0.5, generator(), altered=True)
+    plain_x, plain_y = data.draw(500, 0.5, generator())
+    assert torch.equal(x, plain_x) and torch.equal(y, plain_y)
+    assert altered.shape == x.shape and 0 <= altered.min() and altered.max() <= 1
+    assert float(((altered - x) ** 2).flatten(1).mean(1).min()) > 0.001
+    own, other = (((altered - image) ** 2).flatten(1).mean(1) for image in (x, x.roll(1, 0)))
+    assert own.mean() < 0.5 * other.mean() and (own < other).float().mean() > 0.8
+
+
+def test_alter_moves_turns_and_scales():
+    """A bright bar in the middle of each of many images: where its centre and its ends come to lie."""
+    images = torch.zeros(2000, 1, 57, 57, dtype=torch.uint8)
+    images[:, :, 18:39, 27:30] = 255
+    images[:, :, 18:22, 24:33] = 255                                          # its upper end is wider
+    moved = alter(images, generator())
+    assert moved.dtype == torch.uint8 and torch.equal(moved, alter(images, generator()))
+    mass = moved[:, 0].double() / moved.double().sum((1, 2, 3))[:, None, None]
+    coordinates = torch.arange(57, dtype=torch.float64) - 28
+    y, x = (mass.sum(2) @ coordinates), (mass.sum(1) @ coordinates)
+    size = moved.double().sum((1, 2, 3)) / images[0].double().sum()
+    vertical = (mass.sum(2) * (coordinates - y[:, None]) ** 2).sum(1)
+    horizontal = (mass.sum(1) * (coordinates - x[:, None]) ** 2).sum(1)
+    both = (mass * (coordinates[None, :, None] - y[:, None, None]) * (coordinates[None, None, :] - x[:, None, None])).sum((1, 2))
+    turn = (0.5 * torch.atan2(2 * both, vertical - horizontal)).rad2deg()
+    assert abs(x).max() < 57 * 2 / 28 + 1.5 and x.std() > 2 and abs(x.mean()) < 0.2
+    assert abs(turn).max() < 15.5 and 8 < turn.std() < 9.3                    # uniform: 15 / sqrt(3) = 8.7
+    assert 0.78 < size.min() < 0.84 and 1.16 < size.max() < 1.25              # of areas: 0.9 ** 2 and 1.1 ** 2
+
+
+def test_held_out_examples_are_never_drawn():
+    data = load_tiny(**DIGITS, ema=0.9)
+    assert len(data.held_out) == 133 and not set(data.held_out.tolist()) & set(data.unlabelled.tolist() + data.labelled.tolist())
+    assert torch.equal(data.held_out, load_tiny(**DIGITS, ema=0.9).held_out)
+    assert len(load_tiny(**DIGITS).held_out) == 0 and torch.equal(data.labelled, load_tiny(**DIGITS).labelled)
+    assert len(data.held_out) + len(data.unlabelled) + len(data.labelled) == 1437
+    with pytest.raises(BadInput, match="ema needs unlabelled"):
+        load_tiny(supervised=-1, ema=0.9)
 
 
 def test_dequantisation():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import PROJECT, TINY, load_tiny, options, randomize
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models import build_model
 from models.bijections import ActNorm
@@ -25,6 +26,7 @@ from utils.stopping import Stopping
 
 POINTS = {"model": "toy", "ssl_dim": 2, "ssl_l": 1, "ssl_k": 2, "ssl_hd": 8, "l": 3}
 MODELS = {**{f"digits, {conv}": ({**TINY, "conv": conv, "ssl_conv": conv}, (1, 8, 8)) for conv in CONVS},
+          "squeezed first": ({**TINY, "model": "mnist-small", "width": 8}, (1, 8, 8)),
           "digits, cond-shift": ({**TINY, "ssl_model": "cond-shift"}, (1, 8, 8)),
           "points": (POINTS, (2, 1, 1))}
 
@@ -128,9 +130,10 @@ def test_channels_at_every_pixel():
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("padding_mode", ["reflect", "zeros"])
 @pytest.mark.parametrize("size", [(2, 2), (2, 3), (4, 4)])
-def test_convolution_of_a_tiny_image(size):
-    conv, x = Conv3x3(3, 5), torch.randn(4, 3, *size, requires_grad=True)
+def test_convolution_of_a_tiny_image(size, padding_mode):
+    conv, x = Conv3x3(3, 5, padding_mode), torch.randn(4, 3, *size, requires_grad=True)
     expected, own = conv(x), _TinyConv3x3(conv, size)(x)
     torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)
     g = torch.randn_like(own)
@@ -165,7 +168,8 @@ def a_step(script, settings, model, pass_size, processes=None, **speed):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("changes", [{}, {"cl_weight": 1, "clip_gn": 5, "sup_weight": 3}, {"ssl_alg": "em", "weight_decay": 0.1}])
+@pytest.mark.parametrize("changes", [{}, {"cl_weight": 1, "clip_gn": 5, "sup_weight": 3}, {"ssl_alg": "em", "weight_decay": 0.1},
+                                     {"cl_weight": 1, "cons_weight": 30}])
 @pytest.mark.parametrize("pass_size", [7, 64])
 def test_steps_move_the_weights_as_plain_ones_do(script, tmp_path, monkeypatch, pass_size, changes):
     """Against model.log_joint, the whole batch at once, and Adamax over the parameters."""
@@ -180,11 +184,12 @@ def test_steps_move_the_weights_as_plain_ones_do(script, tmp_path, monkeypatch, 
         else:
             optimizer = torch.optim.Adamax(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
         for _ in range(3):
-            x, y = data.draw(20, 0.5, generator)
+            x, y, *altered = data.draw(20, 0.5, generator, settings.cons_weight > 0)
             if fast:
-                terms.append(step(x, y))
+                terms.append(step(x, y, *altered))
             else:
-                expected = torch.stack(script.objective(model.log_joint(x), y, settings))
+                expected = torch.stack(script.objective(model.log_joint(x), y, settings, y, *map(model.log_joint, altered)))
+                assert (expected[4] > 0) == (settings.cons_weight > 0)        # some rows are sure
                 torch.testing.assert_close(terms.pop(0), expected.detach(), rtol=1e-9, atol=1e-9)
                 optimizer.zero_grad()
                 expected[0].backward()
@@ -240,6 +245,30 @@ def test_the_optimizer_s_state_survives(script, tmp_path, monkeypatch):
     assert torch.equal(step.vector, second.vector) and step.state_dict()["step"] == 2
 
 
+def test_moving_average_of_the_weights(script, tmp_path, monkeypatch):
+    """Against torch's AveragedModel of the same decay; seen only within its context, and part of the step's state."""
+    monkeypatch.chdir(tmp_path)
+    _, settings = read_settings(options(ema=0.7))
+    data = load_tiny()
+    model = randomize(build_model(settings, data.shape, 10))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.7))
+    average.update_parameters(model)                                          # the first call copies
+    step = a_step(script, settings, model, 64)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        step(*data.draw(20, 0.5, generator))
+        average.update_parameters(model)
+    own = copy.deepcopy(dict(model.named_parameters()))
+    with step.averaged():
+        for key, value in average.module.named_parameters():
+            torch.testing.assert_close(model.get_parameter(key), value, msg=key)
+            assert not torch.equal(value, own[key])
+    assert all(torch.equal(p, own[key]) for key, p in model.named_parameters())
+    second = a_step(script, settings, randomize(build_model(settings, data.shape, 10), seed=1), 64)
+    second.load_state_dict(copy.deepcopy(step.state_dict()))
+    assert torch.equal(second.average, step.average)
+
+
 def test_nothing_is_read_back_between_log_lines(script, tmp_path, monkeypatch):
     """No .item() and the like in an epoch's steps, torch.optim's own on a CPU aside, and a fixed number at its end."""
     monkeypatch.chdir(tmp_path)
@@ -259,7 +288,7 @@ def test_nothing_is_read_back_between_log_lines(script, tmp_path, monkeypatch):
     counts = []
     for steps in (2, 9):
         reads.clear()
-        progress = SimpleNamespace(epoch=0, step=0, sums=torch.zeros(5), seconds=0.0)
+        progress = SimpleNamespace(epoch=0, step=0, sums=torch.zeros(len(script.TERMS)), seconds=0.0)
         generator = torch.Generator().manual_seed(0)
         assert script.train_epoch(step, data, settings, Processes(), Stopping(), generator, 1 / 3, steps, progress) is None
         counts.append(len(reads))

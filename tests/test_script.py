@@ -51,9 +51,10 @@ def test_from_parse_to_samples(tmp_path, changes, more):
 
     evaluated = start(tmp_path, *options(**changes), "--pretrained", str(run / "model.torch"))
     assert evaluated.returncode == 0, evaluated.stderr
-    last = (run / "metrics.csv").read_text().split()[-1].split(",")
-    assert float(re.search(r"log p\(x\) +(\S+) nats", evaluated.stdout)[1]) == pytest.approx(float(last[5]), abs=2e-3)
-    assert float(re.search(r"Test error +(\S+)%", evaluated.stdout)[1]) == pytest.approx(100 - 100 * float(last[6]), abs=0.02)
+    header, *_, last = (line.split(",") for line in (run / "metrics.csv").read_text().split())
+    last = dict(zip(header, map(float, last), strict=True))
+    assert float(re.search(r"log p\(x\) +(\S+) nats", evaluated.stdout)[1]) == pytest.approx(last["test_log_p"], abs=2e-3)
+    assert float(re.search(r"Test error +(\S+)%", evaluated.stdout)[1]) == pytest.approx(100 - 100 * last["test_acc"], abs=0.02)
     assert len(list(run.parent.iterdir())) == 1                               # evaluation creates no run
 
 
@@ -100,7 +101,7 @@ def torchrun(n, *argv):
 DRIVER = """import os, sys, torch
 sys.path[:0] = [{project!r}, {tests!r}]
 torch.set_default_dtype(torch.{dtype})
-from conftest import load_script
+from utils import load_script
 script = load_script()
 
 class AfterSteps(script.Stopping):              # of which the second process alone knows

@@ -16,12 +16,12 @@ from utils.processes import Processes
 from utils.settings import read_settings
 from utils.stopping import Stopping
 
-SGD = {"ssl_alg": "sgd", "sup_weight": 1.0, "cl_weight": 0.0}
+SGD = {"ssl_alg": "sgd", "sup_weight": 1.0, "cl_weight": 0.0, "cons_weight": 0.0}
 
 
-def loss_and_gradient(script, log_joint, y, **changes):
+def loss_and_gradient(script, log_joint, y, batch_y=None, altered=None, **changes):
     log_joint = log_joint.clone().requires_grad_()
-    values = script.objective(log_joint, y, SimpleNamespace(**{**SGD, **changes}))
+    values = script.objective(log_joint, y, SimpleNamespace(**{**SGD, **changes}), batch_y, altered)
     values[0].backward()
     return [v.item() for v in values], log_joint.grad
 
@@ -34,7 +34,7 @@ def batch(float64):
 
 def test_objective(script, batch):
     log_joint, y = batch
-    (loss, elbo, cl_loss, correct, labelled), _ = loss_and_gradient(script, log_joint, y)
+    (loss, elbo, cl_loss, _, _, correct, labelled), _ = loss_and_gradient(script, log_joint, y)
     rows = [float(log_joint[i, k]) if k >= 0 else math.log(sum(map(math.exp, log_joint[i]))) for i, k in enumerate(y)]
     assert elbo == pytest.approx(np.mean(rows)) and loss == pytest.approx(-elbo)
     expected = torch.nn.functional.cross_entropy(log_joint[y >= 0], y[y >= 0])
@@ -49,6 +49,35 @@ def test_weights_of_the_objective(script, batch):
     hidden = log_joint[y < 0].logsumexp(1).tolist()
     assert values[1] == pytest.approx((4 * sum(own) + sum(hidden)) / (4 * 3 + 3))
     assert values[0] == pytest.approx(-values[1] + 0.5 * values[2])
+
+
+def test_consistency(script, batch):
+    """Sure unlabelled rows teach their altered images, without a gradient of their own; L_clf is of altered images."""
+    log_joint, y = batch
+    log_joint = log_joint / 5
+    log_joint[1, 2] += 20                                                     # of the unlabelled rows 1, 3, 4 one is sure
+    log_joint[0, 1] += 20                                                     # and a labelled one, which does not count
+    altered = log_joint.flip(1).clone().requires_grad_()
+    plain, gradient = loss_and_gradient(script, log_joint, y, batch_y=y, altered=altered.detach())
+    values, with_gradient = loss_and_gradient(script, log_joint, y, batch_y=y, altered=altered, cl_weight=2.0, cons_weight=5.0)
+    surprise = -altered.detach().log_softmax(1)
+    target = log_joint.softmax(1)
+    assert values[4] == pytest.approx(1 / 3)
+    assert values[3] == pytest.approx(float((target[1] * surprise[1]).sum() / 3))
+    assert values[2] == pytest.approx(float(surprise[[0, 2, 5], y[[0, 2, 5]]].mean()))
+    assert values[0] == pytest.approx(plain[0] + 2 * values[2] + 5 * values[3]) and values[1] == plain[1]
+    assert torch.equal(gradient, with_gradient)                               # the likelihood's alone
+    assert altered.grad[[1, 0, 2, 5]].any(1).all() and not altered.grad[[3, 4]].any()
+
+
+def test_consistency_of_parts_adds_up(script, batch):
+    log_joint, y = batch
+    log_joint, altered = 10 * log_joint, log_joint.flip(0)
+    settings = SimpleNamespace(**{**SGD, "cl_weight": 2.0, "cons_weight": 5.0})
+    whole = torch.stack(script.objective(log_joint, y, settings, y, altered))
+    parts = sum(torch.stack(script.objective(log_joint[s], y[s], settings, y, altered[s])) for s in (slice(2), slice(2, 6)))
+    torch.testing.assert_close(parts, whole)
+    assert whole[3] > 0 and whole[4] > 0
 
 
 def test_em_has_the_gradient_of_sgd_and_a_lower_value(script, batch):
@@ -70,11 +99,14 @@ def test_batches_without_labels_or_without_unlabelled(script, batch):
 
 def test_learning_rates(script):
     def rates(**settings):
-        s = SimpleNamespace(lr=2.0, epochs=4, lr_warmup=2, **settings)
-        return [script.learning_rate(epoch, s) for epoch in range(1, 5)]
-    assert rates(lr_schedule="no") == [2, 2, 2, 2]
-    assert rates(lr_schedule="linear") == [1.5, 1, 0.5, 0]
-    assert rates(lr_schedule="hat") == [1, 2, 1, 0]
+        s = SimpleNamespace(**{"lr": 2.0, "epochs": 4, "lr_warmup": 2, "warmup_steps": 0, **settings})
+        return [script.learning_rate(epoch, step, 2, s) for epoch in range(1, 5) for step in (1, 2)]
+    assert rates(lr_schedule="no") == 8 * [2]
+    assert rates(lr_schedule="linear") == [1.5, 1.5, 1, 1, 0.5, 0.5, 0, 0]
+    assert rates(lr_schedule="hat") == [1, 1, 2, 2, 1, 1, 0, 0]
+    assert rates(lr_schedule="no", warmup_steps=4) == [0.5, 1, 1.5, 2, 2, 2, 2, 2]
+    assert rates(lr_schedule="linear", warmup_steps=4) == [0.375, 0.75, 0.75, 1, 0.5, 0.5, 0, 0]
+    assert rates(lr_schedule="cosine") == pytest.approx([1 + math.cos(math.pi * i / 8) for i in range(8)])
 
 
 def train_in(script, folder, data, **changes):
@@ -126,22 +158,27 @@ def read_metrics(run):
     return [dict(zip(header.split(","), map(float, line.split(",")), strict=True)) for line in lines]
 
 
+def figures(row):
+    """What two runs of the same steps must agree in; NaN, which does not equal itself, as None."""
+    return {key: None if math.isnan(value) else value for key, value in row.items() if key != "seconds"}
+
+
 def runs(tmp_path, kind="runs"):
     return sorted((tmp_path / "logs" / "exman-train-flow-ssl.py" / kind).iterdir())
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"data": "moons", "model": "toy", "ssl_dim": -1, "ssl_l": 1, "conv": "qr", "l": 3}])
+    {}, {"ema": 0.9, "cons_weight": 1, "lr_schedule": "cosine", "warmup_steps": 6}, {"data": "moons", "model": "toy", "ssl_dim": -1, "ssl_l": 1, "conv": "qr", "l": 3}])
 def test_resumed_run_ends_as_one_never_stopped(script, tmp_path, monkeypatch, capsys, changes):
     monkeypatch.chdir(tmp_path)
     line = options(epochs=4, clip_gn=100, cl_weight=1, **changes)
     assert script.cli(line) == 0
 
-    evaluate, calls = script.evaluate, []
+    evaluate, calls, per_epoch = script.evaluate, [], 4 if "ema" in changes else 1
 
     def interrupted(*args):                                                   # in epoch 3, before its checkpoint
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 2 * per_epoch + 1:
             raise KeyboardInterrupt
         return evaluate(*args)
     monkeypatch.setattr(script, "evaluate", interrupted)
@@ -156,11 +193,10 @@ def test_resumed_run_ends_as_one_never_stopped(script, tmp_path, monkeypatch, ca
     assert_same(*(torch.load(run / "model.torch") for run in (whole, stopped)))
     one, two = (torch.load(run / "checkpoint.pt") for run in (whole, stopped))
     assert torch.equal(one["generator"], two["generator"]) and one["epoch"] == two["epoch"] == 4
-    assert set(one["optimizer"]) == {"step", "exp_avg", "exp_inf"}
+    assert set(one["optimizer"]) == {"step", "exp_avg", "exp_inf"} | ({"average"} if "ema" in changes else set())
     assert_same(one["optimizer"], two["optimizer"])
     for row, other in zip(read_metrics(whole), read_metrics(stopped), strict=True):
-        unlike = {"seconds"} | ({"test_bpd"} if math.isnan(row["test_bpd"]) else set())
-        assert {key: row[key] for key in row.keys() - unlike} == {key: other[key] for key in other.keys() - unlike}
+        assert figures(row) == figures(other)
     assert script.cli(["--resume", str(stopped)]) == 0
     assert "nothing to do" in capsys.readouterr().out
 
@@ -193,7 +229,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_from_that_step(script, tmp_path, 
     assert f"Going on after step {after} of 4 in epoch 2" in capsys.readouterr().out
     assert_same(*(torch.load(run / "model.torch") for run in (whole, stopped)))
     for row, other in zip(read_metrics(whole), read_metrics(stopped), strict=True):
-        assert {key: row[key] for key in row.keys() - {"seconds"}} == {key: other[key] for key in other.keys() - {"seconds"}}
+        assert figures(row) == figures(other)
 
 
 def test_stopping_by_time_and_by_signal():
@@ -280,7 +316,7 @@ def test_non_finite_values_end_the_run_and_keep_the_last_good_checkpoint(script,
     rate = script.learning_rate
     # In epoch 2: of several steps, the next one's loss shows the damage; of a single one, only the weights do.
     train_bs, steps, damage = {"loss": (64, 4, 1e30), "weight": (200, 1, math.nan)}[what]
-    monkeypatch.setattr(script, "learning_rate", lambda epoch, s: damage if epoch == 2 else rate(epoch, s))
+    monkeypatch.setattr(script, "learning_rate", lambda epoch, *rest: damage if epoch == 2 else rate(epoch, *rest))
     assert script.cli(options(epochs=3, train_bs=train_bs)) == 1
     err = capsys.readouterr().err
     failed, = runs(tmp_path, "fails")
@@ -292,6 +328,27 @@ def test_non_finite_values_end_the_run_and_keep_the_last_good_checkpoint(script,
     assert "TrainingFailed" in (failed / "traceback.txt").read_text()
     monkeypatch.setattr(script, "learning_rate", rate)
     assert script.cli(["--resume", str(failed)]) == 0
+
+
+@pytest.mark.parametrize("better", ["last", "averaged"])
+def test_the_weights_likelier_on_held_out_images_are_kept(script, tmp_path, monkeypatch, capsys, better):
+    """Whatever they give on the test set."""
+    monkeypatch.chdir(tmp_path)
+    measure, calls = script.measure, []
+
+    def measured(*args):                                                      # first of the last weights, then of the averaged
+        calls.append(1)
+        ahead = (len(calls) == 2) == (better == "averaged")
+        return {**measure(*args), "held_out_log_p": float(ahead), "test_acc": float(not ahead)}
+    monkeypatch.setattr(script, "measure", measured)
+    assert script.cli(options(epochs=1, ema=0.5, lr_schedule="no")) == 0
+    assert f"Test error of the {better} weights" in capsys.readouterr().out
+    run, = runs(tmp_path)
+    shipped, checkpoint = torch.load(run / "model.torch"), torch.load(run / "checkpoint.pt")
+    assert (better == "last") == all(torch.equal(value, checkpoint["model"][key]) for key, value in shipped.items())
+    if better == "averaged":
+        average, key = checkpoint["optimizer"]["average"], "f_w.levels.0.1.W"
+        assert shipped[key].numel() == 1 and float(shipped[key]) == float(average[0])
 
 
 def test_evaluation_is_exact_and_repeatable(script):
@@ -306,7 +363,7 @@ def test_evaluation_is_exact_and_repeatable(script):
 
     def evaluate(seed):
         with torch.no_grad():
-            return script.evaluate(score, data, 256, seed, Processes())
+            return script.evaluate(score, data, (data.test_x, data.test_y), 256, seed, Processes())
     one = evaluate(0)
     assert one == evaluate(0) and set(sizes) == {180}
     noise = torch.Generator().manual_seed(0)
@@ -333,13 +390,14 @@ def test_the_paper_s_run_takes_steps_and_evaluates(script, tmp_path, monkeypatch
     assert pass_size == 64
     step, score = script.TrainingStep(log_joint, pass_size, script.objective, settings, alone), script.scorer(log_joint, pass_size)
     start = {key: value.clone() for key, value in model.named_parameters()}
-    log_p, _ = script.evaluate(score, data, settings.test_bs, 0, alone)
+    test = data.test_x, data.test_y
+    log_p, _ = script.evaluate(score, data, test, settings.test_bs, 0, alone)
     assert 5 < data.bits_per_dim(log_p) < 9                                   # 8: the uniform density
-    progress = SimpleNamespace(epoch=0, step=0, sums=torch.zeros(5), seconds=0.0)
+    progress = SimpleNamespace(epoch=0, step=0, sums=torch.zeros(len(script.TERMS)), seconds=0.0)
     assert script.train_epoch(step, data, settings, alone, Stopping(), generator, 1 / 3, 2, progress) is None
-    loss, _, _, _, labelled = progress.sums.tolist()
+    loss, *_, labelled = progress.sums.tolist()
     assert math.isfinite(loss) and 0 < labelled < 2 * settings.train_bs
     # Behind a zero last layer the second step is the first to move a weight; then all have moved.
     assert not [key for key, value in model.named_parameters() if torch.equal(value, start[key])]
-    trained = script.evaluate(score, data, settings.test_bs, 0, alone)
+    trained = script.evaluate(score, data, test, settings.test_bs, 0, alone)
     assert math.isfinite(trained[0]) and trained[0] != log_p and 0 <= trained[1] <= 1

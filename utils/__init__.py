@@ -1,7 +1,9 @@
 """Everything around the model: settings, data, checkpoints, the log of a run and its figures."""
 
 import contextlib
+import importlib.util
 import os
+from pathlib import Path
 
 
 class BadInput(ValueError):
@@ -23,3 +25,12 @@ def whole_file(path, mode="w", **options):
         f.flush()
         os.fsync(f.fileno())
     os.replace(partial, path)
+
+
+def load_script():
+    """train-flow-ssl.py as a module; its name, with hyphens, is not one that `import` takes."""
+    path = Path(__file__).resolve().parent.parent / "train-flow-ssl.py"
+    spec = importlib.util.spec_from_file_location("train_flow_ssl", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

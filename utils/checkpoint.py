@@ -1,8 +1,10 @@
 """Files of weights and checkpoints: ours, and the layout of the published code's state dict."""
 
+import hashlib
 import random
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,6 +12,9 @@ import torch
 from . import BadInput, whole_file
 from .published import from_published, is_published
 
+PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
+SHIPPED_WEIGHTS = {("mnist", "mnist-masked"): "model.torch", ("mnist", "mnist-small"): "mnist-small.torch",
+                   ("digits", "digits-masked"): "digits.torch"}              # by data and model
 CHECKPOINT_KEYS = {"model", "optimizer", "epoch", "step", "sums", "seconds", "generator", "rng", "settings"}
 
 
@@ -26,6 +31,25 @@ def load_weights(model, path):
         state = from_published(model, state)
     check_fit(model, state, path)
     model.load_state_dict(state, strict=False)
+
+
+def shipped_weights(settings):
+    """The file in pretrained/ for settings.data and settings.model.
+
+    Raises BadInput if there is none, saying how to make it, or if it is not the one whose SHA-256
+    pretrained/SHA256SUMS has.
+    """
+    path = PRETRAINED / SHIPPED_WEIGHTS.get((settings.data, settings.model), "none")
+    if not path.is_file():
+        config = "config.yaml" if settings.model == "mnist-masked" else f"configs/{settings.data}.yaml"
+        raise BadInput(f"no weights ship for {settings.data} and model {settings.model}: train them (python train-flow-ssl.py "
+                       f"--config {config}), then give the run's model.torch to --pretrained")
+    sums = dict(reversed(line.split()) for line in (PRETRAINED / "SHA256SUMS").read_text().splitlines())
+    with open(path, "rb") as f:
+        found = hashlib.file_digest(f, "sha256").hexdigest()
+    if found != sums.get(path.name):
+        raise BadInput(f"{path} is damaged, or not the file that ships: its SHA-256 is {found}, not {sums.get(path.name)}")
+    return path
 
 
 def load_checkpoint(path, model):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from sklearn.datasets import load_digits, make_circles, make_moons
 from sklearn.model_selection import train_test_split
 
@@ -15,6 +16,8 @@ from . import BadInput
 
 POINTS = 1000                   # of moons and circles, where num_examples does not say
 MOONS_NOISE, CIRCLES_NOISE, CIRCLES_FACTOR = 0.1, 0.05, 0.5
+TURN, SCALE, SHIFT = 15, 0.1, 2 / 28    # of `alter`: degrees, a share of the size, a share of the height and width
+HELD_OUT = 1000
 DIGITS_TEST = 360               # of the 1,797 images: the same ones whatever the seeds
 
 
@@ -25,15 +28,18 @@ class SemiSupervisedData:
     `levels` is None); train_y, test_y: (N,) classes; labelled: indices of the training examples
     whose labels may be seen, at least one of each class. The other training labels are not kept at
     all. labelled_ids: the same examples' places in the whole training set, where train_x is a part.
+    held_out: indices of unlabelled examples that no batch has, to compare weights by their likelihood.
     """
 
-    def __init__(self, train_x, train_y, test_x, test_y, labelled, levels, device="cpu", labelled_ids=None):
+    def __init__(self, train_x, train_y, test_x, test_y, labelled, levels, device="cpu", labelled_ids=None, held_out=()):
         self.n_classes = int(train_y[labelled].max()) + 1
         self.labelled = labelled.to(device)
         self.labelled_ids = labelled if labelled_ids is None else labelled_ids
         shown = torch.zeros(len(train_y), dtype=torch.bool)
         shown[labelled] = True
-        self.unlabelled = (~shown).nonzero()[:, 0].to(device)
+        held_out = torch.as_tensor(held_out, dtype=torch.long)
+        self.held_out = held_out.to(device)
+        self.unlabelled = (~shown).index_fill(0, held_out, False).nonzero()[:, 0].to(device)
         self.train_x, self.train_y = train_x.to(device), train_y.where(shown, -1).to(device)
         self.test_x, self.test_y = test_x.to(device), test_y.to(device)
         self.levels, self.device = levels, torch.device(device)
@@ -56,11 +62,12 @@ class SemiSupervisedData:
         dtype = torch.get_default_dtype()
         return (x.to(dtype) + torch.rand(x.shape, generator=generator, dtype=dtype, device=x.device)) / self.levels
 
-    def draw(self, batch_size, labelled_prob, generator):
+    def draw(self, batch_size, labelled_prob, generator, altered=False):
         """A training batch: x (B, C, H, W) dequantised, y (B,), -1 where the label is hidden.
 
         Each row is, independently, a labelled example with probability `labelled_prob`, else an
-        unlabelled one; which one is uniform, with replacement.
+        unlabelled one; which one is uniform, with replacement. With `altered` also, third, the same
+        images moved a little (`alter`) and dequantised with noise of their own.
         """
         def pick(indices):
             return indices[torch.randint(len(indices), (batch_size,), generator=generator, device=self.device)]
@@ -68,7 +75,9 @@ class SemiSupervisedData:
         if len(self.unlabelled):
             is_labelled = torch.rand(batch_size, generator=generator, device=self.device) < labelled_prob
             index = torch.where(is_labelled, index, pick(self.unlabelled))
-        return self.dequantize(self.train_x[index], generator), self.train_y[index]
+        images, y = self.train_x[index], self.train_y[index]
+        x = self.dequantize(images, generator)
+        return (x, y, self.dequantize(alter(images, generator), generator)) if altered else (x, y)
 
     def labelled_prob(self, sup_sample_weight):
         """w / (1 + w), or the labelled examples' share of all for w = -1."""
@@ -83,10 +92,26 @@ class SemiSupervisedData:
         return math.log2(self.levels) - log_p / (math.prod(self.shape) * math.log(2))
 
 
+def alter(images, generator):
+    """Each of `images` (B, C, H, W), uint8, turned, scaled and shifted by an amount of its own, black around it.
+
+    The amounts are uniform: up to TURN degrees, SCALE, and SHIFT of the height and width. Grey levels
+    in between are interpolated and rounded, so that dequantisation gives what it gives of real images.
+    """
+    turn, scale, *shift = 2 * torch.rand(4, len(images), generator=generator, device=images.device) - 1
+    turn, scale = turn * math.radians(TURN), 1 + scale * SCALE
+    cos, sin = turn.cos() / scale, turn.sin() / scale
+    dx, dy = (2 * SHIFT * s for s in shift)                                   # the image reaches from -1 to 1
+    to_source = torch.stack((torch.stack((cos, -sin, dx), 1), torch.stack((sin, cos, dy), 1)), 1)
+    grid = F.affine_grid(to_source, images.shape, align_corners=False)
+    return F.grid_sample(images.to(grid.dtype), grid, align_corners=False).round().to(images.dtype)
+
+
 def load_data(settings, device="cpu"):
     """The dataset that settings.data names, as SemiSupervisedData. Raises BadInput.
 
-    settings: data, data_root, num_examples, data_seed, supervised.
+    settings: data, data_root, num_examples, data_seed, supervised; ema, with which HELD_OUT unlabelled
+    examples are held out, but at most a tenth.
     """
     train_x, train_y, test_x, test_y, levels = LOADERS[settings.data](settings)
     if settings.num_examples > len(train_x):
@@ -98,7 +123,13 @@ def load_data(settings, device="cpu"):
         train_x, train_y = train_x[kept], train_y[kept]
     n_classes = int(test_y.max()) + 1
     labelled = torch.from_numpy(choose_labelled(train_y.numpy(), n_classes, settings.supervised, rng))
-    return SemiSupervisedData(train_x, train_y, test_x, test_y, labelled, levels, device, kept[labelled])
+    held_out = ()
+    if settings.ema:
+        unlabelled = np.setdiff1d(np.arange(len(train_y)), labelled)
+        if len(unlabelled) < 10:
+            raise BadInput("ema needs unlabelled examples, some of which are held out to judge the averaged weights: use ema 0")
+        held_out = rng.permutation(unlabelled)[:min(HELD_OUT, len(unlabelled) // 10)]
+    return SemiSupervisedData(train_x, train_y, test_x, test_y, labelled, levels, device, kept[labelled], held_out)
 
 
 def choose_labelled(y, n_classes, supervised, rng):

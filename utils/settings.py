@@ -97,11 +97,13 @@ def _add_options(parser):
     add("epochs", positive, 500, "epochs, each of as many draws as there are training examples")
     add("train_bs", _number(int, 2, large), 256, "batch size in training")
     add("test_bs", positive, 512, "batch size in evaluation")
-    add("lr_schedule", str, "linear", "no; linear: to zero; hat: up for lr_warmup epochs, then linear to zero",
-        choices=("no", "linear", "hat"))
+    add("lr_schedule", str, "linear", "no; linear: to zero; hat: up for lr_warmup epochs, then linear to zero; "
+        "cosine: half a cosine to zero, a step at a time", choices=("no", "linear", "hat", "cosine"))
     add("lr_warmup", _number(int, 0, large), 0, "epochs of lr_schedule hat's rise")
+    add("warmup_steps", _number(int, 0, large), 0, "first steps of a run, in which the learning rate also rises from zero")
     add("weight_decay", fraction, 1e-5, "L2 penalty of Adamax")
     add("clip_gn", fraction, 0.0, "largest norm of the gradient; 0: no limit")
+    add("ema", _number(float, 0, 1 - 1e-9), 0.0, "decay of a moving average of the weights, kept beside them; 0: none")
     add("log_each", positive, 2, "epochs between two evaluations, log lines and checkpoints")
 
     for name in ("model", "conv", "ssl_model", "ssl_conv"):
@@ -111,6 +113,8 @@ def _add_options(parser):
             "ssl_conv": "invertible 1x1 convolutions of h_phi"}[name], choices=MODEL_CHOICES[name])
     add("hh_factors", positive, MODEL_OPTIONS["hh_factors"], "Householder reflections in conv qr, qr-abs, hh")
     add("l", positive, MODEL_OPTIONS["l"], "steps of model toy")
+    add("width", _number(int, 0, large), MODEL_OPTIONS["width"], "channels of f_w's networks; 0: the model's own number (not toy's)")
+    add("n_blocks", _number(int, 0, large), MODEL_OPTIONS["n_blocks"], "residual blocks of f_w's networks; 0: the model's own number")
     add("ssl_dim", _number(int, 2, large, also=(-1,)), MODEL_OPTIONS["ssl_dim"], "dimensions of z_f, an even number; -1: all of z")
     add("ssl_l", positive, MODEL_OPTIONS["ssl_l"], "levels of cond-flow")
     add("ssl_k", positive, MODEL_OPTIONS["ssl_k"], "steps in a level of cond-flow")
@@ -123,8 +127,12 @@ def _add_options(parser):
     add("sup_weight", _number(float, **above_zero), 1.0, "weight of a labelled row's log p(x, y)")
     add("cl_weight", fraction, 0.0, "weight of the labelled rows' cross-entropy of p(y | x)")
 
+    add("cons_weight", fraction, 0.0, "weight of the consistency term: p(y | x) of an unlabelled image, where it is sure, "
+        "is the target on the same image shifted, turned and scaled; L_clf then sees such images too")
+
     add("pretrained", str, "", "evaluate these weights and stop; without a value, those shipped for the data",
         nargs="?", const=SHIPPED, metavar="FILE")
+    add("draws", _number(int, 1, 1000), 1, "draws of the dequantisation noise on which --pretrained evaluates")
     add("resume", str, "", "go on with the stopped run in this directory", metavar="RUN_DIR")
     add("device", str, "auto", "auto, cpu, cuda or cuda:N; auto: cuda where there is one")
     add("threads", _number(int, 0, 4096), 0, "CPU threads; 0: PyTorch's choice")

@@ -7,6 +7,7 @@ import sys
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from models.fast import FastLogJoint
 
@@ -30,7 +31,8 @@ class TrainingStep:
     log_joint: a FastLogJoint; pass_size: rows of a forward and backward pass, whose gradients add up
     to the batch's; objective: as in train-flow-ssl.py; settings: lr, weight_decay, clip_gn and what
     `objective` uses; processes: each one takes its share of every batch.
-    `lr`, on the device, is the learning rate of the steps to come.
+    `lr`, on the device, is the learning rate of the steps to come. With settings.ema the step keeps the
+    exponential moving average of the weights (`averaged`), which begins at those before the first step.
     """
 
     def __init__(self, log_joint, pass_size, objective, settings, processes, cuda_graph=False):
@@ -41,6 +43,8 @@ class TrainingStep:
         self.lr = torch.tensor(settings.lr, device=self.vector.device)
         self.optimizer = torch.optim.Adamax([self.vector], lr=self.lr, weight_decay=settings.weight_decay,
                                             foreach=True, capturable=self.vector.is_cuda)
+        self.average = self.vector.detach().clone() if settings.ema else None
+        self._average = get_ema_multi_avg_fn(settings.ema)
         self.log_joint = log_joint
         if processes.size > 1:
             # All processes begin with the main one's parameters; buffers never change. The option's name did, in 2.14.
@@ -51,19 +55,24 @@ class TrainingStep:
             self.log_joint = DistributedDataParallel(log_joint, **{sync_buffers: False})
         self.captured = Captured(self._run) if cuda_graph else None
 
-    def __call__(self, x, y):
-        """A step on the batch x (B, C, H, W), y (B,), -1 where hidden -> this process's share of its terms, (5,)."""
-        return self.captured(x, y) if self.captured else self._run(x, y)
+    def __call__(self, x, y, altered=None):
+        """A step on the batch x (B, C, H, W), y (B,), -1 where hidden -> this process's share of its terms, (T,).
 
-    def _run(self, x, y):
+        altered: the same images, altered (utils/data.py), for `objective`.
+        """
+        batch = (x, y) if altered is None else (x, y, altered)
+        return self.captured(*batch) if self.captured else self._run(*batch)
+
+    def _run(self, x, y, *altered):
         for p in self.parameters:
             p.grad = None
-        own_x, own_y = self.processes.share(x), self.processes.share(y)
-        passes = list(zip(own_x.split(self.pass_size), own_y.split(self.pass_size)))
+        n = max(self.pass_size // (1 + len(altered)), 1)
+        own = [self.processes.share(rows).split(n) for rows in (y, x, *altered)]
         batch_terms = 0
-        for i, (part_x, part_y) in enumerate(passes):
-            with self._gradients_synchronised(i == len(passes) - 1):
-                terms = torch.stack(self.objective(self.log_joint(part_x), part_y, self.settings, y))
+        for i, (part_y, *images) in enumerate(zip(*own)):
+            with self._gradients_synchronised(i == len(own[0]) - 1):
+                log_joints = self.log_joint(torch.cat(images)).chunk(len(images))
+                terms = torch.stack(self.objective(log_joints[0], part_y, self.settings, y, *log_joints[1:]))
                 (terms[0] * self.processes.size).backward()              # DistributedDataParallel takes the mean
             batch_terms = batch_terms + terms.detach()
         torch.cat([part for p, gap in zip(self.parameters, self.gaps) for part in (_in_memory_order(p.grad), *gap)],
@@ -71,20 +80,37 @@ class TrainingStep:
         if self.settings.clip_gn:
             nn.utils.clip_grad_norm_([self.vector], self.settings.clip_gn)
         self.optimizer.step()
+        if self.average is not None:
+            self._average([self.average], [self.vector.detach()], None)
         return batch_terms
 
     def _gradients_synchronised(self, now):
         return contextlib.nullcontext() if now or self.processes.size == 1 else self.log_joint.no_sync()
 
-    def state_dict(self):
-        """Adamax's state: step, exp_avg, exp_inf; empty before the first step."""
-        return dict(self.optimizer.state[self.vector])
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def averaged(self):
+        """A context within which the parameters are the moving average of theirs."""
+        own = self.vector.clone()
+        self.vector.copy_(self.average)
+        try:
+            yield
+        finally:
+            self.vector.copy_(own)
 
+    def state_dict(self):
+        """Adamax's state (step, exp_avg, exp_inf; nothing before the first step) and the moving average, if there is one."""
+        average = {} if self.average is None else {"average": self.average}
+        return {**self.optimizer.state[self.vector], **average}
+
+    @torch.no_grad()
     def load_state_dict(self, state):
         """Take over what `state_dict` gave, on whatever device."""
         device = self.vector.device
         places = {"step": device if self.vector.is_cuda else "cpu", "exp_avg": device, "exp_inf": device}
-        self.optimizer.state[self.vector] = {key: value.to(places[key], copy=True) for key, value in state.items()}
+        self.optimizer.state[self.vector] = {key: state[key].to(place, copy=True) for key, place in places.items() if key in state}
+        if self.average is not None:
+            self.average.copy_(state["average"])
 
 
 def scorer(log_joint, pass_size, cuda_graph=False):

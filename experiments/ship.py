@@ -1,0 +1,134 @@
+"""From a finished run to weights that ship, with the evidence behind them.
+
+    python experiments/ship.py RUN_DIR NAME [--half] [--to FOLDER]
+
+Evaluates the run's model.torch over three draws of the dequantisation noise, and on every 20th test
+image; then writes pretrained/NAME.torch with its line in pretrained/SHA256SUMS, and results/NAME:
+params.yaml, metrics.csv, log.txt, labelled.txt, the pictures, and evaluation.json with all that the card
+in pretrained/README.md says. --half stores the networks inside the couplings in half precision if error
+and bits/dim agree with float32's to 0.02 points and 0.001, and says so if they do not. --to: a folder
+for both, instead of the project's.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+from models import build_model  # noqa: E402
+from models.networks import ResNet  # noqa: E402
+from utils import BadInput, load_script, whole_file  # noqa: E402
+from utils.checkpoint import load_file, save_whole  # noqa: E402
+from utils.data import load_data  # noqa: E402
+from utils.device import choose_speed, device_name, set_up_torch  # noqa: E402
+from utils.processes import Processes  # noqa: E402
+from utils.settings import read_settings  # noqa: E402
+from utils.step import arrange, scorer  # noqa: E402
+
+EVIDENCE = ("params.yaml", "metrics.csv", "log.txt", "labelled.txt", "curves.png", "samples.png")
+DRAWS = 3
+EACH = 20               # of the test images, the fixed ones of a quick check
+AGREES = {"error": 0.02, "bits_per_dim": 0.001}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Ship the weights of a finished run.", allow_abbrev=False)
+    parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("--half", action="store_true", help="store the couplings' networks in half precision, if that changes nothing")
+    parser.add_argument("--to", type=Path, default=PROJECT, metavar="FOLDER", help="where pretrained/ and results/ are")
+    parser.add_argument("--commit", help="of the run, where its params.yaml does not tell")
+    own, rest = parser.parse_known_args(argv)
+    missing = [name for name in ("params.yaml", "model.torch", "metrics.csv", "log.txt") if not (own.run / name).is_file()]
+    if missing:
+        raise BadInput(f"{own.run} is not the directory of a finished run: it has no {', '.join(missing)}")
+    _, settings = read_settings(["--config", str(own.run / "params.yaml"), *rest])
+    device = set_up_torch(settings, Processes())
+    data = load_data(settings, device)
+    weights = load_file(own.run / "model.torch")
+    figures = evaluate_weights(weights, data, settings, device)
+    print(f"float32: {describe(figures)}")
+    stored = "float32"
+    if own.half:
+        halved = halve(weights, build_model(settings, data.shape, data.n_classes))
+        of_halved = evaluate_weights(halved, data, settings, device)
+        print(f"half:    {describe(of_halved)}")
+        if all(abs(mean(of_halved[key]) - mean(figures[key])) <= bound for key, bound in AGREES.items()):
+            weights, figures, stored = halved, of_halved, "float32, the couplings' networks in half precision"
+        else:
+            print("They do not agree: stored in float32")
+
+    pretrained, results = own.to / "pretrained", own.to / "results" / own.name
+    pretrained.mkdir(parents=True, exist_ok=True)
+    results.mkdir(parents=True, exist_ok=True)
+    path = pretrained / f"{own.name}.torch"
+    save_whole(weights, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    list_sum(pretrained / "SHA256SUMS", path.name, digest)
+    for name in EVIDENCE:
+        if (own.run / name).is_file():
+            shutil.copy(own.run / name, results / name)
+    params = yaml.safe_load((own.run / "params.yaml").read_text())
+    seconds = sum(float(line.split(",")[-1]) for line in (own.run / "metrics.csv").read_text().splitlines()[1:])
+    evaluation = {"file": path.name, "sha256": digest, "bytes": path.stat().st_size, "stored": stored,
+                  "parameters": sum(p.numel() for p in build_model(settings, data.shape, data.n_classes).parameters()),
+                  "commit": own.commit or params.get("commit"), "training_seconds": round(seconds), "evaluated_on": device_name(device),
+                  "torch": torch.__version__, **figures}
+    with whole_file(results / "evaluation.json") as f:
+        f.write(json.dumps(evaluation, indent=1) + "\n")
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, SHA-256 {digest}\nEvidence in {results}")
+
+
+def evaluate_weights(weights, data, settings, device):
+    """error (%) and bits_per_dim (or log_p, nats, for points) for each draw of the noise; the same on every 20th image."""
+    speed = choose_speed(settings, device, Processes())
+    model = build_model(settings, data.shape, data.n_classes, data.class_probs).to(device)
+    model.load_state_dict({key: value.to(model.state_dict()[key].dtype) for key, value in weights.items()})
+    score = scorer(*arrange(model, speed))
+    evaluate = load_script().evaluate
+
+    def of(examples):
+        draws = [evaluate(score, data, examples, settings.test_bs, settings.seed + draw, Processes()) for draw in range(DRAWS)]
+        likelihood = {"bits_per_dim": [data.bits_per_dim(log_p) for log_p, _ in draws]} if data.levels else {
+            "log_p": [log_p for log_p, _ in draws]}
+        return {"error": [100 * (1 - accuracy) for _, accuracy in draws], **likelihood, "images": len(examples[0])}
+    return {**of((data.test_x, data.test_y)), "each_20th": of((data.test_x[::EACH], data.test_y[::EACH]))}
+
+
+def halve(weights, model):
+    """`weights` with those of the networks inside the couplings in half precision."""
+    inside = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, ResNet))
+    return {key: value.half() if key.startswith(inside) and value.is_floating_point() else value for key, value in weights.items()}
+
+
+def list_sum(path, name, digest):
+    """Put the file's line into SHA256SUMS, as sha256sum writes it."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = sorted([line for line in lines if line.split()[1] != name] + [f"{digest}  {name}"], key=lambda line: line.split()[1])
+    with whole_file(path) as f:
+        f.write("\n".join(lines) + "\n")
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def describe(figures):
+    return "; ".join(f"{key} {mean(values):.4f} ({', '.join(f'{v:.4f}' for v in values)})"
+                     for key, values in figures.items() if isinstance(values, list))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BadInput as error:
+        print(f"ship.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
