@@ -17,6 +17,11 @@ the weights normalised to sum to 1 (objective):
 
     ssl_alg sgd:  u(x) = log p(x)
     ssl_alg em:   u(x) = sum_y q(y) log p(x, y), q(y) = p(y | x) held constant
+
+With `cons_weight`, not in the paper, x' being the image x turned, scaled and shifted a little, L_clf is the mean
+of those of x_i and x'_i, and a consistency term is added, after FixMatch (Sohn et al. 2020, arXiv 2001.07685):
+
+    + cons_weight * mean_j [ - sum_y q_j(y) log p(y | x'_j) if max q_j > SURE, else 0 ],   q_j = p(y | x_j) held constant
 """
 
 import contextlib
@@ -66,6 +71,8 @@ def main(argv=None, processes=None):
     processes.connect(device)
     with processes.main_first():                             # it may have to fetch them
         data = load_data(settings, device)
+    if settings.cons_weight and not data.levels:
+        raise BadInput(f"cons_weight needs images, which can be moved a little; {settings.data} has points")
     torch.manual_seed(settings.seed)
     model = build_model(settings, data.shape, data.n_classes, data.class_probs).to(device)
 
@@ -272,7 +279,7 @@ def objective(log_joint, y, settings, batch_y=None, altered=None):
     if altered is None:
         surprise = marginal - own                                             # -log p(y | x)
     else:
-        surprise = F.cross_entropy(altered, y.clamp(min=0), reduction="none")
+        surprise = (marginal - own + F.cross_entropy(altered, y.clamp(min=0), reduction="none")) / 2
         target = log_joint.detach().softmax(1)
         is_sure = ~labelled & (target.amax(1) > SURE)
         n_unlabelled = (len(batch_y) - n_labelled).clamp(min=1)

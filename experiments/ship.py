@@ -55,12 +55,12 @@ def main(argv=None):
     data = load_data(settings, device)
     weights = load_file(own.run / "model.torch")
     figures = evaluate_weights(weights, data, settings, device)
-    print(f"float32: {describe(figures)}")
+    print(f"stored in float32: {describe(figures)}")
     stored = "float32"
     if own.half:
         halved = halve(weights, build_model(settings, data.shape, data.n_classes))
         of_halved = evaluate_weights(halved, data, settings, device)
-        print(f"half:    {describe(of_halved)}")
+        print(f"in half precision: {describe(of_halved)}")
         if all(abs(mean(of_halved[key]) - mean(figures[key])) <= bound for key, bound in AGREES.items()):
             weights, figures, stored = halved, of_halved, "float32, the couplings' networks in half precision"
         else:
@@ -88,7 +88,8 @@ def main(argv=None):
 
 
 def evaluate_weights(weights, data, settings, device):
-    """error (%) and bits_per_dim (or log_p, nats, for points) for each draw of the noise; the same on every 20th image."""
+    """error (%) and bits_per_dim (log_p, nats, of points) for each draw of the noise, computed as the run was; the same of
+    every 20th test image."""
     speed = choose_speed(settings, device, Processes())
     model = build_model(settings, data.shape, data.n_classes, data.class_probs).to(device)
     model.load_state_dict({key: value.to(model.state_dict()[key].dtype) for key, value in weights.items()})
@@ -97,9 +98,9 @@ def evaluate_weights(weights, data, settings, device):
 
     def of(examples):
         draws = [evaluate(score, data, examples, settings.test_bs, settings.seed + draw, Processes()) for draw in range(DRAWS)]
-        likelihood = {"bits_per_dim": [data.bits_per_dim(log_p) for log_p, _ in draws]} if data.levels else {
-            "log_p": [log_p for log_p, _ in draws]}
-        return {"error": [100 * (1 - accuracy) for _, accuracy in draws], **likelihood, "images": len(examples[0])}
+        likelihood = {"bits_per_dim": [round(data.bits_per_dim(log_p), 6) for log_p, _ in draws]} if data.levels else {
+            "log_p": [round(log_p, 4) for log_p, _ in draws]}
+        return {"error": [round(100 * (1 - accuracy), 4) for _, accuracy in draws], **likelihood, "images": len(examples[0])}
     return {**of((data.test_x, data.test_y)), "each_20th": of((data.test_x[::EACH], data.test_y[::EACH]))}
 
 

@@ -76,6 +76,15 @@ CASES = {
     "TF32 on a CPU": (options(precision="tf32"), "precision tf32"),
     "CUDA graph on a CPU": (options(cuda_graph="on"), "cuda_graph on needs a GPU"),
     "negative time limit": (options(time_limit=-1), "--time_limit: must be at least 0"),
+    "negative cons_weight": (options(cons_weight=-1), "--cons_weight"),
+    "consistency of points": (options(data="moons", model="toy", ssl_dim=-1, ssl_l=1, cons_weight=1), "cons_weight needs images"),
+    "an average of nothing but the start": (options(ema=1), "--ema: must be at most"),
+    "an average without examples to judge it": (options(ema=0.9, supervised=-1), "ema needs unlabelled"),
+    "negative warm-up": (options(warmup_steps=-1), "--warmup_steps"),
+    "no draws": (options(draws=0), "--draws: must be at least 1"),
+    "negative width": (options(width=-1), "--width"),
+    "weights that do not ship for the model": (options(data="digits", model="mnist-small", ssl_l=1) + ["--pretrained"],
+                                               "no weights ship for digits and model mnist-small"),
     "negative micro_bs": (options(micro_bs=-1), "--micro_bs"),
 }
 CASES["no such GPU"] = (options(device="cuda:99"), "no device cuda:99")

@@ -404,7 +404,7 @@ def test_fidelity_of_the_paper_s_model_on_a_gpu(compiled, monkeypatch):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_captured_steps_are_the_plain_ones_on_a_gpu(script, tmp_path, monkeypatch, precision, compiled):
     monkeypatch.chdir(tmp_path)
-    _, settings = read_settings(options(cl_weight=1, clip_gn=100))
+    _, settings = read_settings(options(cl_weight=1, cons_weight=30, clip_gn=100, ema=0.7))
     data, results = load_tiny(), []
     for cuda_graph in (True, False):
         model = randomize(build_model(settings, data.shape, 10)).cuda()
@@ -412,9 +412,9 @@ def test_captured_steps_are_the_plain_ones_on_a_gpu(script, tmp_path, monkeypatc
         generator, terms = torch.Generator().manual_seed(0), []
         for i in range(8):                                                    # warm-up, capture, replays
             step.lr.fill_(1e-3 / (i + 1))
-            x, y = data.draw(64, 0.5, generator)
-            terms.append(step(x.cuda(), y.cuda()).clone())
-        results.append((torch.stack(terms), step.vector.detach().clone(), step.state_dict()["step"]))
+            batch = data.draw(64, 0.5, generator, altered=True)
+            terms.append(step(*[part.cuda() for part in batch]).clone())
+        results.append((torch.stack(terms), torch.stack((step.vector.detach(), step.average)), step.state_dict()["step"]))
     (terms, vector, count), (plain_terms, plain_vector, _) = results
     assert count == 8
     torch.testing.assert_close(terms[:, :3], plain_terms[:, :3], rtol=1e-3, atol=1e-3)      # the others are counts
@@ -438,18 +438,18 @@ def test_the_paper_s_step_is_captured_on_a_gpu(script, tmp_path, monkeypatch):
 @pytest.mark.gpu
 def test_no_step_waits_for_the_gpu(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    _, settings = read_settings(options(cl_weight=1, clip_gn=100, ssl_alg="em", sup_weight=2))
+    _, settings = read_settings(options(cl_weight=1, clip_gn=100, ssl_alg="em", sup_weight=2, cons_weight=1, ema=0.9))
     data = script.load_data(settings, "cuda")
     for cuda_graph in (False, True):
         model = randomize(build_model(settings, data.shape, 10)).cuda()
         step = a_step(script, settings, model, 64, precision="bf16", cuda_graph=cuda_graph)
         generator = torch.Generator("cuda").manual_seed(0)
         for _ in range(5):                                                    # warm-up and capture may wait
-            step(*data.draw(64, 0.5, generator))
+            step(*data.draw(64, 0.5, generator, altered=True))
         torch.cuda.set_sync_debug_mode("error")
         try:
             for _ in range(5):
-                step(*data.draw(64, 0.5, generator))
+                step(*data.draw(64, 0.5, generator, altered=True))
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

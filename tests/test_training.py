@@ -52,7 +52,7 @@ def test_weights_of_the_objective(script, batch):
 
 
 def test_consistency(script, batch):
-    """Sure unlabelled rows teach their altered images, without a gradient of their own; L_clf is of altered images."""
+    """Sure unlabelled rows teach their altered images, without a gradient of their own; L_clf is of both images."""
     log_joint, y = batch
     log_joint = log_joint / 5
     log_joint[1, 2] += 20                                                     # of the unlabelled rows 1, 3, 4 one is sure
@@ -60,13 +60,16 @@ def test_consistency(script, batch):
     altered = log_joint.flip(1).clone().requires_grad_()
     plain, gradient = loss_and_gradient(script, log_joint, y, batch_y=y, altered=altered.detach())
     values, with_gradient = loss_and_gradient(script, log_joint, y, batch_y=y, altered=altered, cl_weight=2.0, cons_weight=5.0)
-    surprise = -altered.detach().log_softmax(1)
+    surprise, own_surprise = -altered.detach().log_softmax(1), -log_joint.log_softmax(1)
     target = log_joint.softmax(1)
     assert values[4] == pytest.approx(1 / 3)
     assert values[3] == pytest.approx(float((target[1] * surprise[1]).sum() / 3))
-    assert values[2] == pytest.approx(float(surprise[[0, 2, 5], y[[0, 2, 5]]].mean()))
+    labelled = [0, 2, 5]
+    assert values[2] == pytest.approx(float((own_surprise + surprise)[labelled, y[labelled]].mean() / 2))
     assert values[0] == pytest.approx(plain[0] + 2 * values[2] + 5 * values[3]) and values[1] == plain[1]
-    assert torch.equal(gradient, with_gradient)                               # the likelihood's alone
+    unlabelled = [1, 3, 4]
+    assert torch.equal(gradient[unlabelled], with_gradient[unlabelled])       # the likelihood's alone
+    assert not torch.equal(gradient[labelled], with_gradient[labelled])
     assert altered.grad[[1, 0, 2, 5]].any(1).all() and not altered.grad[[3, 4]].any()
 
 

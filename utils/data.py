@@ -93,15 +93,20 @@ class SemiSupervisedData:
 
 
 def alter(images, generator):
-    """Each of `images` (B, C, H, W), uint8, turned, scaled and shifted by an amount of its own, black around it.
+    """Each of `images` (B, C, H, W), uint8, moved by an amount of its own, black around it.
 
-    The amounts are uniform: up to TURN degrees, SCALE, and SHIFT of the height and width. Grey levels
-    in between are interpolated and rounded, so that dequantisation gives what it gives of real images.
+    Half of them, drawn at random, are turned, scaled and shifted, by uniform amounts of up to TURN degrees,
+    SCALE, and SHIFT of the height and width; grey levels in between are interpolated and rounded. A flow
+    tells such images from real ones by their softer edges, and could learn of them alone: so the other
+    half is shifted by whole pixels, which changes no grey level.
     """
-    turn, scale, *shift = 2 * torch.rand(4, len(images), generator=generator, device=images.device) - 1
-    turn, scale = turn * math.radians(TURN), 1 + scale * SCALE
+    turn, scale, *shift, half = 2 * torch.rand(5, len(images), generator=generator, device=images.device) - 1
+    whole = half < 0
+    turn, scale = (turn * math.radians(TURN)).masked_fill(whole, 0), (1 + scale * SCALE).masked_fill(whole, 1)
     cos, sin = turn.cos() / scale, turn.sin() / scale
-    dx, dy = (2 * SHIFT * s for s in shift)                                   # the image reaches from -1 to 1
+    pixels = [s * SHIFT * size for s, size in zip(shift, (images.shape[3], images.shape[2]))]
+    dx, dy = (2 / size * torch.where(whole, s.round(), s)                     # the image reaches from -1 to 1
+              for s, size in zip(pixels, (images.shape[3], images.shape[2])))
     to_source = torch.stack((torch.stack((cos, -sin, dx), 1), torch.stack((sin, cos, dy), 1)), 1)
     grid = F.affine_grid(to_source, images.shape, align_corners=False)
     return F.grid_sample(images.to(grid.dtype), grid, align_corners=False).round().to(images.dtype)
