@@ -44,7 +44,7 @@ from utils.checkpoint import (CheckpointWriter, copy_to_cpu, get_rng_state, load
 from utils.data import load_data
 from utils.device import choose_speed, device_name, set_up_torch
 from utils.figures import draw_curves, draw_density, draw_samples
-from utils.metrics import MetricsLog
+from utils.metrics import MetricsLog, average_is_better
 from utils.processes import Processes
 from utils.settings import SHIPPED, Run, read_settings
 from utils.step import TrainingStep, arrange, scorer
@@ -84,7 +84,7 @@ def main(argv=None, processes=None):
 
     checkpoint = None
     if settings.resume:
-        checkpoint = load_checkpoint(Path(settings.resume) / "checkpoint.pt", model)
+        checkpoint = load_checkpoint(Path(settings.resume) / "checkpoint.pt", model, len(TERMS))
         if checkpoint["epoch"] >= settings.epochs and (Path(settings.resume) / "model.torch").exists():
             print(f"{settings.resume} has all its {settings.epochs} epochs: nothing to do")
             return
@@ -176,7 +176,7 @@ def train(model, data, settings, speed, processes, stopping, run_dir=None, check
                     drawn = time.perf_counter()
     if processes.main:
         last, chosen = log.rows[-1], ""
-        averaged = last["ema_held_out_log_p"] > last["held_out_log_p"]           # not so without ema, when they are NaN
+        averaged = average_is_better(last)
         if settings.ema:
             chosen = f" of the {'averaged' if averaged else 'last'} weights, the likelier ones on held-out images"
         with step.averaged() if averaged else contextlib.nullcontext():

@@ -47,6 +47,7 @@ def main():
     found_limits = limits(sorted({m.precision for m in own.modes}), settings.train_bs, device)
     objective = load_script().objective
     _, flops = flops_per_image(settings, data)
+    flops *= 2 if settings.cons_weight else 1                # an image and the altered one
     steps = -(-TRAINING_IMAGES[settings.data] // settings.train_bs)
     rows = []
     for mode in own.modes:

@@ -14,11 +14,13 @@ than 16 MiB; `join` checks each one's SHA-256.
 """
 
 import argparse
-import csv
+import contextlib
 import gzip
 import hashlib
+import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,21 +30,18 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
-
-import ship  # noqa: E402
+sys.path[:0] = [str(PROJECT), str(PROJECT / "experiments")]
 
 from utils import BadInput, whole_file  # noqa: E402
-from utils.checkpoint import SHIPPED_WEIGHTS, load_file  # noqa: E402
-from utils.settings import read_settings  # noqa: E402
+
+# What needs packages is imported by the functions: `start` may have to install them.
 
 PACKAGES = ("exman", "ConfigArgParse", "strconv", "inputimeout", "GitPython", "gitdb", "smmap")      # what PyTorch images lack
 PART = 15 * 2**20       # bytes of the largest file in OUT
 PROBE_EPOCHS = 2        # the first of them pays for the compiler
-MARGIN = 3              # minutes kept for the end: evaluation and packing
+SPARE = 0.03            # of the training time: what an epoch takes more now and then, figures and checkpoints
+MARGIN = 3              # minutes kept for the end: evaluation and packing; of them the run may use one
 GRACE = 120             # seconds for a run to stop in good order
 REHEARSAL = ["--config", str(PROJECT / "configs" / "digits.yaml"), "--device", "cpu", "--epochs", "500", "--log_each", "2",
              "--num_examples", "400", "--ssl_k", "1"]
@@ -53,7 +52,7 @@ def prepare(folder, data_root=None, packages=PACKAGES):
     folder.mkdir(parents=True, exist_ok=True)
     commit = git("rev-parse", "HEAD") + ("" if not git("status", "--porcelain") else ", changed")
     (folder / "commit.txt").write_text(commit + "\n")
-    subprocess.run(["git", "-C", str(PROJECT), "archive", "-o", str(folder.resolve() / "project.tar.gz"), "HEAD"], check=True)
+    git("archive", "-o", str(folder.resolve() / "project.tar.gz"), "HEAD")
     if data_root:
         raw = data_root / "MNIST" / "raw"
         files = sorted(raw.glob("*-ubyte"))
@@ -64,19 +63,13 @@ def prepare(folder, data_root=None, packages=PACKAGES):
             with open(path, "rb") as source, gzip.open(folder / "data" / f"{path.name}.gz", "wb") as target:
                 shutil.copyfileobj(source, target)
     if packages:
-        done = subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder / "wheels"), *packages],
-                              capture_output=True, text=True)
-        if done.returncode:
-            raise BadInput(f"pip wheel failed: {done.stderr.strip().splitlines()[-1]}")
+        command([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder / "wheels"), *packages], "pip wheel")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder}: {size / 2**20:.1f} MiB, commit {commit}")
 
 
-def git(*command):
-    done = subprocess.run(["git", "-C", str(PROJECT), *command], capture_output=True, text=True)
-    if done.returncode:
-        raise BadInput(f"git {' '.join(command)} failed: {done.stderr.strip()}")
-    return done.stdout.strip()
+def git(*words):
+    return command(["git", "-C", str(PROJECT), *words], f"git {words[0]}").strip()
 
 
 def start(work, folder, minutes, settings):
@@ -85,9 +78,16 @@ def start(work, folder, minutes, settings):
     if (work / "state.json").exists():
         raise BadInput(f"{work} has a run already: watch or finish it, or take another folder")
     work.mkdir(parents=True, exist_ok=True)
+    settings = [part for word in settings for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    settings = [str(Path(word).resolve()) if before in ("--config", "--data_root") else word       # as the run's own folder is work
+                for before, word in zip(["", *settings], settings)]
     wheels = sorted(map(str, (folder / "wheels").glob("*.whl")))
     if wheels:
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", *wheels], check=True)
+        command([sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", *wheels], "installing the wheels")
+        importlib.invalidate_caches()
+    from utils.metrics import read_metrics
+    from utils.settings import read_settings
+
     raw = work.resolve() / "data" / "MNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
     for path in (folder / "data").glob("*.gz"):
@@ -97,102 +97,145 @@ def start(work, folder, minutes, settings):
         settings = [*settings, "--data_root", str(raw.parent.parent)]
 
     script = [sys.executable, str(PROJECT / "train-flow-ssl.py"), *settings]
-    probe = subprocess.run([*script, "--tmp", "--epochs", str(PROBE_EPOCHS), "--log_each", "1"], cwd=work, capture_output=True, text=True)
-    if probe.returncode:
-        raise BadInput(f"the first {PROBE_EPOCHS} epochs failed: {(probe.stderr or probe.stdout).strip().splitlines()[-1]}")
-    seconds = float(rows_of(newest(work, "tmp"))[-1]["seconds"])
+    began = time.time()
+    output = command([*script, "--tmp", "--epochs", str(PROBE_EPOCHS), "--log_each", "1", "--lr_schedule", "no"],
+                     f"training {PROBE_EPOCHS} epochs", cwd=work, timeout=max(deadline - began, 1))
+    rows = read_metrics(newest(work, "tmp") / "metrics.csv")
+    seconds, overhead = rows[-1]["seconds"], time.time() - began - sum(row["seconds"] for row in rows)
     left = deadline - time.time() - 60 * MARGIN
-    wanted = read_settings(settings)[1].epochs
-    epochs = min(wanted, int(left / seconds))
+    with contextlib.chdir(work):                             # where the parser makes its folders
+        wanted = read_settings(settings)[1].epochs
+    epochs = min(wanted, int((left * (1 - SPARE) - overhead) / seconds))
     if epochs < 1:
         raise BadInput(f"an epoch takes {seconds:.0f} s, and {max(left, 0):.0f} s are left for training")
-    command = [*script, "--epochs", str(epochs), "--time_limit", f"{left / 60:.2f}"]
+    line = [*script, "--epochs", str(epochs), "--time_limit", f"{left / 60 + 1:.2f}"]
     # The shell waits for the run, so that its end is known whoever else has gone by then.
-    wrapper = subprocess.Popen(["sh", "-c", '"$@" > run.log 2>&1 & echo $! > pid; wait $!; echo $? > exit_code', "sh", *command],
+    wrapper = subprocess.Popen(["sh", "-c", '"$@" > run.log 2>&1 & echo $! > pid; wait $!; '
+                                'echo $? > code.partial; mv code.partial exit_code', "sh", *line],
                                cwd=work, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                start_new_session=True)
     commit = folder / "commit.txt"
-    state = {"deadline": deadline, "started": time.time(), "epochs": epochs, "wrapper": wrapper.pid, "command": command,
+    state = {"deadline": deadline, "epochs": epochs, "wrapper": wrapper.pid, "command": line,
+             "examples": int(re.search(r"labelled of (\d+) examples", output)[1]),
              "commit": commit.read_text().strip() if commit.is_file() else None}
     with whole_file(work / "state.json") as f:
         json.dump(state, f, indent=1)
     print(f"An epoch takes {seconds:.2f} s: {epochs} of {wanted} epochs, {epochs * seconds / 60:.1f} of {left / 60:.1f} minutes")
 
 
+def command(line, what, **options):
+    """Run a command -> its output. Raises BadInput with the last line of its errors."""
+    try:
+        done = subprocess.run(line, capture_output=True, text=True, **options)
+    except subprocess.TimeoutExpired as error:
+        raise BadInput(f"{what} took more than the {error.timeout:.0f} s that there were") from None
+    if done.returncode:
+        raise BadInput(f"{what} failed, exit code {done.returncode}: {last_line(done.stderr or done.stdout)}")
+    return done.stdout
+
+
+def last_line(text):
+    return (text.strip().splitlines() or ["no output"])[-1]
+
+
+def ended(work, state):
+    """None while the run goes on, else how it ended, in words. A run whose every process is gone has ended too."""
+    path = work / "exit_code"
+    if not path.exists() and alive(state["wrapper"]):
+        return None
+    code = path.read_text().strip() if path.exists() else "unknown: its processes are gone"
+    return f"exit code {code}: {last_line((work / 'run.log').read_text())}"
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
 def watch(work, seconds, each=30.0):
     """Print how far the run is, until it ends or for `seconds`. -> whether it has ended."""
     state, until = read_state(work), time.time() + seconds
     while True:
-        ended = (work / "exit_code").exists()
         print(progress(work, state), flush=True)
-        if ended:
-            code = (work / "exit_code").read_text().strip()
-            print(f"The run has ended, exit code {code}: " + ((work / "run.log").read_text().strip().splitlines() or ["no output"])[-1])
+        if how := ended(work, state):
+            print(f"The run has ended, {how}")
             return True
         if time.time() >= until:
             return False
         next_line = min(time.time() + each, until)
-        while time.time() < next_line and not (work / "exit_code").exists():
+        while time.time() < next_line and not ended(work, state):
             time.sleep(min(1, max(next_line - time.time(), 0)))
 
 
 def progress(work, state):
-    """One line: epoch, pace, what the run would still take, what is left."""
-    left = f"{(state['deadline'] - time.time()) / 60:.1f} min left"
+    """One line: epoch, pace, what the run will still take, what is left."""
+    from utils.metrics import read_metrics
+
+    left = state["deadline"] - time.time()
     run = newest(work, "runs")
-    rows = rows_of(run) if run else []
+    path = run / "metrics.csv" if run else None
+    rows = read_metrics(path) if run else []
     if not rows:
-        return f"no epoch logged yet, {left}"
-    spent, epoch = sum(float(row["seconds"]) for row in rows), float(rows[-1]["epoch"])
-    pace = float(rows[-1]["seconds"]) / (epoch - (float(rows[-2]["epoch"]) if len(rows) > 1 else 0))
-    to_go = (state["epochs"] - epoch) * pace - (time.time() - state["started"] - spent if len(rows) < 2 else 0)
-    return (f"epoch {epoch:.0f} of {state['epochs']}, {pace:.2f} s each, loss {float(rows[-1]['train_loss']):.2f}, "
-            f"test error {100 * (1 - float(rows[-1]['test_acc'])):.2f} %; ends in {max(to_go, 0) / 60:.1f} min, {left}")
+        return f"no epoch logged yet, {left / 60:.1f} min left"
+    epoch = rows[-1]["epoch"]
+    pace = rows[-1]["seconds"] / (epoch - (rows[-2]["epoch"] if len(rows) > 1 else 0))
+    to_go = max((state["epochs"] - epoch) * pace - (time.time() - path.stat().st_mtime), 0) if epoch < state["epochs"] else 0
+    return (f"epoch {epoch:.0f} of {state['epochs']}, {state['examples'] / pace:,.0f} images/s, loss {rows[-1]['train_loss']:.2f}, "
+            f"test error {100 * (1 - rows[-1]['test_acc']):.2f} %; ends in {to_go / 60:.1f} min, {left / 60:.1f} min left"
+            + (", TOO LITTLE" if to_go > left - 60 * (MARGIN - 1) else ""))
 
 
 def finish(work, name, out):
     """Stop the run if it still trains, evaluate it, and pack evidence and weights into `out`. -> whether it was complete."""
+    import ship
+
+    from utils.checkpoint import load_file, save_whole
+
     state = read_state(work)
-    if not (work / "exit_code").exists():
-        os.kill(int((work / "pid").read_text()), signal.SIGTERM)
-        patience = time.time() + GRACE
-        while not (work / "exit_code").exists():
-            if time.time() > patience:
-                raise BadInput(f"the run in {work} has not stopped within {GRACE} s of SIGTERM")
-            time.sleep(0.2)
-    run = newest(work, "runs")
-    if not run:
-        raise BadInput(f"the run in {work} failed: {(work / 'run.log').read_text().strip().splitlines()[-1]}")
-    packed, complete = work / "packed", (run / "model.torch").exists()
+    patience = time.time() + GRACE
+    while not ended(work, state):
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError, ValueError):     # between its start and its end
+            os.kill(int((work / "pid").read_text()), signal.SIGTERM)
+        if time.time() > patience:
+            raise BadInput(f"the run in {work} has not stopped within {GRACE} s of SIGTERM")
+        time.sleep(1)
+    run = newest(work, "runs") or newest(work, "fails")
+    packed, evidence = work / "packed", work / "packed" / "results" / name
+    evidence.mkdir(parents=True, exist_ok=True)
+    complete, weights = bool(run) and (run / "model.torch").exists(), None
     if complete:
         ship.main([str(run), name, "--half", "--to", str(packed), *(["--commit", state["commit"]] if state["commit"] else [])])
         weights = packed / "pretrained" / f"{name}.torch"
     else:                                                    # no result, but what there is comes home
-        evidence = packed / "results" / name
-        evidence.mkdir(parents=True, exist_ok=True)
-        for path in run.iterdir():
-            if path.name in ship.EVIDENCE:
+        print(f"Not complete, so not a result: {ended(work, state)}")
+        for path in run.iterdir() if run else ():
+            if path.name in (*ship.EVIDENCE, "traceback.txt"):
                 shutil.copy(path, evidence)
-        weights = packed / f"{name}.partial.torch"
-        torch.save({key: value.half() if value.is_floating_point() else value
-                    for key, value in load_file(run / "checkpoint.pt")["model"].items()}, weights)
-        print(f"Stopped after epoch {rows_of(run)[-1]['epoch'] if rows_of(run) else 0} of {state['epochs']}: not a result")
-    shutil.copy(work / "run.log", packed / "results" / name / "run.log")
-    pack(packed, name, weights, out)
+        if run and (run / "checkpoint.pt").exists():
+            weights = packed / f"{name}.partial.torch"
+            save_whole({key: value.half() if value.is_floating_point() else value
+                        for key, value in load_file(run / "checkpoint.pt")["model"].items()}, weights)
+    for path in (work / "run.log", work / "state.json"):
+        shutil.copy(path, evidence)
+    pack(packed, name, weights, complete, out)
     return complete
 
 
-def pack(packed, name, weights, out):
-    """Evidence first, then the weights in parts, then a list of all with their SHA-256."""
+def pack(packed, name, weights, complete, out):
+    """Evidence first, then the weights, if there are any, in parts, then a list of all with their SHA-256."""
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{name}.evidence.tar.gz"]
     with tarfile.open(paths[0], "w:gz") as tar:
         tar.add(packed / "results" / name, name)
-    content = weights.read_bytes()
+    content = weights.read_bytes() if weights else b""
     for i in range(0, len(content), PART):
         paths.append(out / f"{weights.name}.part{i // PART:02d}")
         paths[-1].write_bytes(content[i:i + PART])
-    manifest = {"name": name, "weights": weights.name, "sha256": hashlib.sha256(content).hexdigest(),
+    manifest = {"name": name, "complete": complete, "weights": weights and weights.name,
+                "sha256": hashlib.sha256(content).hexdigest(),
                 "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}}
     with whole_file(out / "manifest.json") as f:
         json.dump(manifest, f, indent=1)
@@ -200,27 +243,36 @@ def pack(packed, name, weights, out):
 
 
 def join(out, to=PROJECT):
-    """Put what `finish` packed in its place: `to`/results/NAME, `to`/pretrained/NAME.torch with its SHA-256."""
+    """Put what `finish` packed in its place: `to`/results/NAME, `to`/pretrained/NAME.torch with its SHA-256.
+
+    The weights of a run that was not complete go beside its evidence. Nothing is overwritten.
+    """
+    import ship
+
     if not (out / "manifest.json").is_file():
         raise BadInput(f"{out} has no manifest.json: it is not what `finish` wrote")
     manifest = json.loads((out / "manifest.json").read_text())
-    name, weights = manifest["name"], to / "pretrained" / manifest["weights"]
+    results = to / "results" / manifest["name"]
+    weights = (to / "pretrained" if manifest["complete"] else results) / (manifest["weights"] or "none")
     for path, digest in manifest["files"].items():
         if not (out / path).is_file() or hashlib.sha256((out / path).read_bytes()).hexdigest() != digest:
             raise BadInput(f"{out / path} is missing or damaged")
-    for path in (to / "results" / name, weights):
+    for path in (results, weights):
         if path.exists():
             raise BadInput(f"{path} is there already: move it away first")
     content = b"".join((out / path).read_bytes() for path in sorted(manifest["files"]) if ".part" in path)
     if hashlib.sha256(content).hexdigest() != manifest["sha256"]:
         raise BadInput(f"the parts of {manifest['weights']} do not make the whole")
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    weights.write_bytes(content)
-    with tarfile.open(out / f"{name}.evidence.tar.gz") as tar:
-        tar.extractall(to / "results", filter="data")
-    if weights.name in SHIPPED_WEIGHTS.values():
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(out / f"{manifest['name']}.evidence.tar.gz") as tar:
+        tar.extractall(results.parent, filter="data")
+    if content:
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        weights.write_bytes(content)
+        print(weights)
+    if manifest["complete"]:
         ship.list_sum(weights.parent / "SHA256SUMS", weights.name, manifest["sha256"])
-    print(f"{weights} and {to / 'results' / name}")
+    print(results)
 
 
 def rehearse():
@@ -228,7 +280,7 @@ def rehearse():
     with tempfile.TemporaryDirectory() as temporary:
         here = Path(temporary)
         prepare(here / "folder", packages=())
-        start(here / "work", here / "folder", MARGIN + 0.5, REHEARSAL)
+        start(here / "work", here / "folder", MARGIN + 1, REHEARSAL)
         while not watch(here / "work", 10, each=5):
             pass
         complete = finish(here / "work", "digits", here / "out")
@@ -245,14 +297,6 @@ def read_state(work):
 def newest(work, kind):
     """The last run's directory under work, or None."""
     return max((work / "logs" / "exman-train-flow-ssl.py" / kind).glob("*"), default=None)
-
-
-def rows_of(run):
-    path = run / "metrics.csv"
-    if not path.is_file():
-        return []
-    with open(path, newline="") as f:
-        return list(csv.DictReader(f))
 
 
 def main(argv=None):

@@ -1,5 +1,7 @@
 """Bad input: one line on stderr, exit code 2, and no run created."""
 
+import io
+
 import pytest
 import torch
 import torchvision
@@ -160,6 +162,10 @@ def test_damaged_checkpoint(folder, capsys):
     capsys.readouterr()
     assert script.cli(["--resume", str(run), "--epochs", "2"]) == 2
     assert "is no checkpoint" in capsys.readouterr().err
+    older = {**torch.load(io.BytesIO(whole)), "sums": torch.zeros(5)}
+    torch.save(older, run / "checkpoint.pt")
+    assert script.cli(["--resume", str(run), "--epochs", "2"]) == 2
+    assert "one of another version" in capsys.readouterr().err
     (run / "checkpoint.pt").unlink()
     assert script.cli(["--resume", str(run), "--epochs", "2"]) == 2
     assert "checkpoint.pt" in capsys.readouterr().err

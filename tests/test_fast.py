@@ -272,7 +272,7 @@ def test_moving_average_of_the_weights(script, tmp_path, monkeypatch):
 def test_nothing_is_read_back_between_log_lines(script, tmp_path, monkeypatch):
     """No .item() and the like in an epoch's steps, torch.optim's own on a CPU aside, and a fixed number at its end."""
     monkeypatch.chdir(tmp_path)
-    _, settings = read_settings(options(clip_gn=10, cl_weight=1))
+    _, settings = read_settings(options(clip_gn=10, cl_weight=1, cons_weight=1, ema=0.9, warmup_steps=4, lr_schedule="cosine"))
     data, reads = load_tiny(), []
     model = randomize(build_model(settings, data.shape, 10))
     step = a_step(script, settings, model, 64)

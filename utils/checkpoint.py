@@ -15,6 +15,9 @@ from .published import from_published, is_published
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
 SHIPPED_WEIGHTS = {("mnist", "mnist-masked"): "model.torch", ("mnist", "mnist-small"): "mnist-small.torch",
                    ("digits", "digits-masked"): "digits.torch"}              # by data and model
+RUNS = {("mnist", "mnist-masked"): "config.yaml", ("mnist", "mnist-small"): "configs/mnist-small.yaml",
+        ("digits", "digits-masked"): "configs/digits.yaml", ("moons", "toy"): "configs/moons.yaml",
+        ("circles", "toy"): "configs/circles.yaml"}                          # that train such weights
 CHECKPOINT_KEYS = {"model", "optimizer", "epoch", "step", "sums", "seconds", "generator", "rng", "settings"}
 
 
@@ -39,12 +42,14 @@ def shipped_weights(settings):
     Raises BadInput if there is none, saying how to make it, or if it is not the one whose SHA-256
     pretrained/SHA256SUMS has.
     """
-    path = PRETRAINED / SHIPPED_WEIGHTS.get((settings.data, settings.model), "none")
+    key = settings.data, settings.model
+    path = PRETRAINED / SHIPPED_WEIGHTS.get(key, "none")
     if not path.is_file():
-        config = "config.yaml" if settings.model == "mnist-masked" else f"configs/{settings.data}.yaml"
-        raise BadInput(f"no weights ship for {settings.data} and model {settings.model}: train them (python train-flow-ssl.py "
-                       f"--config {config}), then give the run's model.torch to --pretrained")
-    sums = dict(reversed(line.split()) for line in (PRETRAINED / "SHA256SUMS").read_text().splitlines())
+        how = f" (python train-flow-ssl.py --config {RUNS[key]})" if key in RUNS else ""
+        raise BadInput(f"no weights ship for {settings.data} and model {settings.model}: train them{how}, "
+                       "then give the run's model.torch to --pretrained")
+    listed = PRETRAINED / "SHA256SUMS"
+    sums = dict(reversed(line.split()) for line in listed.read_text().splitlines()) if listed.is_file() else {}
     with open(path, "rb") as f:
         found = hashlib.file_digest(f, "sha256").hexdigest()
     if found != sums.get(path.name):
@@ -52,10 +57,10 @@ def shipped_weights(settings):
     return path
 
 
-def load_checkpoint(path, model):
-    """The content of a run's checkpoint.pt, whose weights fit `model`. Raises BadInput."""
+def load_checkpoint(path, model, n_terms):
+    """The content of a run's checkpoint.pt, whose weights fit `model` and which has sums of `n_terms` terms. Raises BadInput."""
     checkpoint = load_file(path)
-    if set(checkpoint) != CHECKPOINT_KEYS:
+    if set(checkpoint) != CHECKPOINT_KEYS or len(checkpoint["sums"]) != n_terms:
         raise BadInput(f"{path} is no checkpoint of a run, or one of another version")
     check_fit(model, weights_in(checkpoint["model"], path), path)
     return checkpoint

@@ -25,11 +25,7 @@ class MetricsLog:
     def __init__(self, path, up_to_epoch=0):
         """Open a log; of one that exists keep the rows up to `up_to_epoch`."""
         self.path = Path(path)
-        self.rows = []
-        if self.path.exists():
-            with open(self.path, newline="") as f:
-                rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(f)]
-            self.rows = [{key: row.get(key, math.nan) for key in COLUMNS} for row in rows if row["epoch"] <= up_to_epoch]
+        self.rows = [row for row in read_metrics(self.path) if row["epoch"] <= up_to_epoch]
         self._write()
 
     def append(self, row):
@@ -44,6 +40,19 @@ class MetricsLog:
         with whole_file(self.path, newline="") as f:
             csv.writer(f).writerow(COLUMNS)
             csv.writer(f).writerows([f"{row[key]:.7g}" for key in COLUMNS] for row in self.rows)
+
+
+def read_metrics(path):
+    """The rows of a metrics.csv, with NaN for columns that it does not have; none if there is no such file."""
+    if not Path(path).exists():
+        return []
+    with open(path, newline="") as f:
+        return [{key: float(row.get(key, math.nan)) for key in COLUMNS} for row in csv.DictReader(f)]
+
+
+def average_is_better(row):
+    """Whether the averaged weights are the likelier ones on the held-out images; without ema, when those are NaN, not."""
+    return row["ema_held_out_log_p"] > row["held_out_log_p"]
 
 
 def line(row):
