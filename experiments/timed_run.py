@@ -195,13 +195,15 @@ def finish(work, name, out):
     from utils.checkpoint import load_file, save_whole
 
     state = read_state(work)
-    patience = time.time() + GRACE
+    patience, told = time.time() + GRACE, False
     while not ended(work, state):
-        with contextlib.suppress(ProcessLookupError, FileNotFoundError, ValueError):     # between its start and its end
-            os.kill(int((work / "pid").read_text()), signal.SIGTERM)
+        if not told:                                         # once: it would not survive a second signal as it leaves
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError, ValueError):     # between its start and its end
+                os.kill(int((work / "pid").read_text()), signal.SIGTERM)
+                told = True
         if time.time() > patience:
             raise BadInput(f"the run in {work} has not stopped within {GRACE} s of SIGTERM")
-        time.sleep(1)
+        time.sleep(0.2)
     run = newest(work, "runs") or newest(work, "fails")
     packed, evidence = work / "packed", work / "packed" / "results" / name
     evidence.mkdir(parents=True, exist_ok=True)

@@ -182,7 +182,7 @@ def test_rehearsal_of_a_timed_run(tmp_path):
                           capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.rstrip().endswith("Rehearsed: complete")
-    assert re.search(r"epoch \d+ of \d+, \d+\.\d\d s each, loss .* min left", done.stdout)
+    assert re.search(r"epoch \d+ of \d+, [\d,]+ images/s, loss .* min left", done.stdout)
 
 
 def timed_run():
