@@ -14,9 +14,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from measure import (COLUMNS, as_command, convolutions_in, flops_per_image, fresh_model, limits,  # noqa: E402
+from measure import (COLUMNS, convolutions_in, flops_per_image, fresh_model, limits,  # noqa: E402
                      random_data, read_arguments, read_mode, report, row_of, start_mode, times)
 
+from utils import as_command  # noqa: E402
 from utils.step import WARM_UP, arrange, scorer  # noqa: E402
 
 TEST_IMAGES = {"mnist": 10_000, "digits": 360, "moons": 1000, "circles": 1000}

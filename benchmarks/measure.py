@@ -221,12 +221,3 @@ def row_of(mode, seconds, first, images, flops, found_limits, device):
 COLUMNS = {"mode": ("mode", ""), "ms": ("ms", ".2f"), "ms_low": ("25 %", ".2f"), "ms_high": ("75 %", ".2f"),
            "images_per_s": ("images/s", ",.0f"), "tflops": ("TFLOP/s", ".3f"), "of_convolution": ("% of conv.", ".0f"),
            "of_matmul": ("% of matmul", ".0f"), "peak_gib": ("peak GiB", ".1f"), "first_s": ("first call, s", ".1f")}
-
-
-def as_command(main):
-    """Run `main`; bad input is one line on stderr and exit code 2."""
-    try:
-        main()
-    except BadInput as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)

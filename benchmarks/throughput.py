@@ -16,10 +16,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from measure import (COLUMNS, as_command, convolutions_in, flops_per_image, fresh_model, limits,  # noqa: E402
+from measure import (COLUMNS, convolutions_in, flops_per_image, fresh_model, limits,  # noqa: E402
                      random_data, read_arguments, report, row_of, start_mode, times)
 
-from utils import load_script  # noqa: E402
+from utils import as_command, load_script  # noqa: E402
 from utils.processes import Processes  # noqa: E402
 from utils.step import WARM_UP, TrainingStep, arrange  # noqa: E402
 

@@ -15,7 +15,7 @@ from sklearn.svm import SVC
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import BadInput  # noqa: E402
+from utils import as_command  # noqa: E402
 from utils.data import load_data  # noqa: E402
 from utils.settings import read_settings  # noqa: E402
 
@@ -46,8 +46,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BadInput as error:
-        print(f"baselines.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    as_command(main)

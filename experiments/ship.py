@@ -25,7 +25,7 @@ sys.path.insert(0, str(PROJECT))
 
 from models import build_model  # noqa: E402
 from models.networks import ResNet  # noqa: E402
-from utils import BadInput, load_script, whole_file  # noqa: E402
+from utils import BadInput, as_command, load_script, whole_file  # noqa: E402
 from utils.checkpoint import load_file, save_whole  # noqa: E402
 from utils.data import load_data  # noqa: E402
 from utils.device import choose_speed, device_name, set_up_torch  # noqa: E402
@@ -131,8 +131,4 @@ def describe(figures):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BadInput as error:
-        print(f"ship.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    as_command(main)

@@ -33,7 +33,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(PROJECT), str(PROJECT / "experiments")]
 
-from utils import BadInput, whole_file  # noqa: E402
+from utils import BadInput, as_command, whole_file  # noqa: E402
 
 # What needs packages is imported by the functions: `start` may have to install them.
 
@@ -343,8 +343,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BadInput as error:
-        print(f"timed_run.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    as_command(main)

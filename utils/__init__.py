@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 
@@ -34,3 +35,12 @@ def load_script():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def as_command(main):
+    """Run `main` of an experiment or benchmark; bad input is one line on stderr and exit code 2."""
+    try:
+        main()
+    except BadInput as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
