@@ -339,7 +339,7 @@ def main(argv=None):
     elif own.command == "join":
         join(own.out, own.to)
     else:
-        parser.error("say which command: prepare, start, watch, finish, join, or --dry-run")
+        raise BadInput("say which command: prepare, start, watch, finish, join, or --dry-run")
 
 
 if __name__ == "__main__":

@@ -21,10 +21,16 @@ def draw_curves(rows, path):
     loss.set_ylabel("nats")
     curve(error, "labelled_acc", "labelled rows, training", lambda v: 100 * (1 - v))
     curve(error, "test_acc", "test", lambda v: 100 * (1 - v))
+    averaged = bool(rows) and np.isfinite(rows[-1]["ema_test_log_p"])
+    if averaged:
+        curve(error, "ema_test_acc", "test, averaged weights", lambda v: 100 * (1 - v))
     error.set_ylabel("error, %")
     error.set_ylim(bottom=0)
     images = bool(rows) and np.isfinite(rows[-1]["test_bpd"])
-    curve(likelihood, "test_bpd" if images else "test_log_p", "test")
+    key = "test_bpd" if images else "test_log_p"
+    curve(likelihood, key, "test")
+    if averaged:
+        curve(likelihood, f"ema_{key}", "test, averaged weights")
     likelihood.set_ylabel("bits/dim" if images else "log p(x), nats")
     for axes in (loss, error, likelihood):
         axes.set_xlabel("epoch")
