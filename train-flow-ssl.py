@@ -188,7 +188,10 @@ def train(model, data, settings, speed, processes, stopping, run_dir=None, check
 
 
 def measure(scores, data, settings, processes):
-    """test_log_p, test_acc, test_bpd, and held_out_log_p, NaN where nothing is held out; scores: see `evaluate`, one for each set."""
+    """test_log_p, test_acc, test_bpd, and held_out_log_p, NaN where nothing is held out.
+
+    scores: for `evaluate`, one for each of the two sets, as their batches may differ in size.
+    """
     test = data.test_x, data.test_y
     log_p, accuracy = evaluate(scores[0], data, test, settings.test_bs, settings.seed, processes)
     row = {"test_log_p": log_p, "test_acc": accuracy, "test_bpd": data.bits_per_dim(log_p), "held_out_log_p": math.nan}

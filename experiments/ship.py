@@ -44,7 +44,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Ship the weights of a finished run.", allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN_DIR")
     parser.add_argument("name", metavar="NAME")
-    parser.add_argument("--half", action="store_true", help="store the couplings' networks in half precision, if that changes nothing")
+    parser.add_argument("--half", action="store_true", help="the couplings' networks in half precision, if that changes nothing")
     parser.add_argument("--to", type=Path, default=PROJECT, metavar="FOLDER", help="where pretrained/ and results/ are")
     parser.add_argument("--commit", help="of the run, where its params.yaml does not tell")
     own, rest = parser.parse_known_args(argv)
@@ -83,8 +83,9 @@ def main(argv=None):
     evaluation = {"file": path.name, "sha256": digest, "bytes": path.stat().st_size, "stored": stored,
                   "weights": "averaged" if average_is_better(rows[-1]) else "last",
                   "parameters": sum(p.numel() for p in build_model(settings, data.shape, data.n_classes).parameters()),
-                  "commit": own.commit or params.get("commit"), "changed": params.get("dirty"), "training_seconds": round(seconds), "evaluated_on": device_name(device),
-                  "torch": torch.__version__, **figures}
+                  "commit": own.commit or params.get("commit"), "changed": params.get("dirty"),
+                  "training_seconds": round(seconds), "evaluated_on": device_name(device), "torch": torch.__version__,
+                  **figures}
     with whole_file(results / "evaluation.json") as f:
         f.write(json.dumps(evaluation, indent=1) + "\n")
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, SHA-256 {digest}\nEvidence in {results}")

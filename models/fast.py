@@ -169,7 +169,8 @@ class _FusedNorm(nn.Module):
 
     def forward(self, x):
         scale = self.norm.logs.exp()
-        return F.batch_norm(x, self.zeros, self.ones, scale, -self.norm.bias * scale, eps=0.0)
+        no_eps = 1e-30                                       # PyTorch 2.11 wants more than 0
+        return F.batch_norm(x, self.zeros, self.ones, scale, -self.norm.bias * scale, eps=no_eps)
 
 
 class _Network(nn.Module):
