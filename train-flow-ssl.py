@@ -1,7 +1,7 @@
 """Semi-Conditional Normalizing Flows for semi-supervised learning (Atanov et al. 2019, arXiv 1905.00505).
 
     python train-flow-ssl.py --config config.yaml                    train; any option overrides the file
-    python train-flow-ssl.py --config config.yaml --pretrained       evaluate the weights that ship
+    python train-flow-ssl.py --config configs/mnist-small.yaml --pretrained      evaluate weights that ship
     python train-flow-ssl.py --resume logs/exman-train-flow-ssl.py/runs/RUN
     torchrun --nproc_per_node N train-flow-ssl.py --config config.yaml      on N GPUs
 
@@ -18,7 +18,7 @@ the weights normalised to sum to 1 (objective):
     ssl_alg sgd:  u(x) = log p(x)
     ssl_alg em:   u(x) = sum_y q(y) log p(x, y), q(y) = p(y | x) held constant
 
-With `cons_weight`, not in the paper, x' being the image x turned, scaled and shifted a little, L_clf is the mean
+With `cons_weight`, not in the paper, x' being the image x moved a little (`alter` in utils/data.py), L_clf is the mean
 of those of x_i and x'_i, and a consistency term is added, after FixMatch (Sohn et al. 2020, arXiv 2001.07685):
 
     + cons_weight * mean_j [ - sum_y q_j(y) log p(y | x'_j) if max q_j > SURE, else 0 ],   q_j = p(y | x_j) held constant

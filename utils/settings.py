@@ -129,7 +129,7 @@ def _add_options(parser):
     add("cl_weight", fraction, 0.0, "weight of the labelled rows' cross-entropy of p(y | x)")
 
     add("cons_weight", fraction, 0.0, "weight of the consistency term: p(y | x) of an unlabelled image, where it is sure, "
-        "is the target on the same image shifted, turned and scaled; L_clf then sees such images too")
+        "is the target on the same image moved a little; L_clf then sees such images too")
 
     add("pretrained", str, "", "evaluate these weights and stop; without a value, those shipped for the data",
         nargs="?", const=SHIPPED, metavar="FILE")
