@@ -11,7 +11,6 @@ for both, instead of the project's.
 """
 
 import argparse
-import hashlib
 import json
 import shutil
 import sys
@@ -25,7 +24,7 @@ sys.path.insert(0, str(PROJECT))
 
 from models import build_model  # noqa: E402
 from models.networks import ResNet  # noqa: E402
-from utils import BadInput, as_command, load_script, whole_file  # noqa: E402
+from utils import BadInput, as_command, load_script, sha256, whole_file  # noqa: E402
 from utils.checkpoint import load_file, save_whole  # noqa: E402
 from utils.data import load_data  # noqa: E402
 from utils.device import choose_speed, device_name, set_up_torch  # noqa: E402
@@ -34,7 +33,7 @@ from utils.processes import Processes  # noqa: E402
 from utils.settings import read_settings  # noqa: E402
 from utils.step import arrange, scorer  # noqa: E402
 
-EVIDENCE = ("params.yaml", "metrics.csv", "log.txt", "labelled.txt", "curves.png", "samples.png")
+EVIDENCE = ("params.yaml", "metrics.csv", "log.txt", "labelled.txt", "curves.png", "samples.png", "density.png", "traceback.txt")
 DRAWS = 3
 EACH = 20               # of the test images, the fixed ones of a quick check
 AGREES = {"error": 0.02, "bits_per_dim": 0.001, "log_p": 0.002}
@@ -56,12 +55,13 @@ def main(argv=None):
     data = load_data(settings, device)
     rows = read_metrics(own.run / "metrics.csv")
     weights = load_file(own.run / "model.torch")
-    figures = evaluate_weights(weights, data, settings, device)
+    model = build_model(settings, data.shape, data.n_classes, data.class_probs).to(device)
+    figures = evaluate_weights(model, weights, data, settings)
     print(f"stored in float32: {describe(figures)}")
     stored = "float32"
     if own.half:
-        halved = halve(weights, build_model(settings, data.shape, data.n_classes))
-        of_halved = evaluate_weights(halved, data, settings, device)
+        halved = halve(weights, model)
+        of_halved = evaluate_weights(model, halved, data, settings)
         print(f"in half precision: {describe(of_halved)}")
         if all(abs(mean(of_halved[key]) - mean(figures[key])) <= bound for key, bound in AGREES.items() if key in figures):
             weights, figures, stored = halved, of_halved, "float32, the couplings' networks in half precision"
@@ -70,19 +70,16 @@ def main(argv=None):
 
     pretrained, results = own.to / "pretrained", own.to / "results" / own.name
     pretrained.mkdir(parents=True, exist_ok=True)
-    results.mkdir(parents=True, exist_ok=True)
     path = pretrained / f"{own.name}.torch"
     save_whole(weights, path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = sha256(path)
     list_sum(pretrained / "SHA256SUMS", path.name, digest)
-    for name in EVIDENCE:
-        if (own.run / name).is_file():
-            shutil.copy(own.run / name, results / name)
+    copy_evidence(own.run, results)
     params = yaml.safe_load((own.run / "params.yaml").read_text())
     seconds = sum(row["seconds"] for row in rows)
     evaluation = {"file": path.name, "sha256": digest, "bytes": path.stat().st_size, "stored": stored,
                   "weights": "averaged" if average_is_better(rows[-1]) else "last",
-                  "parameters": sum(p.numel() for p in build_model(settings, data.shape, data.n_classes).parameters()),
+                  "parameters": sum(p.numel() for p in model.parameters()),
                   "commit": own.commit or params.get("commit"), "changed": params.get("dirty"),
                   "training_seconds": round(seconds), "evaluated_on": device_name(device), "torch": torch.__version__,
                   **figures}
@@ -91,13 +88,19 @@ def main(argv=None):
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, SHA-256 {digest}\nEvidence in {results}")
 
 
-def evaluate_weights(weights, data, settings, device):
+def copy_evidence(run, folder):
+    """Copy what there is of EVIDENCE from the directory of a run to `folder`, made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in EVIDENCE:
+        if (run / name).is_file():
+            shutil.copy(run / name, folder / name)
+
+
+def evaluate_weights(model, weights, data, settings):
     """error (%) and bits_per_dim (log_p, nats, of points) for each draw of the noise, computed as the run was; the same of
     every 20th test image."""
-    speed = choose_speed(settings, device, Processes())
-    model = build_model(settings, data.shape, data.n_classes, data.class_probs).to(device)
-    model.load_state_dict({key: value.to(model.state_dict()[key].dtype) for key, value in weights.items()})
-    score = scorer(*arrange(model, speed))
+    model.load_state_dict(weights)                           # in the model's types, whatever they are stored in
+    score = scorer(*arrange(model, choose_speed(settings, data.device, Processes())))
     evaluate = load_script().evaluate
 
     def of(examples):

@@ -33,7 +33,7 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(PROJECT), str(PROJECT / "experiments")]
 
-from utils import BadInput, as_command, whole_file  # noqa: E402
+from utils import BadInput, as_command, sha256, whole_file  # noqa: E402
 
 # What needs packages is imported by the functions: `start` may have to install them.
 
@@ -213,9 +213,8 @@ def finish(work, name, out):
         weights = packed / "pretrained" / f"{name}.torch"
     else:                                                    # no result, but what there is comes home
         print(f"Not complete, so not a result: {ended(work, state)}")
-        for path in run.iterdir() if run else ():
-            if path.name in (*ship.EVIDENCE, "traceback.txt"):
-                shutil.copy(path, evidence)
+        if run:
+            ship.copy_evidence(run, evidence)
         if run and (run / "checkpoint.pt").exists():
             weights = packed / f"{name}.partial.torch"
             save_whole({key: value.half() if value.is_floating_point() else value
@@ -238,7 +237,7 @@ def pack(packed, name, weights, complete, out):
         paths[-1].write_bytes(content[i:i + PART])
     manifest = {"name": name, "complete": complete, "weights": weights and weights.name,
                 "sha256": hashlib.sha256(content).hexdigest(),
-                "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}}
+                "files": {path.name: sha256(path) for path in paths}}
     with whole_file(out / "manifest.json") as f:
         json.dump(manifest, f, indent=1)
     print(f"{out}: {len(paths) + 1} files, the largest {max(path.stat().st_size for path in paths) / 2**20:.1f} MiB")
@@ -257,7 +256,7 @@ def join(out, to=PROJECT):
     results = to / "results" / manifest["name"]
     weights = (to / "pretrained" if manifest["complete"] else results) / (manifest["weights"] or "none")
     for path, digest in manifest["files"].items():
-        if not (out / path).is_file() or hashlib.sha256((out / path).read_bytes()).hexdigest() != digest:
+        if not (out / path).is_file() or sha256(out / path) != digest:
             raise BadInput(f"{out / path} is missing or damaged")
     for path in (results, weights):
         if path.exists():

@@ -164,8 +164,8 @@ class _FusedNorm(nn.Module):
     def __init__(self, norm):
         super().__init__()
         self.norm = norm
-        self.register_buffer("zeros", torch.zeros_like(norm.bias, requires_grad=False), persistent=False)
-        self.register_buffer("ones", torch.ones_like(norm.bias, requires_grad=False), persistent=False)
+        self.register_buffer("zeros", torch.zeros_like(norm.bias), persistent=False)
+        self.register_buffer("ones", torch.ones_like(norm.bias), persistent=False)
 
     def forward(self, x):
         scale = self.norm.logs.exp()

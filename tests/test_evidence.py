@@ -23,7 +23,7 @@ from utils.settings import read_settings
 from utils.step import arrange, scorer
 
 script = load_script()
-CONFIGS = {"digits.torch": "configs/digits.yaml", "mnist-small.torch": "configs/mnist-small.yaml", "model.torch": "config.yaml"}
+CONFIGS = {name: checkpoint.RUNS[key] for key, name in checkpoint.SHIPPED_WEIGHTS.items()}
 SHIPPED = sorted(path.name for path in checkpoint.PRETRAINED.glob("*.torch"))
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from models import build_model
 from utils.checkpoint import load_weights
+from utils.metrics import read_metrics
 from utils.published import published_names
 
 SCRIPT = [sys.executable, str(PROJECT / "train-flow-ssl.py")]
@@ -51,8 +52,7 @@ def test_from_parse_to_samples(tmp_path, changes, more):
 
     evaluated = start(tmp_path, *options(**changes), "--pretrained", str(run / "model.torch"))
     assert evaluated.returncode == 0, evaluated.stderr
-    header, *_, last = (line.split(",") for line in (run / "metrics.csv").read_text().split())
-    last = dict(zip(header, map(float, last), strict=True))
+    last = read_metrics(run / "metrics.csv")[-1]
     assert float(re.search(r"log p\(x\) +(\S+) nats", evaluated.stdout)[1]) == pytest.approx(last["test_log_p"], abs=2e-3)
     assert float(re.search(r"Test error +(\S+)%", evaluated.stdout)[1]) == pytest.approx(100 - 100 * last["test_acc"], abs=0.02)
     assert len(list(run.parent.iterdir())) == 1                               # evaluation creates no run

@@ -1,6 +1,7 @@
 """Everything around the model: settings, data, checkpoints, the log of a run and its figures."""
 
 import contextlib
+import hashlib
 import importlib.util
 import os
 import sys
@@ -26,6 +27,12 @@ def whole_file(path, mode="w", **options):
         f.flush()
         os.fsync(f.fileno())
     os.replace(partial, path)
+
+
+def sha256(path):
+    """The SHA-256 of the file at `path`, as sha256sum writes it."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def load_script():

@@ -1,6 +1,5 @@
 """Files of weights and checkpoints: ours, and the layout of the published code's state dict."""
 
-import hashlib
 import random
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import BadInput, whole_file
+from . import BadInput, sha256, whole_file
 from .published import from_published, is_published
 
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
@@ -50,8 +49,7 @@ def shipped_weights(settings):
                        "then give the run's model.torch to --pretrained")
     listed = PRETRAINED / "SHA256SUMS"
     sums = dict(reversed(line.split()) for line in listed.read_text().splitlines()) if listed.is_file() else {}
-    with open(path, "rb") as f:
-        found = hashlib.file_digest(f, "sha256").hexdigest()
+    found = sha256(path)
     if found != sums.get(path.name):
         raise BadInput(f"{path} is damaged, or not the file that ships: its SHA-256 is {found}, not {sums.get(path.name)}")
     return path

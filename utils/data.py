@@ -104,9 +104,9 @@ def alter(images, generator):
     whole = half < 0
     turn, scale = (turn * math.radians(TURN)).masked_fill(whole, 0), (1 + scale * SCALE).masked_fill(whole, 1)
     cos, sin = turn.cos() / scale, turn.sin() / scale
-    pixels = [s * SHIFT * size for s, size in zip(shift, (images.shape[3], images.shape[2]))]
-    dx, dy = (2 / size * torch.where(whole, s.round(), s)                     # the image reaches from -1 to 1
-              for s, size in zip(pixels, (images.shape[3], images.shape[2])))
+    *_, height, width = images.shape
+    dx, dy = (2 / size * torch.where(whole, (s * SHIFT * size).round(), s * SHIFT * size)     # the image reaches from -1 to 1
+              for s, size in zip(shift, (width, height)))
     to_source = torch.stack((torch.stack((cos, -sin, dx), 1), torch.stack((sin, cos, dy), 1)), 1)
     grid = F.affine_grid(to_source, images.shape, align_corners=False)
     return F.grid_sample(images.to(grid.dtype), grid, align_corners=False).round().to(images.dtype)

@@ -71,7 +71,7 @@ class TrainingStep:
         batch_terms = 0
         for i, (part_y, *images) in enumerate(zip(*own)):
             with self._gradients_synchronised(i == len(own[0]) - 1):
-                log_joints = self.log_joint(torch.cat(images)).chunk(len(images))
+                log_joints = self.log_joint(torch.cat(images) if altered else images[0]).chunk(len(images))
                 terms = torch.stack(self.objective(log_joints[0], part_y, self.settings, y, *log_joints[1:]))
                 (terms[0] * self.processes.size).backward()              # DistributedDataParallel takes the mean
             batch_terms = batch_terms + terms.detach()
