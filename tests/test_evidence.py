@@ -78,6 +78,16 @@ def test_the_readme_s_table_of_cpu_runs_stands_in_results():
         assert [f"{e:.2f}" for e in errors] == re.findall(r"\d+\.\d\d", evidence["test error, %: S = 0, 1, 2"])[:3]
 
 
+def test_the_readme_s_baselines_stand_in_results():
+    """Of MNIST those of the run's own labelled images, data_seed 0; of digits the means."""
+    def errors(name, column):
+        lines = (PROJECT / "results" / "baselines" / f"{name}.txt").read_text().splitlines()
+        return [f"{numbers(line.split('  ', 1)[1])[column]:.1f}" for line in lines if line.startswith(("SVM, RBF", "1-nearest"))]
+    paragraph = (PROJECT / "README.md").read_text().split("Supervised classifiers", 1)[1].split("\n\n")[0]
+    (nearest, svm), (nearest_digits, svm_digits) = errors("mnist-small", 0), errors("digits", 3)
+    assert re.findall(r"\d+\.\d", paragraph) == [svm, nearest, svm_digits, nearest_digits]
+
+
 def test_no_figure_of_the_paper_s_table_without_a_run():
     for row in table("README.md", "model"):
         here = row["error, % (here)"], row["bits/dim (here)"]
