@@ -1,9 +1,9 @@
-"""What supervised classifiers reach on the labelled examples alone, beside a semi-supervised run.
+"""Supervised classifiers on the labelled examples alone, to compare semi-supervised runs with.
 
     python experiments/baselines.py --config configs/digits.yaml
 
-k-nearest neighbours and support vector machines of scikit-learn, on the very examples that the
-config's runs see labelled with data_seed 0, 1 and 2; prints the test error of each.
+Trains scikit-learn's k-nearest neighbours and support vector machines on the labelled examples that
+the config's runs have with data_seed 0, 1 and 2, and prints the test error of each.
 """
 
 import sys
@@ -15,9 +15,9 @@ from sklearn.svm import SVC
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import as_command  # noqa: E402
-from utils.data import load_data  # noqa: E402
-from utils.settings import read_settings  # noqa: E402
+from utils.data import load_data
+from utils.errors import run_command
+from utils.settings import read_settings
 
 DATA_SEEDS = (0, 1, 2)
 CLASSIFIERS = {
@@ -34,10 +34,12 @@ def main():
     for data_seed in DATA_SEEDS:
         settings.data_seed = data_seed
         data = load_data(settings)
-        scale = 1 if data.levels is None else data.levels - 1
-        train_x, test_x = (x.flatten(1).numpy() / scale for x in (data.train_x[data.labelled], data.test_x))
-        for name, make in CLASSIFIERS.items():
-            predicted = make().fit(train_x, data.train_y[data.labelled].numpy()).predict(test_x)
+        scale = 1 if data.grey_levels is None else data.grey_levels - 1
+        train_x, test_x = (x.flatten(1).numpy() / scale
+                           for x in (data.train_x[data.labelled], data.test_x))
+        train_y = data.train_y[data.labelled].numpy()
+        for name, build_classifier in CLASSIFIERS.items():
+            predicted = build_classifier().fit(train_x, train_y).predict(test_x)
             errors[name].append(100 * np.mean(predicted != data.test_y.numpy()))
     print(f"Test error, %, of classifiers trained on the {len(data.labelled)} labelled examples of "
           f"{settings.data}, data_seed {', '.join(map(str, DATA_SEEDS))}: mean")
@@ -46,4 +48,4 @@ def main():
 
 
 if __name__ == "__main__":
-    as_command(main)
+    run_command(main)

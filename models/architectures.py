@@ -1,133 +1,173 @@
-"""The architectures, as lists that read like the paper's figure: f_w by `model`, h_phi by `ssl_model`."""
+"""The architectures of f_w and h_phi, as lists that read like the paper's figure.
 
+The option `model` names that of f_w (FLOWS), and `ssl_model` that of h_phi (HEADS).
+"""
+
+from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from utils import BadInput
-
-from .bijections import (ActNorm, ChannelCoupling, CheckerboardCoupling, ConditionalStep, Logit,
-                         MultiScale, Squeeze, split_size)
+from .bijections import (
+    ActNorm,
+    Bijection,
+    ChannelCoupling,
+    CheckerboardCoupling,
+    ConditionalFlowStep,
+    Logit,
+    MultiScale,
+    Shape,
+    Split,
+    Squeeze,
+    split_size,
+)
 from .conv1x1 import invertible_conv
 from .networks import resnet1x1, resnet3x3, toy_network
 
-LABEL_DIM = 10    # length of a label's embedding in h_phi
+EMBEDDING_DIM = 10    # of a label, in h_phi
 
 
-def masked_glow(shape, settings, width, n_blocks, squeezed=False, padding_mode="reflect"):
-    """f_w for images: couplings with checkerboard masks and by channels, on three scales.
+def masked_glow(shape: Shape, options: SimpleNamespace, width: int, n_blocks: int,
+                squeeze_first: bool = False, padding_mode: str = "reflect") -> MultiScale:
+    """f_w for images (C, H, W): checkerboard and channel couplings on three scales.
 
-    width, n_blocks: of the couplings' networks, where settings.width and settings.n_blocks are 0. The
-    latent's last part, after two squeezes and two splits, is 4 channels of a quarter of the height
-    and width (for one input channel): z_f where `ssl_dim` is its size. `squeezed`: the first
-    squeeze comes before the first couplings, which so work on a quarter of the pixels.
+    width, n_blocks: channels and residual blocks of the couplings' networks, unless options.width
+    and options.n_blocks are positive. The last part of z has 4C channels of H/4 x W/4 pixels: it is
+    z_f if `ssl_dim` is its size. With `squeeze_first` the first squeeze precedes the first
+    couplings, which then work on a quarter of the pixels.
+
+    Raises ValueError if the sides of the images are not multiples of 4, at least 8.
     """
-    channels, height, width_px = shape
-    if height % 4 or width_px % 4 or min(height, width_px) < 8:
-        raise BadInput(f"model {settings.model} needs images with sides that are multiples of 4, at "
-                       f"least 8, not data of shape {tuple(shape)}: use model toy for points")
-    net = partial(resnet3x3, width=settings.width or width, n_blocks=settings.n_blocks or n_blocks,
+    c, h, w = shape
+    if h % 4 or w % 4 or min(h, w) < 8:
+        raise ValueError(f"model {options.model} needs images with sides that are multiples of 4, "
+                         f"at least 8, not data of shape {tuple(shape)}: use model toy for points")
+    full, half, quarter = ((h // d, w // d) for d in (1, 2, 4))
+    net = partial(resnet3x3, width=options.width or width, n_blocks=options.n_blocks or n_blocks,
                   padding_mode=padding_mode)
-    inv = partial(invertible_conv, settings.conv, hh_factors=settings.hh_factors)
+    inv = partial(invertible_conv, options.conv, hh_factors=options.hh_factors)
 
-    def check(c, size, parity):
-        return [inv(c), CheckerboardCoupling(net(c, 2 * c), size, parity), ActNorm(c)]
+    def checkerboard(c: int, size: tuple[int, int]) -> list[Bijection]:
+        """Three flow steps on C channels of `size` pixels, with masks of parity 0, 1 and 0."""
+        return [layer for parity in (0, 1, 0) for layer in (
+            inv(c), CheckerboardCoupling(net(c, 2 * c), size, parity), ActNorm(c))]
 
-    def channel(c):
-        return [inv(c), ChannelCoupling(net(c // 2, c), net(c // 2, c)), ActNorm(c)]
+    def channel(c: int) -> list[Bijection]:
+        """Two flow steps on C channels."""
+        return [layer for _ in range(2) for layer in (
+            inv(c), ChannelCoupling(net(c // 2, c), net(c // 2, c)), ActNorm(c))]
 
-    c, full, half, quarter = channels, *((height // d, width_px // d) for d in (1, 2, 4))
-    if squeezed:
-        # 4c x H/2 x W/2
-        first = [Squeeze(), *check(4 * c, half, 0), *check(4 * c, half, 1), *check(4 * c, half, 0)]
+    if squeeze_first:
+        first = [Squeeze(), *checkerboard(4 * c, half)]
     else:
-        # c x H x W                                                                     4c x H/2 x W/2
-        first = [*check(c, full, 0), *check(c, full, 1), *check(c, full, 0), Squeeze()]
-    return MultiScale([
-        [Logit(), *first, *channel(4 * c), *channel(4 * c)],
-        # 2c x H/2 x W/2                                                8c x H/4 x W/4
-        [*check(2 * c, half, 0), *check(2 * c, half, 1), *check(2 * c, half, 0),
-         Squeeze(), *channel(8 * c), *channel(8 * c)],
-        # 4c x H/4 x W/4
-        [*check(4 * c, quarter, 0), *check(4 * c, quarter, 1), *check(4 * c, quarter, 0),
-         *channel(4 * c), *channel(4 * c)],
-    ], shape)
+        first = [*checkerboard(c, full), Squeeze()]
+    return MultiScale(shape, [
+        Logit(),
+        # C x H x W, and from the squeeze on 4C x H/2 x W/2
+        *first, *channel(4 * c),
+        Split(),
+        # 2C x H/2 x W/2, and from the squeeze on 8C x H/4 x W/4
+        *checkerboard(2 * c, half), Squeeze(), *channel(8 * c),
+        Split(),
+        # 4C x H/4 x W/4
+        *checkerboard(4 * c, quarter), *channel(4 * c),
+    ])
 
 
-def toy_flow(shape, settings):
-    """f_w for points in the plane, given as 2 x 1 x 1: `l` steps of [inv, channel coupling, act]."""
+def toy_flow(shape: Shape, options: SimpleNamespace) -> MultiScale:
+    """f_w for points in the plane, given as 2 x 1 x 1: `l` flow steps.
+
+    Raises ValueError for other shapes.
+    """
     if tuple(shape) != (2, 1, 1):
-        raise BadInput(f"model toy needs points of shape (2, 1, 1), not data of shape {tuple(shape)}")
-    return MultiScale([[bijection for _ in range(settings.l) for bijection in (
-        invertible_conv(settings.conv, 2, settings.hh_factors),
+        raise ValueError("model toy needs points of shape (2, 1, 1), "
+                         f"not data of shape {tuple(shape)}")
+    return MultiScale(shape, [layer for _ in range(options.l) for layer in (
+        invertible_conv(options.conv, 2, options.hh_factors),
         ChannelCoupling(toy_network(1, 2), toy_network(1, 2)),
-        ActNorm(2))]], shape)
+        ActNorm(2))])
 
 
-FLOWS = {"mnist-masked": partial(masked_glow, width=64, n_blocks=4),
-         "mnist-small": partial(masked_glow, width=32, n_blocks=1, squeezed=True, padding_mode="zeros"),
-         "digits-masked": partial(masked_glow, width=16, n_blocks=1),
-         "toy": toy_flow}
+FLOWS: dict[str, Callable[[Shape, SimpleNamespace], MultiScale]] = {
+    "mnist-masked": partial(masked_glow, width=64, n_blocks=4),
+    "mnist-small": partial(masked_glow, width=32, n_blocks=1, squeeze_first=True,
+                           padding_mode="zeros"),
+    "digits-masked": partial(masked_glow, width=16, n_blocks=1),
+    "toy": toy_flow,
+}
 
 
-def embed(embedding, y):
-    """embedding(y) as a product with one-hot rows, y (B,) -> (B, E).
+def embed(embedding: nn.Embedding, y: Tensor) -> Tensor:
+    """embedding(y) as a product with one-hot rows: y (B,) -> (B, E).
 
-    Its gradient is a product too: on a GPU a lookup's is sorted or added up in no fixed order.
+    The gradient is then a matrix product, deterministic on a GPU, unlike the gradient of a lookup.
     """
     weight = embedding.weight
     return (y[:, None] == torch.arange(len(weight), device=y.device)).to(weight.dtype) @ weight
 
 
 class ConditionalFlow(nn.Module):
-    """h_phi of SCNF-GLOW: `ssl_l` levels of `ssl_k` conditional steps, a split between two levels.
+    """h_phi of SCNF-GLOW: `ssl_l` levels of `ssl_k` conditional flow steps, separated by splits.
 
-    The label enters by one embedding (K, 10) that all steps share: ones on its diagonal at start.
+    The label enters as an embedding (K, 10) that all flow steps share, with ones on the diagonal at
+    the start. Raises ValueError if `dim` cannot be split into that many levels.
     """
 
-    def __init__(self, dim, n_classes, settings):
+    def __init__(self, dim: int, n_classes: int, options: SimpleNamespace):
         super().__init__()
-        self.embedding = nn.Embedding(n_classes, LABEL_DIM)
+        self.embedding = nn.Embedding(n_classes, EMBEDDING_DIM)
         nn.init.eye_(self.embedding.weight)
-        levels, c = [], dim
-        for level in range(settings.ssl_l):
+        layers: list[Bijection | Split] = []
+        c = dim
+        for level in range(options.ssl_l):
             if level:
+                layers.append(Split())
                 c -= split_size(c)
             if c < 2 or c % 2:
-                raise BadInput(f"ssl_dim {dim} cannot be split into ssl_l {settings.ssl_l} levels of an "
-                               f"even number of dimensions (level {level + 1} would get {c})")
-            levels.append([self._step(c, settings) for _ in range(settings.ssl_k)])
-        self.flow = MultiScale(levels, (dim,))
+                raise ValueError(f"ssl_dim {dim} cannot be split into ssl_l {options.ssl_l} levels "
+                                 "of an even number of dimensions "
+                                 f"(level {level + 1} would get {c})")
+            layers += [self._flow_step(c, options) for _ in range(options.ssl_k)]
+        self.flow = MultiScale((dim,), layers)
 
     @staticmethod
-    def _step(c, settings):
-        def net():
-            return resnet1x1(c // 2 + LABEL_DIM, c, width=settings.ssl_hd)
-        return ConditionalStep(ActNorm(c), invertible_conv(settings.ssl_conv, c, settings.ssl_hh),
-                               ChannelCoupling(net(), net()))
+    def _flow_step(c: int, options: SimpleNamespace) -> ConditionalFlowStep:
+        def net() -> nn.Module:
+            return resnet1x1(c // 2 + EMBEDDING_DIM, c, width=options.ssl_hd)
+        return ConditionalFlowStep(ActNorm(c), invertible_conv(options.ssl_conv, c, options.ssl_hh),
+                                   ChannelCoupling(net(), net()))
 
-    def forward(self, z_f, y):
+    def forward(self, z_f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """z_f (B, ssl_dim), y (B,) -> z_h (B, ssl_dim), ldj (B,)."""
         return self.flow(z_f, embed(self.embedding, y))
 
-    def inverse(self, z_h, y):
+    def inverse(self, z_h: Tensor, y: Tensor) -> Tensor:
+        """z_h (B, ssl_dim), y (B,) -> z_f (B, ssl_dim)."""
         return self.flow.inverse(z_h, embed(self.embedding, y))
 
 
 class ConditionalShift(nn.Module):
-    """h_phi of SCNF-GMM: z_h = z_f - mu_y, so that z_f given y is a Gaussian around mu_y."""
+    """h_phi of SCNF-GMM: z_h = z_f - mu_y, hence z_f given y is Gaussian with mean mu_y.
 
-    def __init__(self, dim, n_classes, settings):
+    mu, an embedding (K, ssl_dim), is standard normal at the start.
+    """
+
+    def __init__(self, dim: int, n_classes: int, options: SimpleNamespace):
         super().__init__()
-        self.mu = nn.Embedding(n_classes, dim)                            # standard normal at start
+        self.mu = nn.Embedding(n_classes, dim)
 
-    def forward(self, z_f, y):
+    def forward(self, z_f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """z_f (B, ssl_dim), y (B,) -> z_h (B, ssl_dim), ldj (B,)."""
         return z_f - embed(self.mu, y), z_f.new_zeros(len(z_f))
 
-    def inverse(self, z_h, y):
+    def inverse(self, z_h: Tensor, y: Tensor) -> Tensor:
+        """z_h (B, ssl_dim), y (B,) -> z_f (B, ssl_dim)."""
         return z_h + embed(self.mu, y)
 
 
-HEADS = {"cond-flow": ConditionalFlow, "cond-shift": ConditionalShift}
+HEADS: dict[str, Callable[[int, int, SimpleNamespace], ConditionalFlow | ConditionalShift]] = {
+    "cond-flow": ConditionalFlow,
+    "cond-shift": ConditionalShift,
+}

@@ -1,30 +1,32 @@
-"""Base densities of the latent variables."""
+"""The base densities of the latent variables."""
 
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class DiagonalGaussian(nn.Module):
-    """N(0, diag(sigma^2)), sigma = softplus(logsigma) trained, logsigma zero at start.
+    """N(0, diag(sigma^2)) with sigma = softplus(logsigma), logsigma trained, 0 at the start.
 
-    The paper has sigma = 1; the published code trains it, from softplus(0) = 0.693.
+    The paper has sigma = 1. The authors' code trains it, starting at softplus(0) = 0.693, as we do.
     """
 
-    def __init__(self, dim):
+    def __init__(self, dim: int):
         super().__init__()
         self.logsigma = nn.Parameter(torch.zeros(dim))
 
     @property
-    def sigma(self):
+    def sigma(self) -> Tensor:
+        """The standard deviations, (dim,)."""
         return F.softplus(self.logsigma)
 
-    def log_prob(self, z):
+    def log_prob(self, z: Tensor) -> Tensor:
         """log N(z; 0, diag(sigma^2)), in nats: (B, dim) -> (B,)."""
-        return (-0.5 * (z / self.sigma) ** 2 - self.sigma.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+        log_p = -0.5 * (z / self.sigma) ** 2 - self.sigma.log() - 0.5 * math.log(2 * math.pi)
+        return log_p.sum(-1)
 
-    def sample(self, eps):
-        """The draw that standard normal noise eps (B, dim) stands for: (B, dim)."""
+    def sample(self, eps: Tensor) -> Tensor:
+        """The sample that standard normal noise eps (B, dim) gives: (B, dim)."""
         return self.sigma * eps

@@ -1,6 +1,9 @@
-"""What the tests share: the script as a module, small settings, MNIST where there is one."""
+"""What the tests share: running the script, small settings, MNIST where it is available."""
 
 import os
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,29 +12,25 @@ import torch
 
 from models.bijections import ActNorm
 from models.conv1x1 import HouseholderConv, QRConv
-from utils import data, load_script
+from utils import data
 
 PROJECT = Path(__file__).resolve().parent.parent
+SCRIPT = PROJECT / "train-flow-ssl.py"
 MNIST_FOLDERS = [Path(p) for p in (os.environ.get("SCNF_DATA_ROOT"), PROJECT / "data") if p]
 
 # A model and a run that take seconds.
-TINY = {"data": "digits", "model": "digits-masked", "ssl_dim": 16, "ssl_l": 2, "ssl_k": 1, "ssl_hd": 8,
-        "supervised": 20, "num_examples": 200, "train_bs": 64, "test_bs": 256, "log_each": 1, "device": "cpu"}
-
-
-@pytest.fixture(scope="session")
-def script():
-    """train-flow-ssl.py as a module."""
-    return load_script()
+TINY = {"data": "digits", "model": "digits-masked", "ssl_dim": 16, "ssl_l": 2, "ssl_k": 1,
+        "ssl_hd": 8, "supervised": 20, "num_examples": 200, "train_bs": 64, "test_bs": 256,
+        "log_each": 1, "device": "cpu"}
 
 
 @pytest.fixture(scope="session")
 def mnist_root():
-    """A data_root that holds MNIST, or the test is skipped."""
+    """A data_root that contains MNIST; without one the test is skipped."""
     for folder in MNIST_FOLDERS:
         if (folder / "MNIST" / "raw" / "t10k-images-idx3-ubyte").is_file():
             return folder
-    pytest.skip("no MNIST in $SCNF_DATA_ROOT or data/ (run config.yaml once to fetch it)")
+    pytest.skip("no MNIST in $SCNF_DATA_ROOT or data/ (run config.yaml once to download it)")
 
 
 def pytest_runtest_setup(item):
@@ -41,7 +40,7 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True)
 def fresh_gpu(request):
-    """For tests of a GPU: no graphs of other tests, LU as a run has it, float32 without TF32."""
+    """For GPU tests: no compiled graphs of other tests, the LU of a run, float32 without TF32."""
     if request.node.get_closest_marker("gpu"):
         torch._dynamo.reset()
         torch.backends.cuda.preferred_linalg_library("cusolver")
@@ -50,10 +49,32 @@ def fresh_gpu(request):
 
 @pytest.fixture
 def float64():
-    """Models and tensors of double precision, within the test."""
+    """Models and tensors are in double precision during the test."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+def run_script(argv):
+    """Run train-flow-ssl.py with the arguments `argv` in this process -> its exit code.
+
+    Nothing can import the script, because its file name has hyphens. Its own imports are executed
+    anew in each run, so a test replaces a function or class in the module that defines it.
+    """
+    own_argv, sys.argv = sys.argv, [str(SCRIPT), *argv]
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    except SystemExit as end:
+        return 0 if end.code is None else end.code
+    finally:
+        sys.argv = own_argv
+    return 0
+
+
+def execute(folder, command, timeout=300, **environment):
+    """Run a command in `folder`, with changes of the environment -> the completed process."""
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, **environment})
 
 
 def options(**changes):
@@ -63,13 +84,14 @@ def options(**changes):
 
 def load_tiny(**changes):
     """The dataset of TINY with `changes`."""
-    settings = {"data_root": "data", "num_examples": -1, "data_seed": 0, "ssl_nclasses": -1, "ema": 0, **TINY, **changes}
-    return data.load_data(SimpleNamespace(**settings))
+    defaults = {"data_root": "data", "num_examples": -1, "data_seed": 0, "ema": 0}
+    return data.load_data(SimpleNamespace(**{**defaults, **TINY, **changes}))
 
 
 @torch.no_grad()
 def randomize(module, seed=0, scale=1.0):
-    """Give every parameter of `module` random values, moderate ones: at start the last layers are zero."""
+    """Give every parameter of `module` a moderate random value; initially the last layers are zero.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def noise(p):

@@ -5,14 +5,12 @@ import io
 import pytest
 import torch
 import torchvision
-from conftest import TINY, options
+from conftest import PROJECT, TINY, options, run_script
 
-import utils.device
-import utils.settings
 from models import build_model
-from utils import load_script
 
-script = load_script()
+CONFIGS = PROJECT / "configs"
+POINTS = {"data": "moons", "model": "toy", "ssl_dim": -1, "ssl_l": 1}
 
 CASES = {
     # name: (command line, what the line must say)
@@ -22,7 +20,8 @@ CASES = {
     "YAML that is no mapping": (["--config", "list.yaml"], "not a YAML mapping"),
     "unknown key": (["--config", "unknown.yaml"], "unknown setting epoch: did you mean epochs?"),
     "key with several values": (["--config", "several.yaml"], "lr takes one value"),
-    "unknown option": (options(sup_wieght=2), "unknown setting --sup_wieght: did you mean --sup_weight?"),
+    "unknown option": (options(sup_wieght=2),
+                       "unknown setting --sup_wieght: did you mean --sup_weight?"),
     "abbreviated option": (["--epoch", "3"], "did you mean --epochs?"),
     "stray word": (["config.yaml"], "unknown setting config.yaml"),
     "wrong type": (options(epochs="many"), "--epochs: invalid int value"),
@@ -38,9 +37,11 @@ CASES = {
     "negative weight decay": (options(weight_decay=-1), "--weight_decay"),
     "negative cl_weight": (options(cl_weight=-1), "--cl_weight"),
     "zero sup_weight": (options(sup_weight=0), "--sup_weight"),
-    "zero sup_sample_weight": (options(sup_sample_weight=0), "--sup_sample_weight: must be more than 0 or -1"),
+    "zero sup_sample_weight": (options(sup_sample_weight=0),
+                               "--sup_sample_weight: must be more than 0 or -1"),
     "negative seed": (options(seed=-1), "--seed"),
-    "warm-up longer than the run": (options(lr_schedule="hat", lr_warmup=5, epochs=5), "lr_warmup 5"),
+    "warm-up longer than the run": (options(lr_schedule="hat", lr_warmup=5, epochs=5),
+                                    "lr_warmup 5"),
     "name that is a path": (options(name="a/b"), "--name"),
     "more labels than examples": (options(supervised=201), "supervised"),
     "fewer labels than classes": (options(supervised=9), "supervised"),
@@ -56,17 +57,24 @@ CASES = {
     "points for an image model": (options(data="moons"), "digits-masked"),
     "images for the toy model": (options(model="toy"), "toy"),
     "no MNIST and no network": (options(data="mnist", data_root="nowhere"), "configs/digits.yaml"),
-    "truncated data": (options(data="mnist", data_root="truncated"), "train-images-idx3-ubyte is truncated"),
+    "truncated data": (options(data="mnist", data_root="truncated"),
+                       "train-images-idx3-ubyte is truncated"),
     "unknown device": (options(device="tpu"), "device must be"),
     "weights that are not there": (options(pretrained="missing.torch"), "no file missing.torch"),
-    "weights that are no checkpoint": (options(pretrained="text.torch"), "text.torch is no checkpoint"),
-    "weights that need code to load": (options(pretrained="code.torch"), "code.torch is no checkpoint"),
+    "weights that are no checkpoint": (options(pretrained="text.torch"),
+                                       "text.torch is no checkpoint"),
+    "weights that need code to load": (options(pretrained="code.torch"),
+                                       "code.torch is no checkpoint"),
     "weights that are a tensor": (options(pretrained="tensor.torch"), "tensor.torch"),
     "weights of another architecture": (options(pretrained="other.torch"), "another architecture"),
-    "weights that do not ship": (options(data="moons", model="toy", ssl_dim=-1, ssl_l=1) + ["--pretrained"],
-                                 "--config configs/moons.yaml"),
-    "weights under a wrong key": (options(pretrained="wrong.torch"), "wrong.torch holds no weights"),
-    "weights without names": (options(pretrained="numbered.torch"), "numbered.torch holds no weights"),
+    "weights that do not ship": (
+        ["--config", str(CONFIGS / "moons.yaml"), "--device", "cpu", "--pretrained"],
+        "no weights ship for moons.yaml (there is no pretrained/moons.torch): train them (python "
+        f"train-flow-ssl.py --config {CONFIGS / 'moons.yaml'})"),
+    "weights under a wrong key": (options(pretrained="wrong.torch"),
+                                  "wrong.torch holds no weights"),
+    "weights without names": (options(pretrained="numbered.torch"),
+                              "numbered.torch holds no weights"),
     "weights cut off": (options(pretrained="short.torch"), "short.torch is no checkpoint"),
     "seed too large": (options(seed=2**64), "--seed: must be at most"),
     "data_seed too large": (options(data_seed=2**31), "--data_seed: must be at most"),
@@ -79,14 +87,19 @@ CASES = {
     "CUDA graph on a CPU": (options(cuda_graph="on"), "cuda_graph on needs a GPU"),
     "negative time limit": (options(time_limit=-1), "--time_limit: must be at least 0"),
     "negative cons_weight": (options(cons_weight=-1), "--cons_weight"),
-    "consistency of points": (options(data="moons", model="toy", ssl_dim=-1, ssl_l=1, cons_weight=1), "cons_weight needs images"),
-    "an average of nothing but the start": (options(ema=1), "--ema: must be at most"),
-    "an average without examples to judge it": (options(ema=0.9, supervised=-1), "ema needs unlabelled"),
+    "consistency of points": (options(**POINTS, cons_weight=1), "cons_weight needs images"),
+    "an average that never changes": (options(ema=1), "--ema: must be at most"),
+    "an average without examples to judge it": (options(ema=0.9, supervised=-1),
+                                                "ema holds unlabelled examples out"),
     "negative warm-up": (options(warmup_steps=-1), "--warmup_steps"),
     "no draws": (options(draws=0), "--draws: must be at least 1"),
     "negative width": (options(width=-1), "--width"),
-    "weights that do not ship for the model": (options(data="digits", model="mnist-small", ssl_l=1) + ["--pretrained"],
-                                               "no weights ship for digits and model mnist-small"),
+    "weights that do not ship for one's own config": (
+        ["--config", "mine.yaml", "--pretrained"],
+        "no weights ship for mine.yaml (there is no pretrained/mine.torch)"),
+    "shipped weights for another model": (
+        ["--config", str(CONFIGS / "digits.yaml"), "--model", "mnist-small", "--device", "cpu",
+         "--pretrained"], "digits.torch holds weights of another architecture"),
     "negative micro_bs": (options(micro_bs=-1), "--micro_bs"),
 }
 CASES["no such GPU"] = (options(device="cuda:99"), "no device cuda:99")
@@ -100,84 +113,86 @@ def no_network(*args, **kwargs):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder with the files that the cases name, as the working directory."""
+    """The working directory, with the files that the cases name."""
     monkeypatch.chdir(tmp_path)
-    for name, text in {"bad.yaml": "lr: [1\nepochs: }", "list.yaml": "- lr", "unknown.yaml": "epoch: 3",
-                       "several.yaml": "lr: [1, 2]", "type.yaml": "seed: 1.5", "text.torch": "not weights"}.items():
+    mine = "".join(f"{key}: {value}\n" for key, value in TINY.items())
+    for name, text in {"bad.yaml": "lr: [1\nepochs: }", "list.yaml": "- lr",
+                       "unknown.yaml": "epoch: 3", "several.yaml": "lr: [1, 2]",
+                       "type.yaml": "seed: 1.5", "mine.yaml": mine,
+                       "text.torch": "not weights"}.items():
         (tmp_path / name).write_text(text)
     torch.save({"model": print}, tmp_path / "code.torch")
     torch.save(torch.zeros(3), tmp_path / "tensor.torch")
     torch.save({"model": torch.zeros(3)}, tmp_path / "wrong.torch")
     torch.save({0: torch.zeros(3)}, tmp_path / "numbered.torch")
     (tmp_path / "short.torch").write_bytes(b"G")
-    torch.save(build_model({**TINY, "ssl_hd": 9}, (1, 8, 8), 10).state_dict(), tmp_path / "other.torch")
+    other = build_model({**TINY, "ssl_hd": 9}, (1, 8, 8), 10)
+    torch.save(other.state_dict(), tmp_path / "other.torch")
     raw = tmp_path / "truncated" / "MNIST" / "raw"
     raw.mkdir(parents=True)
+    header = b"\x00\x00\x08\x03" + b"\x00\x00\xea\x60\x00\x00\x00\x1c\x00\x00\x00\x1c"
     for part in ("train", "t10k"):
         for kind in ("images-idx3", "labels-idx1"):
-            (raw / f"{part}-{kind}-ubyte").write_bytes(b"\x00\x00\x08\x03" + b"\x00\x00\xea\x60\x00\x00\x00\x1c\x00\x00\x00\x1c")
-    monkeypatch.setattr(torchvision.datasets, "MNIST", no_network)       # what an offline machine sees
+            (raw / f"{part}-{kind}-ubyte").write_bytes(header)
+    monkeypatch.setattr(torchvision.datasets, "MNIST", no_network)    # as on an offline machine
     return tmp_path
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input(name, folder, capsys):
     argv, message = CASES[name]
-    try:
-        code = script.cli(argv)
-    except SystemExit as end:
-        code = end.code
+    assert run_script(argv) == 2
     err = capsys.readouterr().err
-    assert code == 2
-    assert message in err and err.count("\n") == 1 and err.startswith("train-flow-ssl.py: error: ")
+    assert message in err and err.count("\n") == 1
+    assert err.startswith("train-flow-ssl.py: error: ")
     for kind in ("runs", "fails", "tmp", "index"):
         assert not list((folder / "logs" / "exman-train-flow-ssl.py" / kind).iterdir())
 
 
 def test_a_folder_that_cannot_be_written(folder, capsys, monkeypatch):
     (folder / "file").touch()
-    monkeypatch.setattr(utils.settings.Path, "cwd", lambda: folder / "file")
-    assert script.cli(options()) == 2
+    monkeypatch.setattr("utils.settings.Path.cwd", lambda: folder / "file")
+    assert run_script(options()) == 2
     assert "cannot create the folders of runs" in capsys.readouterr().err
 
 
-def test_missing_mnist_names_folder_files_and_the_way_offline(folder, capsys):
-    assert script.cli(options(data="mnist", data_root="nowhere")) == 2
+def test_missing_mnist_names_folder_files_and_the_offline_config(folder, capsys):
+    assert run_script(options(data="mnist", data_root="nowhere")) == 2
     err = capsys.readouterr().err
     assert "nowhere/MNIST/raw" in err and "t10k-labels-idx1-ubyte" in err and "--data_root" in err
 
 
 def test_mismatched_weights_name_the_first_three(folder, capsys):
-    assert script.cli(options(pretrained="other.torch")) == 2
+    assert run_script(options(pretrained="other.torch")) == 2
     err = capsys.readouterr().err
     assert "(9, 18) in the file and (8, 18) in the model" in err
     assert err.count(" in the file and ") == 3 and "more" in err
 
 
 def test_damaged_checkpoint(folder, capsys):
-    assert script.cli(options(epochs=1)) == 0
+    assert run_script(options(epochs=1)) == 0
     run, = (folder / "logs" / "exman-train-flow-ssl.py" / "runs").iterdir()
     whole = (run / "checkpoint.pt").read_bytes()
     (run / "checkpoint.pt").write_bytes(whole[:len(whole) // 2])
     capsys.readouterr()
-    assert script.cli(["--resume", str(run), "--epochs", "2"]) == 2
+    assert run_script(["--resume", str(run), "--epochs", "2"]) == 2
     assert "is no checkpoint" in capsys.readouterr().err
     older = {**torch.load(io.BytesIO(whole)), "sums": torch.zeros(5)}
     torch.save(older, run / "checkpoint.pt")
-    assert script.cli(["--resume", str(run), "--epochs", "2"]) == 2
+    assert run_script(["--resume", str(run), "--epochs", "2"]) == 2
     assert "one of another version" in capsys.readouterr().err
     (run / "checkpoint.pt").unlink()
-    assert script.cli(["--resume", str(run), "--epochs", "2"]) == 2
+    assert run_script(["--resume", str(run), "--epochs", "2"]) == 2
     assert "checkpoint.pt" in capsys.readouterr().err
 
 
 def test_what_the_environment_lacks(folder, monkeypatch, capsys):
-    monkeypatch.setattr(utils.device.shutil, "which", lambda name: None)
-    assert script.cli(options(compile="on")) == 2
+    monkeypatch.setattr("training.device.shutil.which", lambda name: None)
+    assert run_script(options(compile="on")) == 2
     assert "needs a C++ compiler" in capsys.readouterr().err
-    monkeypatch.setenv("WORLD_SIZE", "3")                                     # as torchrun --nproc_per_node 3 sets it
-    assert script.cli(options(train_bs=64)) == 2
-    assert "train_bs 64 cannot be shared by 3 processes" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "3")               # as torchrun --nproc_per_node 3 sets it
+    assert run_script(options(train_bs=64)) == 2
+    assert "train_bs 64 is not a multiple of the 3 processes" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "many")
-    assert script.cli(options()) == 2
+    assert run_script(options()) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -1,6 +1,7 @@
-"""Every bijection, and every flow of them: exact inverse, log-det of the true Jacobian, in float64."""
+"""Bijections and flows: exact inverse, log-determinant of the true Jacobian, in float64."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,50 +9,80 @@ from conftest import randomize
 from torch.nn import functional as F
 
 from models import build_model
-from models.bijections import (ActNorm, ChannelCoupling, CheckerboardCoupling, ConditionalStep, Logit,
-                               MultiScale, Squeeze, split_size)
+from models.bijections import (
+    ActNorm,
+    ChannelCoupling,
+    CheckerboardCoupling,
+    ConditionalFlowStep,
+    Logit,
+    MultiScale,
+    Split,
+    Squeeze,
+    split_size,
+)
 from models.conv1x1 import CONVS, invertible_conv
 from models.networks import _reflect_pad_by_slices, reflect_pad, resnet1x1, resnet3x3, toy_network
 
 pytestmark = pytest.mark.usefixtures("float64")
 B = 3
 
+
+def channel_coupling(network, c):
+    return ChannelCoupling(network(c // 2, c, 8), network(c // 2, c, 8))
+
+
+def multi_scale():
+    return MultiScale((2, 4, 4), [Squeeze(), ActNorm(8), Split(), invertible_conv("full", 4, 2)])
+
+
+def f_w(model, conv, shape):
+    settings = {"model": model, "conv": conv, "ssl_dim": -1, "l": 3, "ssl_model": "cond-shift"}
+    return build_model(settings, shape, 2).f_w
+
+
+def conditional_flow_step():
+    networks = (resnet1x1(3 + 10, 6, 8, 2) for _ in range(2))
+    return ConditionalFlowStep(ActNorm(6), invertible_conv("qr", 6, 2), ChannelCoupling(*networks))
+
+
+def h_phi(**settings):
+    return build_model({"model": "digits-masked", "ssl_dim": 6, **settings}, (1, 8, 8), 4).h_phi
+
+
 BIJECTIONS = {
+    # name: (how to make it, shape of x)
     "logit": (Logit, (2, 4, 4)),
     "squeeze": (Squeeze, (3, 4, 6)),
     "actnorm": (lambda: ActNorm(4), (4, 2, 3)),
     "actnorm of vectors": (lambda: ActNorm(6), (6,)),
     "checkerboard 0": (lambda: CheckerboardCoupling(resnet3x3(2, 4, 8, 2), (4, 4), 0), (2, 4, 4)),
     "checkerboard 1": (lambda: CheckerboardCoupling(resnet3x3(1, 2, 8, 2), (4, 6), 1), (1, 4, 6)),
-    "channel": (lambda: ChannelCoupling(resnet3x3(2, 4, 8, 2), resnet3x3(2, 4, 8, 2)), (4, 3, 3)),
-    "channel of points": (lambda: ChannelCoupling(toy_network(1, 2, 8), toy_network(1, 2, 8)), (2, 1, 1)),
-    **{f"conv {kind}": (lambda kind=kind: invertible_conv(kind, 4, 3), (4, 2, 3)) for kind in CONVS},
-    **{f"conv {kind} of vectors": (lambda kind=kind: invertible_conv(kind, 6, 2), (6,)) for kind in CONVS},
-    "multi-scale": (lambda: MultiScale([[Squeeze(), ActNorm(8)], [invertible_conv("full", 4, 2)]], (2, 4, 4)), (2, 4, 4)),
-    **{f"f_w {model}, {conv}": (lambda model=model, conv=conv, shape=shape: build_model(
-        {"model": model, "conv": conv, "ssl_dim": -1, "l": 3, "ssl_model": "cond-shift"}, shape, 2).f_w, shape)
+    "channel": (partial(channel_coupling, partial(resnet3x3, n_blocks=2), 4), (4, 3, 3)),
+    "channel of points": (partial(channel_coupling, toy_network, 2), (2, 1, 1)),
+    **{f"conv {kind}": (partial(invertible_conv, kind, 4, 3), (4, 2, 3)) for kind in CONVS},
+    **{f"conv {kind} of vectors": (partial(invertible_conv, kind, 6, 2), (6,)) for kind in CONVS},
+    "multi-scale": (multi_scale, (2, 4, 4)),
+    **{f"f_w {model}, {conv}": (partial(f_w, model, conv, shape), shape)
        for model, shape in (("toy", (2, 1, 1)), ("digits-masked", (1, 8, 8))) for conv in CONVS},
 }
 CONDITIONAL = {
-    "conditional step": (lambda: ConditionalStep(ActNorm(6), invertible_conv("qr", 6, 2), ChannelCoupling(
-        resnet1x1(3 + 10, 6, 8, 2), resnet1x1(3 + 10, 6, 8, 2))), torch.float64),
-    **{f"h_phi cond-flow, {conv}": (lambda conv=conv: build_model(
-        {"model": "digits-masked", "ssl_dim": 6, "ssl_l": 2, "ssl_k": 2, "ssl_hd": 8, "ssl_conv": conv},
-        (1, 8, 8), 4).h_phi, torch.long) for conv in CONVS},
-    "h_phi cond-shift": (lambda: build_model(
-        {"model": "digits-masked", "ssl_dim": 6, "ssl_model": "cond-shift"}, (1, 8, 8), 4).h_phi, torch.long),
+    # name: (how to make it, type of the context: an embedding, or labels)
+    "conditional flow step": (conditional_flow_step, torch.float64),
+    **{f"h_phi cond-flow, {conv}": (
+        partial(h_phi, ssl_l=2, ssl_k=2, ssl_hd=8, ssl_conv=conv), torch.long) for conv in CONVS},
+    "h_phi cond-shift": (partial(h_phi, ssl_model="cond-shift"), torch.long),
 }
 
 
 def assert_bijection(f, x, *context):
-    """inverse(forward(x)) = x, forward(inverse(z)) = z, and ldj is slogdet of the autograd Jacobian."""
+    """The inverse is exact in both directions, and ldj is that of the Jacobian by autograd."""
     z, ldj = f(x, *context)
     assert ldj.shape == (B,)
     assert (f.inverse(z, *context) - x).abs().max() < 1e-10
     assert (f(f.inverse(z, *context), *context)[0] - z).abs().max() < 1e-9
     for i in range(B):
         own = tuple(c[i:i + 1] for c in context)
-        jacobian = torch.autograd.functional.jacobian(lambda v: f(v, *own)[0], x[i:i + 1])
+        jacobian = torch.autograd.functional.jacobian(lambda v, own=own: f(v, *own)[0], x[i:i + 1])
         expected = torch.linalg.slogdet(jacobian.view(x[i].numel(), -1)).logabsdet
         torch.testing.assert_close(ldj[i], expected, rtol=1e-9, atol=1e-9)
 
@@ -71,7 +102,7 @@ def test_conditional_bijection(name):
     f = randomize(make())
     x = torch.randn(B, 6)
     assert_bijection(f, x, context)
-    assert not torch.allclose(f(x, context)[0], f(x, context.flip(0))[0])     # the label matters
+    assert not torch.allclose(f(x, context)[0], f(x, context.flip(0))[0])    # the label matters
 
 
 def test_paper_flow_inverts():
@@ -84,14 +115,15 @@ def test_paper_flow_inverts():
 
 
 def test_inverse_needs_no_forward_pass():
-    one, two = (randomize(build_model({"model": "digits-masked", "ssl_dim": 16}, (1, 8, 8), 10).f_w) for _ in range(2))
+    settings = {"model": "digits-masked", "ssl_dim": 16}
+    one, two = (randomize(build_model(settings, (1, 8, 8), 10).f_w) for _ in range(2))
     x = torch.rand(B, 1, 8, 8)
     assert (two.inverse(one(x)[0]) - x).abs().max() < 1e-10
 
 
 def test_squeeze_order():
-    x = torch.arange(2 * 2 * 2.0).view(1, 2, 2, 2)                            # value 4 c + 2 dy + dx
-    assert Squeeze()(x)[0].flatten().tolist() == [0, 4, 1, 5, 2, 6, 3, 7]     # (dy, dx, c), c fastest
+    x = torch.arange(2 * 2 * 2.0).view(1, 2, 2, 2)                          # value 4 c + 2 dy + dx
+    assert Squeeze()(x)[0].flatten().tolist() == [0, 4, 1, 5, 2, 6, 3, 7]   # (dy, dx, c)
 
 
 def test_checkerboard_masks():
@@ -132,7 +164,7 @@ def test_convolutions_at_start():
     torch.testing.assert_close(q @ q.T, torch.eye(4))
     assert ldj == 0
     w, ldj = invertible_conv("qr", 4, 2).matrix()
-    torch.testing.assert_close(w @ w.T, torch.eye(4) * math.log(2) ** 2)      # softplus(0)
+    torch.testing.assert_close(w @ w.T, torch.eye(4) * math.log(2) ** 2)    # softplus(0)
     w, ldj = invertible_conv("qr-abs", 4, 2).matrix()
     torch.testing.assert_close(w @ w.T, torch.eye(4))
 
@@ -148,7 +180,8 @@ def test_both_ways_to_pad_agree():
     one, two = reflect_pad(x), _reflect_pad_by_slices(x)
     assert torch.equal(one, two)
     weights = torch.randn_like(one)
-    torch.testing.assert_close(*(torch.autograd.grad((v * weights).sum(), x)[0] for v in (one, two)))
+    gradients = (torch.autograd.grad((v * weights).sum(), x)[0] for v in (one, two))
+    torch.testing.assert_close(*gradients)
 
 
 def test_networks_start_at_zero_and_are_the_formula():

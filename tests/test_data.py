@@ -1,4 +1,4 @@
-"""Datasets, the choice of the labelled examples, batches and dequantisation."""
+"""Datasets, the choice of the labelled examples, batches, augmentation and dequantisation."""
 
 import os
 import shutil
@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import load_tiny
 
-from utils import BadInput
-from utils.data import SemiSupervisedData, alter, choose_labelled
+from utils.data import SemiSupervisedData, augment, choose_labelled
+from utils.errors import BadInput
 
 DIGITS = {"num_examples": -1, "supervised": 100}
 
@@ -20,28 +20,30 @@ def generator(seed=0):
 
 def test_digits():
     data = load_tiny(**DIGITS)
-    assert data.shape == (1, 8, 8) and data.n_classes == 10 and data.levels == 17
+    assert data.shape == (1, 8, 8) and data.n_classes == 10 and data.grey_levels == 17
     assert (len(data.train_x), len(data.test_x)) == (1437, 360)
     assert data.train_x.dtype == torch.uint8 and data.train_x.max() == 16
-    assert torch.bincount(data.test_y).min() >= 34                            # stratified
+    assert torch.bincount(data.test_y).min() >= 34                          # stratified
 
 
 def test_mnist(mnist_root):
     data = load_tiny(data="mnist", data_root=str(mnist_root), **DIGITS)
-    assert data.shape == (1, 28, 28) and data.levels == 256 and data.train_x.dtype == torch.uint8
+    assert data.shape == (1, 28, 28) and data.grey_levels == 256
+    assert data.train_x.dtype == torch.uint8
     assert (len(data.train_x), len(data.test_x)) == (60000, 10000)
     assert torch.bincount(data.train_y[data.labelled]).tolist() == [10] * 10
 
 
 @pytest.mark.parametrize("name", ["moons", "circles"])
 def test_points(name):
-    data = load_tiny(data=name, num_examples=500, supervised=10)
-    assert data.shape == (2, 1, 1) and data.n_classes == 2 and data.levels is None
+    settings = {"data": name, "num_examples": 500, "supervised": 10}
+    data = load_tiny(**settings)
+    assert data.shape == (2, 1, 1) and data.n_classes == 2 and data.grey_levels is None
     assert (len(data.train_x), len(data.test_x)) == (500, 1000)
-    x, _ = data.draw(1000, 0.5, generator())
-    assert (x[:, None] == data.train_x).flatten(2).all(2).any(1).all()        # drawn as they are
+    x, _ = data.sample_batch(1000, 0.5, generator())
+    assert (x[:, None] == data.train_x).flatten(2).all(2).any(1).all()      # not dequantised
     assert np.isnan(data.bits_per_dim(1.0))
-    assert not torch.equal(data.train_x, load_tiny(data=name, num_examples=500, supervised=10, data_seed=1).train_x)
+    assert not torch.equal(data.train_x, load_tiny(**settings, data_seed=1).train_x)
 
 
 def test_labelled_choice_is_stratified_and_seeded():
@@ -67,72 +69,80 @@ def test_class_probs_are_the_labelled_frequencies():
     assert data.class_probs.tolist() == [0.25, 0.75]
 
 
-def test_hidden_labels_are_not_kept():
+def test_hidden_labels_are_not_stored():
     data = load_tiny(**DIGITS)
-    assert (data.train_y[data.unlabelled] == -1).all() and (data.train_y[data.labelled] >= 0).all()
+    assert (data.train_y[data.unlabelled] == -1).all()
+    assert (data.train_y[data.labelled] >= 0).all()
     assert len(data.unlabelled) + len(data.labelled) == len(data.train_x)
 
 
-def test_draws_mix_labelled_and_unlabelled():
+def test_batches_mix_labelled_and_unlabelled():
     data = load_tiny(**DIGITS)
     assert data.labelled_prob(0.5) == pytest.approx(1 / 3)
     assert data.labelled_prob(-1) == pytest.approx(100 / 1437)
-    x, y = data.draw(30_000, 1 / 3, generator())
+    x, y = data.sample_batch(30_000, 1 / 3, generator())
     assert x.shape == (30_000, 1, 8, 8) and x.dtype == torch.float32
     assert abs((y >= 0).float().mean() - 1 / 3) < 5 * (2 / 9 / 30_000) ** 0.5
     counts = torch.bincount(y[y >= 0])
-    assert counts.min() > 800 and counts.max() < 1200                         # 1,000 expected of each class
-    assert (data.draw(50, 1.0, generator())[1] >= 0).all()
-    everything = load_tiny(supervised=-1)
-    assert (everything.draw(50, 1 / 3, generator())[1] >= 0).all()
+    assert counts.min() > 800 and counts.max() < 1200                       # each 1,000 on average
+    assert (data.sample_batch(50, 1.0, generator())[1] >= 0).all()
+    all_labelled = load_tiny(supervised=-1)
+    assert (all_labelled.sample_batch(50, 1 / 3, generator())[1] >= 0).all()
 
 
-def test_altered_draws():
-    """The same rows, moved within the stated bounds; without them the draws are what they were."""
+def test_augmented_batches():
+    """The copies are of the same images, and x and y are those of a batch without copies."""
     data = load_tiny(**DIGITS)
-    x, y, altered = data.draw(500, 0.5, generator(), altered=True)
-    plain_x, plain_y = data.draw(500, 0.5, generator())
+    x, y, augmented = data.sample_batch(500, 0.5, generator(), augmented=True)
+    plain_x, plain_y = data.sample_batch(500, 0.5, generator())
     assert torch.equal(x, plain_x) and torch.equal(y, plain_y)
-    assert altered.shape == x.shape and 0 <= altered.min() and altered.max() <= 1
-    assert not (altered == x).flatten(1).all(1).any()                         # the noise at least is another
-    own, other = (((altered - image) ** 2).flatten(1).mean(1) for image in (x, x.roll(1, 0)))
+    assert augmented.shape == x.shape and augmented.min() >= 0 and augmented.max() <= 1
+    assert not (augmented == x).flatten(1).all(1).any()                     # noise of their own
+    own, other = (((augmented - image) ** 2).flatten(1).mean(1) for image in (x, x.roll(1, 0)))
     assert own.mean() < 0.5 * other.mean() and (own < other).float().mean() > 0.8
 
 
-def test_alter_moves_turns_and_scales():
-    """A bright bar in the middle of each of many images: where it comes to lie. Half of them move by whole pixels."""
+def test_augment_translates_rotates_and_scales():
+    """Where a bright bar in the middle of many images ends up.
+
+    Half of the images are translated by whole pixels. The moments of the others give their
+    position, angle and size.
+    """
     images = torch.zeros(2000, 1, 57, 57, dtype=torch.uint8)
     images[:, :, 18:39, 27:30] = 255
-    images[:, :, 18:22, 24:33] = 255                                          # its upper end is wider
-    moved = alter(images, generator())
-    assert moved.dtype == torch.uint8 and torch.equal(moved, alter(images, generator()))
-    levels = torch.tensor([0, 255])
-    whole = torch.isin(moved.long(), levels).flatten(1).all(1)
+    images[:, :, 18:22, 24:33] = 255                                        # its top is wider
+    augmented = augment(images, generator())
+    assert augmented.dtype == torch.uint8 and torch.equal(augmented, augment(images, generator()))
+    grey_levels = torch.tensor([0, 255])
+    whole = torch.isin(augmented.long(), grey_levels).flatten(1).all(1)
     assert 0.47 < whole.float().mean() < 0.53
-    corners = {(int(i.nonzero()[0, 1]), int(i.nonzero()[0, 2])) for i in moved[whole]}
+    corners = {(int(i.nonzero()[0, 1]), int(i.nonzero()[0, 2])) for i in augmented[whole]}
     assert corners == {(18 + dy, 24 + dx) for dy in range(-4, 5) for dx in range(-4, 5)}
-    assert ((moved[whole] > 0).sum((1, 2, 3)) == (images[0] > 0).sum()).all()
-    moved = moved[~whole]
-    mass = moved[:, 0].double() / moved.double().sum((1, 2, 3))[:, None, None]
+    assert ((augmented[whole] > 0).sum((1, 2, 3)) == (images[0] > 0).sum()).all()
+
+    augmented = augmented[~whole]
+    mass = augmented[:, 0].double() / augmented.double().sum((1, 2, 3))[:, None, None]
     coordinates = torch.arange(57, dtype=torch.float64) - 28
     y, x = (mass.sum(2) @ coordinates), (mass.sum(1) @ coordinates)
-    size = moved.double().sum((1, 2, 3)) / images[0].double().sum()
-    vertical = (mass.sum(2) * (coordinates - y[:, None]) ** 2).sum(1)
-    horizontal = (mass.sum(1) * (coordinates - x[:, None]) ** 2).sum(1)
-    both = (mass * (coordinates[None, :, None] - y[:, None, None]) * (coordinates[None, None, :] - x[:, None, None])).sum((1, 2))
-    turn = (0.5 * torch.atan2(2 * both, vertical - horizontal)).rad2deg()
+    dy, dx = coordinates - y[:, None], coordinates - x[:, None]             # from the centre
+    size = augmented.double().sum((1, 2, 3)) / images[0].double().sum()
+    vertical, horizontal = (mass.sum(2) * dy ** 2).sum(1), (mass.sum(1) * dx ** 2).sum(1)
+    both = (mass * dy[:, :, None] * dx[:, None, :]).sum((1, 2))
+    angle = (0.5 * torch.atan2(2 * both, vertical - horizontal)).rad2deg()
     assert abs(x).max() < 57 * 2 / 28 + 1.5 and x.std() > 2 and abs(x.mean()) < 0.2
-    assert abs(turn).max() < 15.5 and 8 < turn.std() < 9.3                    # uniform: 15 / sqrt(3) = 8.7
-    assert 0.78 < size.min() < 0.84 and 1.16 < size.max() < 1.25              # of areas: 0.9 ** 2 and 1.1 ** 2
+    assert abs(angle).max() < 15.5 and 8 < angle.std() < 9.3                # 15 / sqrt(3) = 8.7
+    assert 0.78 < size.min() < 0.84 and 1.16 < size.max() < 1.25            # 0.9 ** 2, 1.1 ** 2
 
 
-def test_held_out_examples_are_never_drawn():
+def test_held_out_examples_are_in_no_batch():
     data = load_tiny(**DIGITS, ema=0.9)
-    assert len(data.held_out) == 133 and not set(data.held_out.tolist()) & set(data.unlabelled.tolist() + data.labelled.tolist())
+    held_out, others = data.held_out.tolist(), data.unlabelled.tolist() + data.labelled.tolist()
+    assert len(held_out) == 133 and not set(held_out) & set(others)
     assert torch.equal(data.held_out, load_tiny(**DIGITS, ema=0.9).held_out)
-    assert len(load_tiny(**DIGITS).held_out) == 0 and torch.equal(data.labelled, load_tiny(**DIGITS).labelled)
+    assert len(load_tiny(**DIGITS).held_out) == 0
+    assert torch.equal(data.labelled, load_tiny(**DIGITS).labelled)
     assert len(data.held_out) + len(data.unlabelled) + len(data.labelled) == 1437
-    with pytest.raises(BadInput, match="ema needs unlabelled"):
+    with pytest.raises(BadInput, match="ema holds unlabelled examples out"):
         load_tiny(supervised=-1, ema=0.9)
 
 
@@ -148,29 +158,31 @@ def test_dequantisation():
 
 def test_bits_per_dim_of_the_uniform_density():
     data = load_tiny(**DIGITS)
-    assert data.bits_per_dim(0.0) == pytest.approx(np.log2(17))              # density 1 on [0, 1]
-    assert data.bits_per_dim(64 * np.log(17)) == pytest.approx(0)            # all mass on one image
+    assert data.bits_per_dim(0.0) == pytest.approx(np.log2(17))             # density 1 on [0, 1]
+    assert data.bits_per_dim(64 * np.log(17)) == pytest.approx(0)           # all mass on one image
 
 
 @pytest.mark.parametrize("changes, message", [
     ({"supervised": 9}, "one for each"), ({"supervised": 201}, "at most the 200"),
-    ({"num_examples": 1438}, "more than digits's 1437"), ({"num_examples": 5}, "none of class"),
+    ({"num_examples": 1438}, "more than the 1437 training examples of digits"),
+    ({"num_examples": 5}, "none of class"),
 ])
-def test_data_that_do_not_fit(changes, message):
+def test_settings_that_do_not_fit_the_data(changes, message):
     with pytest.raises(BadInput, match=message):
         load_tiny(**changes)
 
 
-def test_labelled_ids_are_places_in_the_whole_training_set():
-    part, whole = load_tiny(num_examples=300, supervised=20), load_tiny(**DIGITS)
-    assert torch.equal(whole.train_x[part.labelled_ids], part.train_x[part.labelled])
+def test_labelled_ids_are_indices_in_the_full_training_set():
+    part, full = load_tiny(num_examples=300, supervised=20), load_tiny(**DIGITS)
+    assert torch.equal(full.train_x[part.labelled_ids], part.train_x[part.labelled])
     assert not torch.equal(part.labelled_ids, part.labelled)
 
 
 @pytest.mark.parametrize("damage", ["half", "empty", "other", "labels of 255"])
 def test_damaged_mnist(mnist_root, tmp_path, damage):
     raw = tmp_path / "MNIST" / "raw"
-    shutil.copytree(mnist_root / "MNIST" / "raw", raw, ignore=shutil.ignore_patterns("*.gz"), copy_function=os.symlink)
+    shutil.copytree(mnist_root / "MNIST" / "raw", raw, ignore=shutil.ignore_patterns("*.gz"),
+                    copy_function=os.symlink)
     victim = raw / "train-labels-idx1-ubyte"
     content = victim.read_bytes()
     victim.unlink()

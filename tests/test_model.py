@@ -1,4 +1,4 @@
-"""The semi-conditional flow as a density: log_joint, posterior, samples, its parts put together."""
+"""The semi-conditional flow as a density: log_joint, posterior, samples, initialisation."""
 
 import math
 from types import SimpleNamespace
@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from models import SemiConditionalFlow, build_model
 from models.bases import DiagonalGaussian
 from models.bijections import ActNorm
-from utils import BadInput
 
 SMALL = {"model": "digits-masked", "ssl_dim": 16, "ssl_l": 2, "ssl_k": 2, "ssl_hd": 16}
 TOY = {"model": "toy", "l": 3, "ssl_dim": -1, "ssl_l": 1, "ssl_k": 2, "ssl_hd": 16}
@@ -26,7 +25,8 @@ def small(scale=1.0, **changes):
 @pytest.mark.parametrize("conv", ["full", "qr", "qr-abs", "hh"])
 def test_log_joint_is_the_equation_class_by_class(ssl_model, conv):
     probs = torch.arange(1.0, 11)
-    model = randomize(build_model({**SMALL, "ssl_model": ssl_model, "conv": conv, "ssl_conv": conv}, (1, 8, 8), 10, probs))
+    settings = {**SMALL, "ssl_model": ssl_model, "conv": conv, "ssl_conv": conv}
+    model = randomize(build_model(settings, (1, 8, 8), 10, probs))
     x = torch.rand(4, 1, 8, 8)
     z, ldj = model.encode(x)
     z_aux, z_f = z[:, :-16], z[:, -16:]
@@ -48,7 +48,7 @@ def test_posterior_from_h_phi_alone_is_that_of_the_joint(ssl_model):
     x = torch.rand(8, 1, 8, 8)
     posterior = model.posterior(x)
     torch.testing.assert_close(posterior, model.log_joint(x).softmax(1))
-    assert posterior.std(1).min() > 1e-6                                      # it says something
+    assert posterior.std(1).min() > 1e-6                                    # it is not uniform
     torch.testing.assert_close(posterior.sum(1), torch.ones(8))
 
 
@@ -60,9 +60,10 @@ def test_one_pass_of_f_w_for_a_batch():
 
 
 def grid_of_points():
-    """Points (N, 2, 1, 1) that cover the plane where the random toy densities live, and the area of a cell."""
+    """A grid (N, 2, 1, 1) over the part of the plane that has the mass, and the area of a cell."""
     side = torch.linspace(-16, 16, 513)
-    return torch.stack(torch.meshgrid(side, side, indexing="ij"), -1).view(-1, 2, 1, 1), (side[1] - side[0]) ** 2
+    points = torch.stack(torch.meshgrid(side, side, indexing="ij"), -1).view(-1, 2, 1, 1)
+    return points, (side[1] - side[0]) ** 2
 
 
 @pytest.mark.usefixtures("float64")
@@ -79,15 +80,17 @@ def test_density_of_points_integrates_to_one():
 @pytest.mark.parametrize("ssl_model", ["cond-flow", "cond-shift"])
 @torch.no_grad()
 def test_samples_follow_the_density(ssl_model):
-    """Monte Carlo: the mean of log p(x | y) over samples of y is minus the entropy that the grid gives."""
+    """The mean of log p(x | y) over samples is, within Monte Carlo error, its integral on a grid.
+    """
     torch.manual_seed(0)
     model = randomize(build_model({**TOY, "ssl_model": ssl_model}, (2, 1, 1), 2))
     grid, area = grid_of_points()
     log_p = torch.cat([model.log_joint(part)[:, 1] for part in grid.split(20_000)]) + math.log(2)
     on_grid = (log_p.exp() * log_p).sum() * area
     n = 20_000
-    drawn = model.log_joint(model.sample(torch.ones(n, dtype=torch.long)))[:, 1] + math.log(2)
-    assert abs(drawn.mean() - on_grid) < 5 * drawn.std() / n ** 0.5
+    sample = model.sample(torch.ones(n, dtype=torch.long))
+    of_sample = model.log_joint(sample)[:, 1] + math.log(2)
+    assert abs(of_sample.mean() - on_grid) < 5 * of_sample.std() / n ** 0.5
 
 
 def test_samples_are_images_and_noise_fixes_them():
@@ -98,7 +101,7 @@ def test_samples_are_images_and_noise_fixes_them():
     assert x.shape == (10, 1, 8, 8) and x.dtype == torch.float32
     assert x.min() >= 0 and x.max() <= 1
     assert torch.equal(x, model.sample(y, eps))
-    assert not torch.equal(x[0], x[1])                                        # same noise, other class
+    assert not torch.equal(x[0], x[1])                          # the same noise, another class
     assert not torch.equal(model.sample(y), model.sample(y))
 
 
@@ -106,7 +109,7 @@ def test_samples_are_images_and_noise_fixes_them():
 @pytest.mark.parametrize("ssl_model", ["cond-flow", "cond-shift"])
 def test_sample_is_the_inverse_of_the_density_s_path(ssl_model):
     model = small(scale=0.3, ssl_model=ssl_model)
-    model.image = False                                                       # no clamp
+    model.image = False                                         # samples are not clamped
     y, eps = torch.arange(10), 0.3 * torch.randn(10, 64)
     z_aux, z_f = model.split_latent(model.encode(model.sample(y, eps))[0])
     torch.testing.assert_close(z_aux, eps[:, :48] * model.base_aux.sigma)
@@ -120,7 +123,8 @@ def test_float32_agrees_with_float64():
     model.initialize(x)
     log_p = model.log_prob(x)
     assert log_p.dtype == torch.float32
-    torch.testing.assert_close(log_p.double(), model.double().log_prob(x.double()), rtol=1e-5, atol=1e-3)
+    in_float64 = model.double().log_prob(x.double())
+    torch.testing.assert_close(log_p.double(), in_float64, rtol=1e-5, atol=1e-3)
 
 
 def test_initialize_sets_every_actnorm_once():
@@ -163,15 +167,16 @@ def test_settings_may_be_a_mapping_or_a_namespace():
 @pytest.mark.parametrize("changes, shape, message", [
     ({"ssl_dim": 66}, (1, 8, 8), "ssl_dim"), ({"ssl_dim": 15}, (1, 8, 8), "even"),
     ({"ssl_dim": 2, "ssl_l": 2}, (1, 8, 8), "ssl_l"), ({"ssl_dim": 0}, (1, 8, 8), "ssl_dim"),
-    ({"model": "toy"}, (1, 8, 8), "toy"), ({}, (2, 1, 1), "sides"), ({}, (1, 10, 10), "multiples of 4"),
-    ({"conv": "lu"}, (1, 8, 8), "unknown conv"), ({"ssl_nclasses": 2}, (1, 8, 8), "has 10 classes"), ({"ssl_k": 0}, (1, 8, 8), "ssl_k"),
+    ({"model": "toy"}, (1, 8, 8), "toy"), ({}, (2, 1, 1), "sides"),
+    ({}, (1, 10, 10), "multiples of 4"), ({"conv": "lu"}, (1, 8, 8), "unknown conv"),
+    ({"ssl_nclasses": 2}, (1, 8, 8), "has 10 classes"), ({"ssl_k": 0}, (1, 8, 8), "ssl_k"),
 ])
 def test_settings_that_do_not_fit(changes, shape, message):
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(ValueError, match=message):
         build_model({**SMALL, **changes}, shape, 10)
 
 
 @pytest.mark.parametrize("probs", [[0.5] * 3, [0.0] + [0.1] * 9])
 def test_class_probs_that_do_not_fit(probs):
-    with pytest.raises(BadInput, match="class_probs"):
+    with pytest.raises(ValueError, match="class_probs"):
         build_model(SMALL, (1, 8, 8), 10, probs)

@@ -1,4 +1,4 @@
-"""Against numbers of the published implementation, in float64 (tests/parity, described in its README.md)."""
+"""Agreement with numbers of the published implementation, in float64 (tests/parity/README.md)."""
 
 import json
 import zlib
@@ -11,8 +11,9 @@ import torch
 from torchvision.datasets.mnist import read_image_file
 
 from models import build_model
-from utils.checkpoint import load_weights
-from utils.published import published_names
+from models.published import published_names
+from training.checkpoint import load_weights
+from training.objective import objective
 
 CASES = Path(__file__).parent / "parity"
 MNIST_CASES = ("mnist_full", "mnist_qr", "mnist_householder_gmm")
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 def reference_weights(case):
-    """The weights of a case: each array follows from its name and shape (tests/parity/README.md)."""
+    """The weights of a case: each array is a function of its name and shape."""
     shapes = dict(case["parameters"])
     scales = {"logs": 0.1, "s_factor": 0.1, "logsigma": 0.1}
 
@@ -38,7 +39,7 @@ def reference_weights(case):
             return 0.3 / np.sqrt(shape[0]) * noise
         if leaf.startswith("vec_"):
             return noise / np.linalg.norm(noise)
-        if leaf == "logs" or leaf == "bias" and name[:-4] + "logs" in shapes:
+        if leaf == "logs" or (leaf == "bias" and name[:-4] + "logs" in shapes):
             return 0.0 * noise if case["needs_init"] else 0.1 * noise
         if name.endswith("embeddings.weight"):
             return np.eye(*shape) + 0.1 * noise
@@ -48,47 +49,55 @@ def reference_weights(case):
 
     def last_of_its_net(name):
         net, position = name.split(".")[:-2], name.split(".")[-2]
-        after = [other.split(".")[len(net)] for other in shapes if other.split(".")[:len(net)] == net]
-        return int(position) == max(int(p) for p in after if p.isdigit())
+        paths = [other.split(".") for other in shapes]
+        positions = [path[len(net)] for path in paths if path[:len(net)] == net]
+        return int(position) == max(int(p) for p in positions if p.isdigit())
 
-    return {name: torch.from_numpy(np.asarray(array(name, shape))) for name, shape in case["parameters"]}
+    return {name: torch.from_numpy(np.asarray(array(name, shape)))
+            for name, shape in case["parameters"]}
+
+
+def build_model_of(case):
+    settings = case["settings"]
+    return build_model(settings, settings.get("shape", (1, 28, 28)),
+                       settings.get("ssl_nclasses", 10))
 
 
 def load_case(name, tmp_path):
-    """-> model with the case's weights, x, the reference arrays."""
+    """-> model with the case's weights, x (None: MNIST's test images), the reference arrays."""
     case = json.loads((CASES / f"{name}.json").read_text())
     reference = SimpleNamespace(**np.load(CASES / f"{name}.npz"))
-    settings = case["settings"]
-    model = build_model(settings, settings.get("shape", (1, 28, 28)), settings.get("ssl_nclasses", 10))
+    model = build_model_of(case)
     torch.save(reference_weights(case), tmp_path / f"{name}.torch")
     load_weights(model, tmp_path / f"{name}.torch")
-    return model, None if case["test_images"] else torch.from_numpy(reference.x), reference
+    x = None if case["test_images"] else torch.from_numpy(reference.x)
+    return model, x, reference
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """MNIST's first 8 test images, x = (pixel + 0.5) / 256, as all the MNIST cases use them.
+    """MNIST's first 8 test images, x = (pixel + 0.5) / 256, which all MNIST cases use.
 
-    They are what `mnist_full`'s reference z decodes to: the inverse of another flow than the
-    reference's would not land on the grid of grey levels.
+    They are decoded from the reference z of `mnist_full`. The inverse of a flow other than the
+    reference's would not give whole grey levels.
     """
     torch.set_default_dtype(torch.float64)
     model, _, reference = load_case("mnist_full", tmp_path_factory.mktemp("images"))
     with torch.no_grad():
-        levels = model.decode(torch.from_numpy(reference.z)) * 256 - 0.5
+        grey_levels = model.decode(torch.from_numpy(reference.z)) * 256 - 0.5
     torch.set_default_dtype(torch.float32)
-    assert (levels - levels.round()).abs().max() < 1e-6
-    assert levels.round().min() == 0 and levels.round().max() == 255
-    return (levels.round() + 0.5) / 256
+    assert (grey_levels - grey_levels.round()).abs().max() < 1e-6
+    assert grey_levels.round().min() == 0 and grey_levels.round().max() == 255
+    return (grey_levels.round() + 0.5) / 256
 
 
 def assert_close(ours, theirs, rtol=1e-6, of_largest=False):
-    """Relative to each number, or to the largest of them."""
+    """The error is less than `rtol`, relative to each number or to the largest of them."""
     scale = np.abs(theirs).max() if of_largest else np.abs(theirs)
     np.testing.assert_array_less(np.abs(ours.detach().cpu().numpy() - theirs) / scale, rtol)
 
 
-def assert_parity(model, x, reference, script):
+def assert_parity(model, x, reference):
     z, ldj = model.encode(x)
     assert_close(z, reference.z, of_largest=True)
     assert_close(ldj, reference.log_det)
@@ -99,7 +108,7 @@ def assert_parity(model, x, reference, script):
     optimizer = torch.optim.Adamax(model.parameters(), lr=1e-3, weight_decay=1e-5)
     y = torch.from_numpy(reference.train_y)
     for step, theirs in enumerate(reference.losses):
-        loss = script.objective(model.log_joint(x), y, settings)[0]
+        loss = objective(model.log_joint(x), y, settings).loss
         optimizer.zero_grad()
         loss.backward()
         if step == 0:
@@ -109,14 +118,14 @@ def assert_parity(model, x, reference, script):
         assert_close(loss, theirs, 1e-3)
 
 
-def test_points(tmp_path, script):
-    assert_parity(*load_case("toy_moons", tmp_path), script)
+def test_points(tmp_path):
+    assert_parity(*load_case("toy_moons", tmp_path))
 
 
 @pytest.mark.parametrize("name", MNIST_CASES)
-def test_images(name, tmp_path, images, script):
+def test_images(name, tmp_path, images):
     model, _, reference = load_case(name, tmp_path)
-    assert_parity(model, images, reference, script)
+    assert_parity(model, images, reference)
 
 
 def test_data_dependent_initialisation(tmp_path, images):
@@ -145,10 +154,9 @@ def test_on_a_gpu(name, tmp_path, images):
 
 @pytest.mark.parametrize("name", ["toy_moons", *MNIST_CASES])
 def test_published_layout_is_ours_entry_by_entry(name):
-    """Names and shapes of the published state dict, masks left out, against those of our model."""
+    """Names and sizes of the published state dict, without masks, are those of our model."""
     case = json.loads((CASES / f"{name}.json").read_text())
-    settings = case["settings"]
-    model = build_model(settings, settings.get("shape", (1, 28, 28)), settings.get("ssl_nclasses", 10))
+    model = build_model_of(case)
     ours = model.state_dict()
     found = {}
     for key, theirs in published_names(model).items():

@@ -1,7 +1,6 @@
-"""The script as a user runs it: a process, from parse to samples.png."""
+"""The script in a process of its own, as a user runs it: from the settings to samples.png."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -9,21 +8,27 @@ import sys
 
 import pytest
 import torch
-from conftest import PROJECT, TINY, options
+from conftest import PROJECT, SCRIPT, TINY, execute, options
 from PIL import Image
 
 from models import build_model
-from utils.checkpoint import load_weights
+from models.published import published_names
+from training.checkpoint import load_weights
 from utils.metrics import read_metrics
-from utils.published import published_names
 
-SCRIPT = [sys.executable, str(PROJECT / "train-flow-ssl.py")]
-FILES = {"params.yaml", "log.txt", "metrics.csv", "checkpoint.pt", "model.torch", "samples.png", "curves.png", "labelled.txt"}
+COMMAND = [sys.executable, str(SCRIPT)]
+FILES = {"params.yaml", "log.txt", "metrics.csv", "checkpoint.pt", "model.torch", "samples.png",
+         "curves.png", "labelled.txt"}
 POINTS = {"data": "moons", "model": "toy", "ssl_dim": -1, "ssl_l": 1, "l": 2}
 
 
 def start(folder, *argv):
-    return subprocess.run([*SCRIPT, *argv], cwd=folder, capture_output=True, text=True, timeout=300)
+    return execute(folder, [*COMMAND, *argv])
+
+
+def start_in_background(folder, *argv):
+    return subprocess.Popen([*COMMAND, *argv], cwd=folder, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
 
 
 def run_of(folder):
@@ -32,7 +37,7 @@ def run_of(folder):
 
 
 @pytest.mark.parametrize("changes, more", [({}, set()), (POINTS, {"density.png"})])
-def test_from_parse_to_samples(tmp_path, changes, more):
+def test_from_settings_to_samples(tmp_path, changes, more):
     done = start(tmp_path, *options(epochs=2, **changes))
     assert done.returncode == 0, done.stderr
     run = run_of(tmp_path)
@@ -41,7 +46,8 @@ def test_from_parse_to_samples(tmp_path, changes, more):
         with Image.open(picture) as image:
             assert min(image.size) > 200 and len(image.convert("L").getcolors(100_000)) > 10
     lines = [line for line in done.stdout.splitlines() if line.startswith("epoch ")]
-    assert len(lines) == 2 and all(word in lines[0] for word in ("loss", "elbo", "clf", "test log p", "lr"))
+    words = ("loss", "log-lik", "L_clf", "test log p", "lr")
+    assert len(lines) == 2 and all(word in lines[0] for word in words)
     assert set(lines) < set((run / "log.txt").read_text().splitlines())
     assert len((run / "labelled.txt").read_text().split()) == TINY["supervised"]
     again = start(tmp_path, "--config", str(run / "params.yaml"), "--tmp")
@@ -53,14 +59,15 @@ def test_from_parse_to_samples(tmp_path, changes, more):
     evaluated = start(tmp_path, *options(**changes), "--pretrained", str(run / "model.torch"))
     assert evaluated.returncode == 0, evaluated.stderr
     last = read_metrics(run / "metrics.csv")[-1]
-    assert float(re.search(r"log p\(x\) +(\S+) nats", evaluated.stdout)[1]) == pytest.approx(last["test_log_p"], abs=2e-3)
-    assert float(re.search(r"Test error +(\S+)%", evaluated.stdout)[1]) == pytest.approx(100 - 100 * last["test_acc"], abs=0.02)
-    assert len(list(run.parent.iterdir())) == 1                               # evaluation creates no run
+    log_p = float(re.search(r"log p\(x\) +(\S+) nats", evaluated.stdout)[1])
+    error = float(re.search(r"Test error +(\S+)%", evaluated.stdout)[1])
+    assert log_p == pytest.approx(last["test_log_p"], abs=2e-3)
+    assert error == pytest.approx(100 - 100 * last["test_acc"], abs=0.02)
+    assert len(list(run.parent.iterdir())) == 1                 # evaluation creates no run
 
 
 def test_interrupt(tmp_path):
-    process = subprocess.Popen([*SCRIPT, *options(epochs=10_000)], cwd=tmp_path, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    process = start_in_background(tmp_path, *options(epochs=10_000))
     for line in process.stdout:
         if line.startswith("epoch    2"):
             process.send_signal(signal.SIGINT)
@@ -82,58 +89,64 @@ def test_time_limit_and_termination(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "by its time limit of 0.03 minutes" in done.stdout and "--resume" in done.stdout
     run = run_of(tmp_path)
-    was = torch.load(run / "checkpoint.pt")["epoch"]
-    process = subprocess.Popen([*SCRIPT, "--resume", str(run), "--time_limit", "0"], cwd=tmp_path, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    epoch = torch.load(run / "checkpoint.pt")["epoch"]
+    process = start_in_background(tmp_path, "--resume", str(run), "--time_limit", "0")
     for line in process.stdout:
         if line.startswith("epoch "):
             process.send_signal(signal.SIGTERM)
             break
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "Stopped by SIGTERM" in out and "--resume" in out, err
-    assert torch.load(run / "checkpoint.pt")["epoch"] > was and not (run / "traceback.txt").exists()
+    assert torch.load(run / "checkpoint.pt")["epoch"] > epoch
+    assert not (run / "traceback.txt").exists()
 
 
 def torchrun(n, *argv):
     return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), *argv]
 
 
-DRIVER = """import os, sys, torch
-sys.path[:0] = [{project!r}, {tests!r}]
-torch.set_default_dtype(torch.{dtype})
-from utils import load_script
-script = load_script()
+DRIVER = """import os, runpy, sys
+import torch
 
-class AfterSteps(script.Stopping):              # of which the second process alone knows
+sys.path.insert(0, {project!r})
+torch.set_default_dtype(torch.{dtype})
+
+from training import stopping
+
+
+class AfterTwoSteps(stopping.Stopping):         # only the second process has this reason
     steps = 0
 
     @property
     def reason(self):
-        AfterSteps.steps += 1
-        return "by the test" if AfterSteps.steps >= 2 and os.environ.get("RANK") == "1" else None
+        self.steps += 1
+        return "by the test" if self.steps >= 2 and os.environ.get("RANK") == "1" else None
+
 
 if os.environ.get("STOP"):
-    script.Stopping = AfterSteps
-sys.exit(script.cli())
+    stopping.Stopping = AfterTwoSteps
+sys.argv[0] = {script!r}
+runpy.run_path({script!r}, run_name="__main__")
 """
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-9), ("float32", 1e-5)])
 def test_two_processes_train_as_one(tmp_path, dtype, tolerance):
-    """Over gloo, three steps on the same batches: the weights and figures of one process, in one run directory.
+    """Three steps over gloo give the weights and metrics of one process, in one run directory.
 
-    In float64 also stopped after two of them by one process, and gone on with by a single one.
+    In float64 another run of two processes is stopped by one of them after two steps, and continued
+    by a single process.
     """
     driver = tmp_path / "driver.py"
-    driver.write_text(DRIVER.format(project=str(PROJECT), tests=str(PROJECT / "tests"), dtype=dtype))
-    line = options(epochs=1, num_examples=192, lr_schedule="no", micro_bs=20, cl_weight=1, clip_gn=500, cons_weight=1, ema=0.9)
+    driver.write_text(DRIVER.format(project=str(PROJECT), script=str(SCRIPT), dtype=dtype))
+    line = options(epochs=1, num_examples=192, lr_schedule="no", micro_bs=20, cl_weight=1,
+                   clip_gn=500, cons_weight=1, ema=0.9)
 
     def train(name, n, argv, **environment):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         command = torchrun(n, str(driver)) if n > 1 else [sys.executable, str(driver)]
-        done = subprocess.run([*command, *argv], cwd=folder, capture_output=True, text=True, timeout=300,
-                              env={**os.environ, **environment})
+        done = execute(folder, [*command, *argv], **environment)
         assert done.returncode == 0, done.stderr
         return done.stdout, run_of(folder)
 
@@ -151,26 +164,34 @@ def test_two_processes_train_as_one(tmp_path, dtype, tolerance):
         ours, theirs = (torch.load(r / "model.torch") for r in (one, run))
         for key, value in ours.items():
             torch.testing.assert_close(value, theirs[key], rtol=0, atol=tolerance, msg=key)
-        ours, theirs = ([float(v) for v in (r / "metrics.csv").read_text().split()[1].split(",")][:-1] for r in (one, run))
+        ours, theirs = (metrics_of_epoch_1(r) for r in (one, run))
         assert theirs == pytest.approx(ours, rel=1e-4)
 
 
-def test_two_processes_stop_and_fail_in_good_order(tmp_path):
-    """One time limit and one bad setting for both: one line each, not one a process."""
-    stopped = subprocess.run([*torchrun(2, SCRIPT[1]), *options(epochs=10_000), "--time_limit", "0.03"], cwd=tmp_path,
-                             capture_output=True, text=True, timeout=300)
+def metrics_of_epoch_1(run):
+    """The first row of metrics.csv, without the seconds."""
+    *values, _ = (run / "metrics.csv").read_text().split()[1].split(",")
+    return [float(value) for value in values]
+
+
+def test_two_processes_print_one_message(tmp_path):
+    """A time limit and a bad setting concern both processes, and only one of them prints it."""
+    command = torchrun(2, str(SCRIPT))
+    stopped = execute(tmp_path, [*command, *options(epochs=10_000), "--time_limit", "0.03"])
     assert stopped.returncode == 0, stopped.stderr
     assert stopped.stdout.count("by its time limit") == 1
     assert torch.load(run_of(tmp_path) / "checkpoint.pt")["step"] >= 0
-    bad = subprocess.run([*torchrun(2, SCRIPT[1]), *options(supervised=9)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert bad.returncode != 0 and bad.stderr.count("train-flow-ssl.py: error: supervised must be") == 1
+    bad = execute(tmp_path, [*command, *options(supervised=9)])
+    assert bad.returncode != 0
+    assert bad.stderr.count("train-flow-ssl.py: error: supervised must be") == 1
 
 
 @pytest.mark.parametrize("benchmark", ["throughput", "evaluate"])
 def test_benchmarks(tmp_path, benchmark):
-    count = {"throughput": "--steps", "evaluate": "--batches"}[benchmark]
-    command = [sys.executable, str(PROJECT / "benchmarks" / f"{benchmark}.py"), *options(), count, "2", "--json", "out.json"]
-    done = subprocess.run([*command, "--modes", "plain,fp32"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    count, images = {"throughput": ("--steps", 64), "evaluate": ("--batches", 180)}[benchmark]
+    command = [sys.executable, str(PROJECT / "benchmarks" / f"{benchmark}.py"), *options(),
+               count, "2", "--json", "out.json"]
+    done = execute(tmp_path, [*command, "--modes", "plain,fp32"])
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "out.json").read_text())
     assert [row["mode"] for row in figures["modes"]][:2] == ["plain", "fp32"]
@@ -178,14 +199,15 @@ def test_benchmarks(tmp_path, benchmark):
         assert row["ms"] > 0 and row["peak_gib"] > 0
         share = row["tflops"] / figures["limits_tflops"]["convolution fp32"]
         assert row["of_convolution"] == pytest.approx(100 * share)
-        assert row["images_per_s"] * row["ms"] / 1e3 == pytest.approx({"throughput": 64, "evaluate": 180}[benchmark])
+        assert row["images_per_s"] * row["ms"] / 1e3 == pytest.approx(images)
     assert "limit: convolution fp32" in done.stdout and "plain" in done.stdout
-    bad = subprocess.run([*command, "--modes", "fp8"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    bad = execute(tmp_path, [*command, "--modes", "fp8"])
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "no mode fp8" in bad.stderr
 
 
 def test_shipped_weights_of_the_quick_start(tmp_path):
-    done = start(tmp_path, "--config", str(PROJECT / "configs" / "digits.yaml"), "--pretrained", "--device", "cpu")
+    config = str(PROJECT / "configs" / "digits.yaml")
+    done = start(tmp_path, "--config", config, "--pretrained", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     error = float(done.stdout.split("Test error")[1].split("%")[0])
     bits = float(done.stdout.split("bits/dim")[1].split()[0])
@@ -193,7 +215,10 @@ def test_shipped_weights_of_the_quick_start(tmp_path):
 
 
 def test_weights_in_the_published_layout(tmp_path):
-    """A file as the authors' code writes it: its names, 4-d 1x1 convolutions, masks, DataParallel's prefixes."""
+    """A file as the authors' code writes it.
+
+    It has their names, 1x1 convolutions with four dimensions, masks, and DataParallel's prefixes.
+    """
     torch.manual_seed(0)
     settings = {**TINY, "conv": "qr", "ssl_conv": "hh"}
     model = build_model(settings, (1, 8, 8), 10)
@@ -201,13 +226,15 @@ def test_weights_in_the_published_layout(tmp_path):
     state, published = model.state_dict(), {}
     for key, name in published_names(model).items():
         value = state[key]
-        name = name.replace("flow.modules_", "flow.module.modules_", 1) if name.startswith("flow.") else name
+        if name.startswith("flow."):
+            name = name.replace("flow.modules_", "flow.module.modules_", 1)
         if name.endswith(".vec"):
             published.update({f"{name}_{i}": v for i, v in enumerate(value)})
         elif name.endswith("requires_init"):
             published[name] = 1 - value.float().view(1)
         else:
-            published[name] = value[:, :, None, None] if ".net" in name and value.dim() == 2 else value
+            is_linear = ".net" in name and value.dim() == 2
+            published[name] = value[:, :, None, None] if is_linear else value
     published["flow.module.modules_.2.mask"] = torch.ones(1, 1, 8, 8)
     published["prior.deep_prior.mean"] = torch.zeros(16)
     torch.save(published, tmp_path / "theirs.torch")
@@ -220,17 +247,18 @@ def test_weights_in_the_published_layout(tmp_path):
 
 def test_half_precision_weights_and_checkpoints_load(tmp_path):
     model = build_model(TINY, (1, 8, 8), 10)
-    torch.save({"model": {key: v.half() if v.is_floating_point() else v for key, v in model.state_dict().items()}},
-               tmp_path / "half.pt")
+    half = {key: v.half() if v.is_floating_point() else v for key, v in model.state_dict().items()}
+    torch.save({"model": half}, tmp_path / "half.pt")
     fresh = build_model(TINY, (1, 8, 8), 10)
     load_weights(fresh, tmp_path / "half.pt")
     assert all(v.dtype == torch.float32 for v in fresh.parameters())
-    torch.testing.assert_close(fresh.f_w.levels[0][2].net.first.weight, model.f_w.levels[0][2].net.first.weight,
-                               rtol=1e-3, atol=1e-3)
+    own, loaded = (m.f_w.levels[0][2].net.first.weight for m in (model, fresh))
+    torch.testing.assert_close(loaded, own, rtol=1e-3, atol=1e-3)
 
 
 def test_help_lists_the_options(tmp_path):
     done = start(tmp_path, "--help")
     assert done.returncode == 0
-    assert all(f"--{name}" in done.stdout for name in ("config", "ssl_dim", "resume", "pretrained", "cl_weight"))
+    names = ("config", "ssl_dim", "resume", "pretrained", "cl_weight")
+    assert all(f"--{name}" in done.stdout for name in names)
     assert "--lr_gamma" not in done.stdout

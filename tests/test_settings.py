@@ -1,4 +1,4 @@
-"""The parser over exman's: what a config file may say, where runs live, how they end."""
+"""The parser over exman's: what a config file may say, the directories of runs, how runs end."""
 
 import os
 import shutil
@@ -9,8 +9,8 @@ import pytest
 import yaml
 from conftest import PROJECT, TINY, options
 
-from utils import BadInput
-from utils.settings import PUBLISHED_UNUSED, Run, read_settings
+from utils.errors import BadInput
+from utils.settings import UNUSED_PUBLISHED_KEYS, Run, read_settings
 
 
 @pytest.fixture(autouse=True)
@@ -34,20 +34,24 @@ def test_command_line_overrides_the_file_and_the_file_the_defaults():
     assert (settings.epochs, settings.lr, settings.conv, settings.train_bs) == (7, 0.25, "qr", 256)
 
 
-def test_numbers_and_words_that_yaml_mistakes():
-    settings = read_file("lr: 3e-4\nlr_schedule: no\nweight_decay: 1e-05\ndeterministic: yes\nname: 007\n")
+def test_numbers_and_words_to_which_yaml_gives_another_type():
+    settings = read_file("lr: 3e-4\nlr_schedule: no\nweight_decay: 1e-05\n"
+                         "deterministic: yes\nname: 007\n")
     assert settings.lr == 3e-4 and settings.weight_decay == 1e-5
-    assert settings.lr_schedule == "no" and settings.deterministic is True and settings.name == "007"
+    assert settings.lr_schedule == "no" and settings.deterministic is True
+    assert settings.name == "007"
 
 
 def test_empty_values_are_the_defaults():
     settings = read_file("name:\npretrained: ''\nsupervised: null\nresume:\n")
-    assert (settings.name, settings.pretrained, settings.supervised, settings.resume) == ("", "", 100, "")
+    assert settings.supervised == 100
+    assert settings.name == settings.pretrained == settings.resume == ""
 
 
-def test_published_keys_that_nothing_used(capsys):
-    values = {"k": 4, "hid_dim": [], "logits": False, "lr_gamma": 0.5, "lr_steps": [1, 2], "sup_ohe": True, "status": "x"}
-    assert tuple(values) == PUBLISHED_UNUSED
+def test_published_keys_that_nothing_uses(capsys):
+    values = {"k": 4, "hid_dim": [], "logits": False, "lr_gamma": 0.5, "lr_steps": [1, 2],
+              "sup_ohe": True, "status": "x"}
+    assert tuple(values) == UNUSED_PUBLISHED_KEYS
     settings = read_file(yaml.dump({**values, "epochs": 3}))
     assert settings.epochs == 3 and not hasattr(settings, "lr_steps")
     out = capsys.readouterr().out
@@ -56,31 +60,33 @@ def test_published_keys_that_nothing_used(capsys):
 
 def test_a_config_with_every_published_key_is_accepted():
     published = {
-        "name": "", "seed": 0, "data": "mnist", "num_examples": -1, "data_seed": 0, "sup_sample_weight": 0.5,
-        "lr": 1e-3, "epochs": 500, "train_bs": 256, "test_bs": 512, "lr_schedule": "linear", "lr_warmup": 10,
-        "log_each": 1, "pretrained": "", "weight_decay": 1e-5, "clip_gn": 100.0, "model": "mnist-masked",
-        "conv": "full", "hh_factors": 2, "l": 2, "ssl_model": "cond-flow", "ssl_dim": 196, "ssl_l": 2, "ssl_k": 4,
-        "ssl_hd": 256, "ssl_conv": "full", "ssl_hh": 2, "ssl_nclasses": 10, "supervised": 100, "sup_weight": 1.0,
-        "cl_weight": 0.0, "root": "runs/000001-2019-05-01-00-00-00", "time": "2019-05-01T00:00:00", "id": 1,
-        "tmp": False, "git_dirty": False}
+        "name": "", "seed": 0, "data": "mnist", "num_examples": -1, "data_seed": 0,
+        "sup_sample_weight": 0.5, "lr": 1e-3, "epochs": 500, "train_bs": 256, "test_bs": 512,
+        "lr_schedule": "linear", "lr_warmup": 10, "log_each": 1, "pretrained": "",
+        "weight_decay": 1e-5, "clip_gn": 100.0, "model": "mnist-masked", "conv": "full",
+        "hh_factors": 2, "l": 2, "ssl_model": "cond-flow", "ssl_dim": 196, "ssl_l": 2, "ssl_k": 4,
+        "ssl_hd": 256, "ssl_conv": "full", "ssl_hh": 2, "ssl_nclasses": 10, "supervised": 100,
+        "sup_weight": 1.0, "cl_weight": 0.0, "root": "runs/000001-2019-05-01-00-00-00",
+        "time": "2019-05-01T00:00:00", "id": 1, "tmp": False, "git_dirty": False}
     settings = vars(read_file(yaml.dump(published)))
     given = {key: value for key, value in published.items() if key not in ("root", "time", "id")}
     assert {key: settings[key] for key in given} == given
 
 
 def test_config_yaml_is_the_paper_s_run_and_lists_every_setting():
-    path = str(PROJECT / "config.yaml")
-    settings = vars(read_settings(["--config", path])[1])
+    path = PROJECT / "config.yaml"
+    settings = vars(read_settings(["--config", str(path)])[1])
     defaults = vars(read_settings([])[1])
     assert {**settings, "config_file": None} == defaults
-    keys = set(yaml.safe_load(open(path)))
+    keys = set(yaml.safe_load(path.read_text()))
     assert keys == set(defaults) - {"config_file", "tmp", "git_dirty", "resume"}
 
 
-@pytest.mark.parametrize("config", sorted(path.name for path in (PROJECT / "configs").glob("*.yaml")))
+@pytest.mark.parametrize("config", sorted((PROJECT / "configs").glob("*.yaml")),
+                         ids=lambda path: path.name)
 def test_shipped_configs_are_accepted(config):
-    settings = read_settings(["--config", str(PROJECT / "configs" / config)])[1]
-    assert settings.data == config.split(".")[0].split("-")[0]
+    settings = read_settings(["--config", str(config)])[1]
+    assert settings.data == config.stem.split("-")[0]
 
 
 def test_params_of_a_run_rerun_it(here):
@@ -98,7 +104,8 @@ def test_directories_of_exman(here):
         run = parser.start_run(settings)
         assert run.run.parent == root(here) / ("tmp" if tmp else "runs")
         assert run.run.name.startswith("00000") and run.run.name.endswith("-x")
-    assert {path.name for path in root(here).iterdir()} >= {"runs", "index", "tmp", "marked", "fails"}
+    folders = {path.name for path in root(here).iterdir()}
+    assert folders >= {"runs", "index", "tmp", "marked", "fails"}
     link, = (root(here) / "index").iterdir()
     assert link.resolve() == next((root(here) / "runs").iterdir()) / "params.yaml"
 
@@ -109,8 +116,8 @@ def test_reading_settings_creates_no_run(here):
 
 
 @pytest.mark.parametrize("end, kind", [
-    (None, "runs"), (SystemExit(0), "runs"), (SystemExit(None), "runs"), (KeyboardInterrupt(), "runs"),
-    (SystemExit(3), "fails"), (RuntimeError("no"), "fails")])
+    (None, "runs"), (SystemExit(0), "runs"), (SystemExit(None), "runs"),
+    (KeyboardInterrupt(), "runs"), (SystemExit(3), "fails"), (RuntimeError("no"), "fails")])
 def test_how_a_run_ends(here, end, kind, capsys):
     parser, settings = read_settings(options())
     run = parser.start_run(settings)
@@ -128,7 +135,7 @@ def test_how_a_run_ends(here, end, kind, capsys):
     assert any((root(here) / "index").iterdir()) == (kind == "runs")
     assert "Traceback" not in capsys.readouterr().out
     print("after")
-    assert (where / "log.txt").read_text() == "a line\n"                      # and stdout is what it was
+    assert (where / "log.txt").read_text() == "a line\n"                    # stdout is restored
 
 
 def test_resume_reads_the_run_s_settings(here):
@@ -162,9 +169,10 @@ def test_a_failed_run_goes_back_to_runs_when_resumed(here):
 
 
 def test_works_without_a_git_binary(here):
-    python = shutil.which(sys.executable)
-    done = subprocess.run(
-        [python, "-c", "from utils.settings import read_settings; p, s = read_settings([]); print(p.start_run(s).run)"],
-        env={**os.environ, "PATH": "", "PYTHONPATH": str(PROJECT)}, capture_output=True, text=True)
+    code = ("from utils.settings import read_settings; parser, settings = read_settings([]); "
+            "print(parser.start_run(settings).run)")
+    environment = {**os.environ, "PATH": "", "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run([shutil.which(sys.executable), "-c", code], env=environment,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert str(root(here) / "runs") in done.stdout

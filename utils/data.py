@@ -1,186 +1,232 @@
-"""Datasets with few labels, held on the device: choice of the labelled examples, batches, dequantisation."""
+"""Datasets of which few labels are shown: loading, the choice of the labelled examples, batches."""
 
 import contextlib
 import http.client
 import io
 import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from sklearn.datasets import load_digits, make_circles, make_moons
 from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.nn import functional as F
 
-from . import BadInput
+from . import Settings
+from .errors import BadInput
 
-POINTS = 1000                   # of moons and circles, where num_examples does not say
+MAX_HELD_OUT = 1000
 MOONS_NOISE, CIRCLES_NOISE, CIRCLES_FACTOR = 0.1, 0.05, 0.5
-TURN, SCALE, SHIFT = 15, 0.1, 2 / 28    # of `alter`: degrees, a share of the size, a share of the height and width
-HELD_OUT = 1000
-DIGITS_TEST = 360               # of the 1,797 images: the same ones whatever the seeds
+
+# Largest changes that `augment` makes.
+ROTATION = 15           # degrees
+SCALING = 0.1           # share of the size
+TRANSLATION = 2 / 28    # share of height and width
+
+Examples = tuple[Tensor, Tensor]        # x (N, C, H, W), y (N,)
 
 
 class SemiSupervisedData:
-    """Training and test examples on `device`, where the labels of all but a few are hidden.
+    """Training and test examples on `device`; few of the training labels are shown.
 
-    train_x, test_x: (N, C, H, W), uint8 grey levels in 0 ... levels - 1, or float points (then
-    `levels` is None); train_y, test_y: (N,) classes; labelled: indices of the training examples
-    whose labels may be seen, at least one of each class. The other training labels are not kept at
-    all. labelled_ids: the same examples' places in the whole training set, where train_x is a part.
-    held_out: indices of unlabelled examples that no batch has, to compare weights by their likelihood.
+    train_x, test_x: (N, C, H, W), images as uint8 grey levels from 0 to grey_levels - 1, or points
+    as floats (grey_levels is then None). train_y, test_y: classes (N,). labelled: indices of the
+    training examples whose labels are shown, at least one of each class; the other training labels
+    are not stored. labelled_ids: the indices of the same examples in the full training set, if
+    train_x is a part of it. held_out: indices of unlabelled examples that no batch contains, for
+    comparing weights.
     """
 
-    def __init__(self, train_x, train_y, test_x, test_y, labelled, levels, device="cpu", labelled_ids=None, held_out=()):
+    def __init__(self, train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor,
+                 labelled: Tensor, grey_levels: int | None, device: str | torch.device = "cpu",
+                 labelled_ids: Tensor | None = None, held_out: Iterable[int] = ()):
         self.n_classes = int(train_y[labelled].max()) + 1
         self.labelled = labelled.to(device)
         self.labelled_ids = labelled if labelled_ids is None else labelled_ids
-        shown = torch.zeros(len(train_y), dtype=torch.bool)
-        shown[labelled] = True
-        held_out = torch.as_tensor(held_out, dtype=torch.long)
-        self.held_out = held_out.to(device)
-        self.unlabelled = (~shown).index_fill(0, held_out, False).nonzero()[:, 0].to(device)
-        self.train_x, self.train_y = train_x.to(device), train_y.where(shown, -1).to(device)
+        is_labelled = torch.zeros(len(train_y), dtype=torch.bool)
+        is_labelled[labelled] = True
+        held_out_ids = torch.as_tensor(held_out, dtype=torch.long)
+        self.held_out = held_out_ids.to(device)
+        is_unlabelled = (~is_labelled).index_fill(0, held_out_ids, False)
+        self.unlabelled = is_unlabelled.nonzero()[:, 0].to(device)
+        self.train_x, self.train_y = train_x.to(device), train_y.where(is_labelled, -1).to(device)
         self.test_x, self.test_y = test_x.to(device), test_y.to(device)
-        self.levels, self.device = levels, torch.device(device)
+        self.grey_levels, self.device = grey_levels, torch.device(device)
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         """(C, H, W) of one example."""
         return tuple(self.train_x.shape[1:])
 
     @property
-    def class_probs(self):
+    def class_probs(self) -> Tensor:
         """p(y): the frequencies of the classes among the labelled examples, (K,) float64."""
         counts = torch.bincount(self.train_y[self.labelled], minlength=self.n_classes)
         return counts.double().cpu() / len(self.labelled)
 
-    def dequantize(self, x, generator):
-        """x = (grey level + u) / levels, u uniform in [0, 1) from `generator`; points stay as they are."""
-        if self.levels is None:
+    def dequantize(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """(grey level + u) / grey_levels, with u uniform in [0, 1) from `generator`.
+
+        Points are returned as they are.
+        """
+        if self.grey_levels is None:
             return x
         dtype = torch.get_default_dtype()
-        return (x.to(dtype) + torch.rand(x.shape, generator=generator, dtype=dtype, device=x.device)) / self.levels
+        noise = torch.rand(x.shape, generator=generator, dtype=dtype, device=x.device)
+        return (x.to(dtype) + noise) / self.grey_levels
 
-    def draw(self, batch_size, labelled_prob, generator, altered=False):
-        """A training batch: x (B, C, H, W) dequantised, y (B,), -1 where the label is hidden.
+    def sample_batch(self, batch_size: int, labelled_prob: float, generator: torch.Generator,
+                     augmented: bool = False) -> tuple[Tensor, ...]:
+        """A training batch: x (B, C, H, W), dequantised; y (B,), -1 where the label is hidden.
 
-        Each row is, independently, a labelled example with probability `labelled_prob`, else an
-        unlabelled one; which one is uniform, with replacement. With `altered` also, third, the same
-        images moved a little (`alter`) and dequantised with noise of their own.
+        Each row is, independently, a labelled example with probability `labelled_prob` and
+        otherwise an unlabelled one, chosen uniformly with replacement. With `augmented` there is a
+        third tensor: the augmented copies of the same images, dequantised with their own noise.
         """
-        def pick(indices):
-            return indices[torch.randint(len(indices), (batch_size,), generator=generator, device=self.device)]
-        index = pick(self.labelled)
+        def choose(indices: Tensor) -> Tensor:
+            return indices[torch.randint(len(indices), (batch_size,), generator=generator,
+                                         device=self.device)]
+        index = choose(self.labelled)
         if len(self.unlabelled):
-            is_labelled = torch.rand(batch_size, generator=generator, device=self.device) < labelled_prob
-            index = torch.where(is_labelled, index, pick(self.unlabelled))
+            u = torch.rand(batch_size, generator=generator, device=self.device)
+            index = torch.where(u < labelled_prob, index, choose(self.unlabelled))
         images, y = self.train_x[index], self.train_y[index]
         x = self.dequantize(images, generator)
-        return (x, y, self.dequantize(alter(images, generator), generator)) if altered else (x, y)
+        if not augmented:
+            return x, y
+        return x, y, self.dequantize(augment(images, generator), generator)
 
-    def labelled_prob(self, sup_sample_weight):
-        """w / (1 + w), or the labelled examples' share of all for w = -1."""
+    def labelled_prob(self, sup_sample_weight: float) -> float:
+        """The probability that a row of a batch is labelled.
+
+        It is w / (1 + w) for w = sup_sample_weight, or for w = -1 the share of labelled examples.
+        """
         if sup_sample_weight == -1:
             return len(self.labelled) / len(self.train_x)
         return sup_sample_weight / (1 + sup_sample_weight)
 
-    def bits_per_dim(self, log_p):
-        """log2(levels) - log p(x) / (D ln 2), for log p(x) in nats of dequantised data; NaN for points."""
-        if self.levels is None:
+    def bits_per_dim(self, log_p: Any) -> Any:
+        """log2(grey_levels) - log p(x) / (D ln 2), or NaN for points.
+
+        log_p: log p(x) of dequantised images, in nats.
+        """
+        if self.grey_levels is None:
             return math.nan
-        return math.log2(self.levels) - log_p / (math.prod(self.shape) * math.log(2))
+        return math.log2(self.grey_levels) - log_p / (math.prod(self.shape) * math.log(2))
 
 
-def alter(images, generator):
-    """Each of `images` (B, C, H, W), uint8, moved by an amount of its own, black around it.
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Augmented copies of `images` (B, C, H, W), uint8, each transformed at random.
 
-    Half of them, drawn at random, are turned, scaled and shifted, by uniform amounts of up to TURN degrees,
-    SCALE, and SHIFT of the height and width; grey levels in between are interpolated and rounded. A flow
-    tells such images from real ones by their softer edges, and could learn of them alone: so the other
-    half is shifted by whole pixels, which changes no grey level.
+    With probability 1/2 an image is rotated, scaled and translated, uniformly up to ROTATION,
+    SCALING and TRANSLATION, with bilinear interpolation. The flow can tell such images from real
+    ones by their softer edges, and might learn to classify these alone. Therefore all others are
+    translated by whole pixels, which leaves the grey levels unchanged. What lies beyond the border
+    of an image is black.
     """
-    turn, scale, *shift, half = 2 * torch.rand(5, len(images), generator=generator, device=images.device) - 1
-    whole = half < 0
-    turn, scale = (turn * math.radians(TURN)).masked_fill(whole, 0), (1 + scale * SCALE).masked_fill(whole, 1)
-    cos, sin = turn.cos() / scale, turn.sin() / scale
+    uniform = 2 * torch.rand(5, len(images), generator=generator, device=images.device) - 1
+    rotation, scale, *shift, half = uniform
+    whole_pixels = half < 0
+    angle = (rotation * math.radians(ROTATION)).masked_fill(whole_pixels, 0)
+    scale = (1 + scale * SCALING).masked_fill(whole_pixels, 1)
+    cos, sin = angle.cos() / scale, angle.sin() / scale
     *_, height, width = images.shape
-    dx, dy = (2 / size * torch.where(whole, (s * SHIFT * size).round(), s * SHIFT * size)     # the image reaches from -1 to 1
-              for s, size in zip(shift, (width, height)))
+    in_pixels = ((s * TRANSLATION * size, size) for s, size in zip(shift, (width, height)))
+    # grid_sample's coordinates go from -1 to 1.
+    dx, dy = (2 / size * torch.where(whole_pixels, d.round(), d) for d, size in in_pixels)
     to_source = torch.stack((torch.stack((cos, -sin, dx), 1), torch.stack((sin, cos, dy), 1)), 1)
-    grid = F.affine_grid(to_source, images.shape, align_corners=False)
+    grid = F.affine_grid(to_source, list(images.shape), align_corners=False)
     return F.grid_sample(images.to(grid.dtype), grid, align_corners=False).round().to(images.dtype)
 
 
-def load_data(settings, device="cpu"):
-    """The dataset that settings.data names, as SemiSupervisedData. Raises BadInput.
+def load_data(settings: Settings, device: str | torch.device = "cpu") -> SemiSupervisedData:
+    """The dataset that settings.data names, on `device`.
 
-    settings: data, data_root, num_examples, data_seed, supervised; ema, with which HELD_OUT unlabelled
-    examples are held out, but at most a tenth.
+    settings: data, data_root, num_examples, data_seed, supervised, ema. With ema, a tenth of the
+    unlabelled training examples, at most MAX_HELD_OUT, is held out. Raises BadInput if the files
+    cannot be had or the settings ask for more examples than there are.
     """
-    train_x, train_y, test_x, test_y, levels = LOADERS[settings.data](settings)
+    dataset = DATASETS[settings.data]
+    train_x, train_y, test_x, test_y = dataset.load(settings)
     if settings.num_examples > len(train_x):
-        raise BadInput(f"num_examples {settings.num_examples} is more than {settings.data}'s {len(train_x)} training examples")
+        raise BadInput(f"num_examples {settings.num_examples} is more than the {len(train_x)} "
+                       f"training examples of {settings.data}")
     rng = np.random.default_rng(settings.data_seed)
     kept = torch.arange(len(train_x))
     if settings.num_examples != -1:
         kept = torch.from_numpy(np.sort(rng.permutation(len(train_x))[:settings.num_examples]))
         train_x, train_y = train_x[kept], train_y[kept]
-    n_classes = int(test_y.max()) + 1
-    labelled = torch.from_numpy(choose_labelled(train_y.numpy(), n_classes, settings.supervised, rng))
-    held_out = ()
+    labelled = torch.from_numpy(
+        choose_labelled(train_y.numpy(), dataset.n_classes, settings.supervised, rng))
+    held_out: Iterable[int] = ()
     if settings.ema:
         unlabelled = np.setdiff1d(np.arange(len(train_y)), labelled)
         if len(unlabelled) < 10:
-            raise BadInput("ema needs unlabelled examples, some of which are held out to judge the averaged weights: use ema 0")
-        held_out = rng.permutation(unlabelled)[:min(HELD_OUT, len(unlabelled) // 10)]
-    return SemiSupervisedData(train_x, train_y, test_x, test_y, labelled, levels, device, kept[labelled], held_out)
+            raise BadInput("ema holds unlabelled examples out to judge the averaged weights, and "
+                           "there are fewer than 10: use ema 0")
+        held_out = rng.permutation(unlabelled)[:min(MAX_HELD_OUT, len(unlabelled) // 10)]
+    return SemiSupervisedData(train_x, train_y, test_x, test_y, labelled, dataset.grey_levels,
+                              device, kept[labelled], held_out)
 
 
-def choose_labelled(y, n_classes, supervised, rng):
-    """Indices, sorted, of `supervised` examples (-1: all) of labels y, as many of each class as can be.
+def choose_labelled(y: np.ndarray, n_classes: int, supervised: int,
+                    rng: np.random.Generator) -> np.ndarray:
+    """Sorted indices of `supervised` random examples (-1: all), equally many of each class.
 
-    Where the classes cannot have equally many, the first ones have one more. Raises BadInput if
-    there are fewer than one a class, or more than there are.
+    y: the classes of all examples. Where equal numbers are impossible, the first classes get one
+    more, and a class that has too few gives all it has. Raises BadInput if `supervised` is less
+    than the number of classes or more than the examples, or if a class has no examples.
     """
     of_class = [rng.permutation(np.flatnonzero(y == k)) for k in range(n_classes)]
     if not all(map(len, of_class)):
-        raise BadInput(f"the {len(y)} training examples have none of class {[len(m) for m in of_class].index(0)}: "
+        missing = [len(members) for members in of_class].index(0)
+        raise BadInput(f"the {len(y)} training examples have none of class {missing}: "
                        "use more (num_examples)")
     if supervised == -1:
         return np.arange(len(y))
     if not n_classes <= supervised <= len(y):
-        raise BadInput(f"supervised must be at least one for each of the {n_classes} classes and at "
-                       f"most the {len(y)} training examples (or -1 for all), not {supervised}")
-    # Round j takes one more of each class that has one left.
-    rounds = sorted((j, k, i) for k, members in enumerate(of_class) for j, i in enumerate(members))
+        raise BadInput(f"supervised must be at least one for each of the {n_classes} classes and "
+                       f"at most the {len(y)} training examples (or -1 for all), not {supervised}")
+    # Round j takes the j-th example of each class that has one.
+    rounds = sorted((j, k, i) for k, members in enumerate(of_class)
+                    for j, i in enumerate(members))
     return np.sort([i for _, _, i in rounds[:supervised]])
 
 
-def _load_mnist(settings):
-    from torchvision.datasets.mnist import read_image_file, read_label_file       # here: it takes a second
+def _load_mnist(settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # Imported here because it takes a second.
+    from torchvision.datasets.mnist import read_image_file, read_label_file
 
-    root = Path(settings.data_root)
+    root, mnist = Path(settings.data_root), DATASETS["mnist"]
     raw = root / "MNIST" / "raw"
-    names = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    names = [f"{part}-{kind}-ubyte" for part in ("train", "t10k")
+             for kind in ("images-idx3", "labels-idx1")]
     if not all((raw / name).is_file() for name in names):
         _download_mnist(root, raw, names)
     arrays = []
-    for name, n in zip(names, (60000, 60000, 10000, 10000)):
-        read, shape = (read_image_file, (n, 28, 28)) if "images" in name else (read_label_file, (n,))
+    for name in names:
+        n = mnist.n_train if name.startswith("train") else mnist.n_test
+        is_images = "images" in name
+        path = str(raw / name)
         try:
-            array = read(str(raw / name))
-            if tuple(array.shape) != shape:
+            array = read_image_file(path).unsqueeze(1) if is_images else read_label_file(path)
+            if tuple(array.shape) != ((n, *mnist.shape) if is_images else (n,)):
                 raise ValueError(f"shape {tuple(array.shape)}")
-            if "labels" in name and array.max() > 9:
+            if not is_images and array.max() >= mnist.n_classes:
                 raise ValueError(f"label {array.max()}")
         except (AssertionError, RuntimeError, ValueError, OSError, TypeError, KeyError):
-            raise BadInput(f"{raw / name} is truncated or not MNIST's: remove it to have it fetched again") from None
-        arrays.append(array.unsqueeze(1) if "images" in name else array)
-    return *arrays, 256
+            raise BadInput(f"{path} is truncated or not MNIST's: remove it to have it downloaded "
+                           "again") from None
+        arrays.append(array)
+    train_x, train_y, test_x, test_y = arrays
+    return train_x, train_y, test_x, test_y
 
 
-def _download_mnist(root, raw, names):
+def _download_mnist(root: Path, raw: Path, names: list[str]) -> None:
     from torchvision.datasets import MNIST
 
     try:
@@ -188,36 +234,56 @@ def _download_mnist(root, raw, names):
             MNIST(root, download=True)
     except (RuntimeError, OSError, EOFError, http.client.HTTPException) as e:
         raise BadInput(
-            f"no MNIST in {raw} ({', '.join(names)}), and fetching it failed ({type(e).__name__}): put the "
-            "four files there, name their folder with --data_root, or train offline with "
-            "--config configs/digits.yaml") from None
+            f"no MNIST in {raw} ({', '.join(names)}), and downloading it failed "
+            f"({type(e).__name__}): put the four files there, name their folder with --data_root, "
+            "or train offline with --config configs/digits.yaml") from None
 
 
-def _load_digits(settings):
-    digits = load_digits()
-    images, y = digits.images, digits.target
-    train_x, test_x, train_y, test_y = train_test_split(images, y, test_size=DIGITS_TEST, stratify=y, random_state=0)
+def _load_digits(settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """scikit-learn's handwritten digits; the test images are the same ones whatever the seeds."""
+    digits, n_test = load_digits(), DATASETS["digits"].n_test
+    train_x, test_x, train_y, test_y = train_test_split(
+        digits.images, digits.target, test_size=n_test, stratify=digits.target, random_state=0)
 
-    def to_tensor(x):
+    def images(x: np.ndarray) -> Tensor:
         return torch.from_numpy(x).to(torch.uint8).unsqueeze(1)
-    return to_tensor(train_x), torch.from_numpy(train_y), to_tensor(test_x), torch.from_numpy(test_y), 17
+    return images(train_x), torch.from_numpy(train_y), images(test_x), torch.from_numpy(test_y)
 
 
-def _load_points(make):
-    def load(settings):
-        n = POINTS if settings.num_examples == -1 else settings.num_examples
-        train, test = (make(n_samples, random_state=seed) for n_samples, seed in
-                       ((n, 2 * settings.data_seed), (POINTS, 2 * settings.data_seed + 1)))
+def _load_points(settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two moons or two circles, generated from data_seed."""
+    def make(n: int, seed: int) -> Examples:
+        if settings.data == "moons":
+            x, y = make_moons(n, noise=MOONS_NOISE, random_state=seed)
+        else:
+            x, y = make_circles(n, noise=CIRCLES_NOISE, factor=CIRCLES_FACTOR, random_state=seed)
+        x, y = torch.from_numpy(x), torch.from_numpy(y)
+        return x.to(torch.get_default_dtype())[:, :, None, None], y
+    points = DATASETS[settings.data]
+    n = points.n_train if settings.num_examples == -1 else settings.num_examples
+    return *make(n, 2 * settings.data_seed), *make(points.n_test, 2 * settings.data_seed + 1)
 
-        def to_tensors(x, y):
-            return torch.from_numpy(x).to(torch.get_default_dtype())[:, :, None, None], torch.from_numpy(y)
-        return *to_tensors(*train), *to_tensors(*test), None
-    return load
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset that settings.data can name.
+
+    shape: (C, H, W) of an example; grey_levels: None for points; n_train, n_test: numbers of
+    examples (any number of points can be generated for training); load: settings -> train_x,
+    train_y, test_x, test_y.
+    """
+
+    shape: tuple[int, int, int]
+    n_classes: int
+    grey_levels: int | None
+    n_train: int
+    n_test: int
+    load: Callable[[Settings], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
-LOADERS = {
-    "mnist": _load_mnist, "digits": _load_digits,
-    "moons": _load_points(lambda n, random_state: make_moons(n, noise=MOONS_NOISE, random_state=random_state)),
-    "circles": _load_points(lambda n, random_state: make_circles(
-        n, noise=CIRCLES_NOISE, factor=CIRCLES_FACTOR, random_state=random_state)),
+DATASETS = {
+    "mnist": Dataset((1, 28, 28), 10, 256, 60_000, 10_000, _load_mnist),
+    "digits": Dataset((1, 8, 8), 10, 17, 1437, 360, _load_digits),
+    "moons": Dataset((2, 1, 1), 2, None, 1000, 1000, _load_points),
+    "circles": Dataset((2, 1, 1), 2, None, 1000, 1000, _load_points),
 }

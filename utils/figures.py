@@ -1,29 +1,51 @@
-"""The pictures of a run: curves.png, samples.png, and density.png for points in the plane."""
+"""The pictures of a run: curves.png, samples.png, and for points in the plane density.png."""
+
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-COLOURS = ["#1f77b4", "#d62728"]         # of the classes of points
-SAMPLE_ROWS = 10
+from models import SemiConditionalFlow
+
+from .data import SemiSupervisedData
+from .metrics import Row
+
+CLASS_COLOURS = ["#1f77b4", "#d62728"]   # of points
+IMAGES_PER_CLASS, POINTS_PER_CLASS = 10, 1000
 
 
-def draw_curves(rows, path):
-    """Loss, error and log-likelihood against the epoch, from the rows of a MetricsLog."""
+def plot_run(model: SemiConditionalFlow, data: SemiSupervisedData, rows: list[Row],
+             run_dir: Path, seed: int) -> None:
+    """Write the pictures of a run with the metrics `rows` to its directory."""
+    plot_curves(rows, run_dir / "curves.png")
+    plot_samples(model, run_dir / "samples.png", seed)
+    if not model.image:
+        plot_density(model, data, run_dir / "density.png")
+
+
+def plot_curves(rows: list[Row], path: Path) -> None:
+    """Loss, error and likelihood against the epoch, from the rows of a MetricsLog."""
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     loss, error, likelihood = figure.subplots(1, 3)
     epoch = [row["epoch"] for row in rows]
 
-    def curve(axes, key, label, of=lambda v: v):
-        axes.plot(epoch, [of(row[key]) for row in rows], label=label, marker="." if len(rows) < 30 else None)
-    curve(loss, "train_loss", "train loss")
-    loss.set_ylabel("nats")
-    curve(error, "labelled_acc", "labelled rows, training", lambda v: 100 * (1 - v))
-    curve(error, "test_acc", "test", lambda v: 100 * (1 - v))
+    def curve(axes: Axes, key: str, label: str, of: Callable[[float], float] = lambda v: v) -> None:
+        axes.plot(epoch, [of(row[key]) for row in rows], label=label,
+                  marker="." if len(rows) < 30 else None)
+
+    def error_percent(accuracy: float) -> float:
+        return 100 * (1 - accuracy)
+    curve(loss, "train_loss", "training")
+    loss.set_ylabel("loss, nats")
+    curve(error, "labelled_acc", "training, labelled", error_percent)
+    curve(error, "test_acc", "test", error_percent)
     averaged = bool(rows) and np.isfinite(rows[-1]["ema_test_log_p"])
     if averaged:
-        curve(error, "ema_test_acc", "test, averaged weights", lambda v: 100 * (1 - v))
+        curve(error, "ema_test_acc", "test, averaged weights", error_percent)
     error.set_ylabel("error, %")
     error.set_ylim(bottom=0)
     images = bool(rows) and np.isfinite(rows[-1]["test_bpd"])
@@ -39,57 +61,71 @@ def draw_curves(rows, path):
     figure.savefig(path, dpi=100)
 
 
-def draw_samples(model, path, seed):
-    """Draws from p(x | y), a column per class, a row per noise vector; the noise depends on `seed` alone."""
+def plot_samples(model: SemiConditionalFlow, path: Path, seed: int) -> None:
+    """Samples from p(x | y), a column per class, a row per noise vector.
+
+    The noise depends on `seed` alone.
+    """
     k, device = model.n_classes, model.log_p_y.device
-    rows = SAMPLE_ROWS if model.image else 1000
+    rows = IMAGES_PER_CLASS if model.image else POINTS_PER_CLASS
     noise = torch.randn(rows, model.dim, generator=torch.Generator().manual_seed(seed))
     y = torch.arange(k, device=device).repeat(rows)
     x = model.sample(y, noise.repeat_interleave(k, 0).to(device, model.log_p_y.dtype)).cpu()
-    x = x.unflatten(0, (rows, k)).float()                                 # (rows, K, C, H, W)
+    x = x.unflatten(0, (rows, k)).float()  # (rows, K, C, H, W)
     if model.image:
         _, _, c, h, w = x.shape
-        grid = np.full((rows * (h + 1) + 1, k * (w + 1) + 1, c), 0.5)     # a grey line between images
+        grid = np.full((rows * (h + 1) + 1, k * (w + 1) + 1, c), 0.5)  # a grey line between images
         for i in range(rows):
             for j in range(k):
-                grid[i * (h + 1) + 1:(i + 1) * (h + 1), j * (w + 1) + 1:(j + 1) * (w + 1)] = x[i, j].permute(1, 2, 0)
+                top, left = i * (h + 1) + 1, j * (w + 1) + 1
+                grid[top:top + h, left:left + w] = x[i, j].permute(1, 2, 0)
         figure = Figure(figsize=(k * 0.6, rows * 0.6 + 0.5), layout="constrained")
         axes = figure.subplots()
-        axes.imshow(grid.squeeze(-1) if c == 1 else grid, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axes.set_xticks([(j + 0.5) * (w + 1) for j in range(k)], range(k))
+        axes.imshow(grid.squeeze(-1) if c == 1 else grid, cmap="gray", vmin=0, vmax=1,
+                    interpolation="nearest")
+        axes.set_xticks([(j + 0.5) * (w + 1) for j in range(k)], [str(j) for j in range(k)])
         axes.set_yticks([])
         axes.set_xlabel("class y")
     else:
         figure = Figure(figsize=(4 * k, 4), layout="constrained")
         for j, axes in enumerate(figure.subplots(1, k, sharex=True, sharey=True)):
-            axes.scatter(*x[:, j, :, 0, 0].numpy().T, s=4, color=COLOURS[j])
+            axes.scatter(*x[:, j, :, 0, 0].numpy().T, s=4, color=CLASS_COLOURS[j])
             axes.set_title(f"x ~ p(x | y = {j})")
             axes.set_aspect("equal")
     figure.savefig(path, dpi=100)
 
 
 @torch.no_grad()
-def draw_density(model, data, path, cells=200):
-    """For points: log p(x) with the training points, and p(y = 1 | x) with the test points."""
+def plot_density(model: SemiConditionalFlow, data: SemiSupervisedData, path: Path,
+                 cells: int = 200) -> None:
+    """For points: log p(x) with the training points, and p(y = 1 | x) with the test points.
+
+    Both are evaluated on a grid of cells x cells.
+    """
     points = data.train_x[:, :, 0, 0].cpu().numpy()
     low, high = points.min(0) - 0.4, points.max(0) + 0.4
-    extent = [float(v) for v in (low[0], high[0], low[1], high[1])]
-    xs, ys = torch.linspace(*extent[:2], cells), torch.linspace(*extent[2:], cells)
+    extent = (float(low[0]), float(high[0]), float(low[1]), float(high[1]))
+    left, right, bottom, top = extent
+    xs, ys = torch.linspace(left, right, cells), torch.linspace(bottom, top, cells)
     grid = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1).view(-1, 2, 1, 1).to(data.train_x)
     log_joint = torch.cat([model.log_joint(part) for part in grid.split(4096)]).cpu()
-    log_p, posterior = (v.view(cells, cells) for v in (log_joint.logsumexp(1), log_joint.softmax(1)[:, 1]))
+    log_p = log_joint.logsumexp(1).view(cells, cells)
+    posterior = log_joint.softmax(1)[:, 1].view(cells, cells)
     figure = Figure(figsize=(12, 5), layout="constrained")
     density, regions = figure.subplots(1, 2)
-    image = density.imshow(log_p.clamp(min=float(log_p.max()) - 12).numpy(), origin="lower", extent=extent, cmap="viridis")
+    image = density.imshow(log_p.clamp(min=float(log_p.max()) - 12).numpy(), origin="lower",
+                           extent=extent, cmap="viridis")
     figure.colorbar(image, ax=density, label="log p(x), nats")
     density.scatter(*points.T, s=3, color="white", alpha=0.4, linewidths=0)
-    density.set_title("density, training points and the labelled ones")
-    image = regions.imshow(posterior.numpy(), origin="lower", extent=extent, cmap="RdBu_r", vmin=0, vmax=1, alpha=0.7)
+    density.set_title("density and training points, labelled ones large")
+    image = regions.imshow(posterior.numpy(), origin="lower", extent=extent, cmap="RdBu_r",
+                           vmin=0, vmax=1, alpha=0.7)
     figure.colorbar(image, ax=regions, label="p(y = 1 | x)")
     regions.scatter(*data.test_x[:, :, 0, 0].cpu().numpy().T, s=4, c=data.test_y.cpu().numpy(),
-                    cmap=ListedColormap(COLOURS))
-    regions.set_title("decision regions, test points by their true class")
+                    cmap=ListedColormap(CLASS_COLOURS))
+    regions.set_title("posterior and test points, labelled ones large")
     labelled, y = data.labelled.cpu().numpy(), data.train_y[data.labelled].cpu().numpy()
     for axes in (density, regions):
-        axes.scatter(*points[labelled].T, s=60, c=y, cmap=ListedColormap(COLOURS), edgecolors="black", linewidths=1.2)
+        axes.scatter(*points[labelled].T, s=60, c=y, cmap=ListedColormap(CLASS_COLOURS),
+                     edgecolors="black", linewidths=1.2)
     figure.savefig(path, dpi=100)

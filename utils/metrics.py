@@ -1,67 +1,72 @@
-"""The log of a run: a line a logged epoch on the terminal, the same figures in metrics.csv."""
+"""The metrics of a run: for each logged epoch, a line on the terminal and a row of metrics.csv."""
 
 import csv
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
-from . import whole_file
+from .files import atomic_write
 
-COLUMNS = ("epoch", "train_loss", "elbo", "cl_loss", "cons_loss", "sure", "labelled_acc",
-           "test_log_p", "test_acc", "test_bpd", "held_out_log_p",
+Row = dict[str, float]
+
+COLUMNS = ("epoch", "train_loss", "log_likelihood", "cl_loss", "cons_loss", "confident",
+           "labelled_acc", "test_log_p", "test_acc", "test_bpd", "held_out_log_p",
            "ema_test_log_p", "ema_test_acc", "ema_test_bpd", "ema_held_out_log_p", "lr", "seconds")
 
 
 class MetricsLog:
-    """The rows of `path`, a CSV file with the columns of COLUMNS.
+    """The rows of the CSV file `path`, with the columns of COLUMNS:
 
-    epoch; then means over the epoch's training batches: loss, elbo (the objective, nats), cl_loss
-    (L_clf, nats), cons_loss (the consistency term, nats), the share of unlabelled rows that it counts,
-    accuracy on labelled rows (0 to 1); then on the test set: log p(x) (nats), accuracy, bits/dim (NaN
-    for points), and log p(x) of the held-out training images (NaN without ema); the same four of the
-    averaged weights (NaN without ema); the learning rate; seconds of training and evaluation since
-    the row before.
+    epoch; the means over the epoch's batches of the loss, the log-likelihood term (nats), L_clf
+    (nats), the consistency term (nats) and the share of unlabelled rows that it counts as
+    confident; the accuracy on labelled rows (0 to 1); log p(x) (nats), accuracy and bits/dim of the
+    test set; log p(x) of the held-out training examples; the same four of the averaged weights; the
+    learning rate; the seconds of training and evaluation since the previous row. What does not
+    apply (bits/dim of points, averages without ema) is NaN.
     """
 
-    def __init__(self, path, up_to_epoch=0):
-        """Open a log; of one that exists keep the rows up to `up_to_epoch`."""
+    def __init__(self, path: str | Path, up_to_epoch: int = 0):
+        """Open the log. Of an existing file, the rows up to `up_to_epoch` are kept."""
         self.path = Path(path)
         self.rows = [row for row in read_metrics(self.path) if row["epoch"] <= up_to_epoch]
         self._write()
 
-    def append(self, row):
-        """Add `row`, a mapping with the keys of COLUMNS (NaN where one is missing), to the file and print its line."""
-        row = {key: row.get(key, math.nan) for key in COLUMNS}
-        self.rows.append(row)
+    def append(self, row: Mapping[str, float]) -> None:
+        """Add `row`, keyed by COLUMNS (missing values become NaN), to the file; print its line."""
+        full = {key: row.get(key, math.nan) for key in COLUMNS}
+        self.rows.append(full)
         self._write()
-        print(line(row))
+        print(line(full))
 
-    def _write(self):
-        """Replace the file by a whole one: a reader, or a resumed run, never finds half a row."""
-        with whole_file(self.path, newline="") as f:
+    def _write(self) -> None:
+        with atomic_write(self.path, newline="") as f:
             csv.writer(f).writerow(COLUMNS)
             csv.writer(f).writerows([f"{row[key]:.7g}" for key in COLUMNS] for row in self.rows)
 
 
-def read_metrics(path):
-    """The rows of a metrics.csv, with NaN for columns that it does not have; none if there is no such file."""
+def read_metrics(path: str | Path) -> list[Row]:
+    """The rows of a metrics.csv, NaN in the columns that it lacks; none if there is no file."""
     if not Path(path).exists():
         return []
     with open(path, newline="") as f:
-        return [{key: float(row.get(key, math.nan)) for key in COLUMNS} for row in csv.DictReader(f)]
+        return [{key: float(row.get(key, math.nan)) for key in COLUMNS}
+                for row in csv.DictReader(f)]
 
 
-def average_is_better(row):
-    """Whether the averaged weights are the likelier ones on the held-out images; without ema, when those are NaN, not."""
+def average_is_better(row: Row) -> bool:
+    """Whether the averaged weights have the higher held-out likelihood; False without ema."""
     return row["ema_held_out_log_p"] > row["held_out_log_p"]
 
 
-def line(row):
-    """The terminal's line for a row of the log."""
+def line(row: Row) -> str:
+    """The terminal's line for a row."""
     bpd = "" if math.isnan(row["test_bpd"]) else f"  bits/dim {row['test_bpd']:.4f}"
     average = "" if math.isnan(row["ema_test_log_p"]) else (
         f"averaged: log p {row['ema_test_log_p']:9.3f}" +
-        (f"  bits/dim {row['ema_test_bpd']:.4f}" if bpd else "") + f"  acc {row['ema_test_acc']:7.2%} | ")
-    return (f"epoch {row['epoch']:4.0f}  loss {row['train_loss']:9.3f}  elbo {row['elbo']:9.3f}  "
-            f"clf {row['cl_loss']:.4f}  acc {row['labelled_acc']:7.2%} | "
+        (f"  bits/dim {row['ema_test_bpd']:.4f}" if bpd else "") +
+        f"  acc {row['ema_test_acc']:7.2%} | ")
+    return (f"epoch {row['epoch']:4.0f}  loss {row['train_loss']:9.3f}  "
+            f"log-lik {row['log_likelihood']:9.3f}  "
+            f"L_clf {row['cl_loss']:.4f}  acc {row['labelled_acc']:7.2%} | "
             f"test log p {row['test_log_p']:9.3f}{bpd}  acc {row['test_acc']:7.2%} | {average}"
             f"lr {row['lr']:.2e}  {row['seconds']:.1f} s")

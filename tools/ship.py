@@ -1,0 +1,158 @@
+"""From a finished run to weights that ship, with the evidence behind them.
+
+    python tools/ship.py RUN_DIR NAME [--half] [--to FOLDER]
+
+Evaluates the run's model.torch over three samples of the dequantisation noise, on all test images
+and on every 20th. Then writes
+
+- pretrained/NAME.torch, and its line in pretrained/SHA256SUMS;
+- results/NAME: params.yaml, metrics.csv, log.txt, labelled.txt, the pictures, and evaluation.json,
+  which has the numbers for the card in pretrained/README.md.
+
+--half stores the networks inside the couplings in half precision, if error and bits/dim then agree
+with float32's to 0.02 points and 0.001; it says so if they do not.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models import build_model
+from models.networks import ResNet
+from training.checkpoint import load_file, save_atomically
+from training.device import choose_speed, device_name, set_up_torch
+from training.evaluation import build_scorer, evaluate
+from training.fast import FastLogJoint
+from training.processes import Processes
+from utils.data import load_data
+from utils.errors import BadInput, run_command, value_errors_as_bad_input
+from utils.files import PROJECT, atomic_write, sha256
+from utils.metrics import average_is_better, read_metrics
+from utils.settings import read_settings
+
+EVIDENCE = ("params.yaml", "metrics.csv", "log.txt", "labelled.txt", "curves.png", "samples.png",
+            "density.png", "traceback.txt")
+NOISE_SAMPLES = 3
+EVERY = 20              # every 20th test image, for quick checks
+TOLERANCES = {"error": 0.02, "bits_per_dim": 0.001, "log_p": 0.002}      # of half precision
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Ship the weights of a finished run.",
+                                     allow_abbrev=False)
+    parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    parser.add_argument("name", metavar="NAME", help="of the weights and of the folder of evidence")
+    parser.add_argument("--half", action="store_true",
+                        help="store the couplings' networks in half precision, if figures agree")
+    parser.add_argument("--to", type=Path, default=PROJECT, metavar="FOLDER",
+                        help="the folder of pretrained/ and results/; default: the project")
+    parser.add_argument("--commit", help="of the run, if its params.yaml does not have it")
+    own, rest = parser.parse_known_args(argv)
+    missing = [name for name in ("params.yaml", "model.torch", "metrics.csv", "log.txt")
+               if not (own.run / name).is_file()]
+    if missing:
+        raise BadInput(f"{own.run} is not the directory of a finished run: it has no "
+                       f"{', '.join(missing)}")
+    _, settings = read_settings(["--config", str(own.run / "params.yaml"), *rest])
+    device = set_up_torch(settings, Processes())
+    data = load_data(settings, device)
+    rows = read_metrics(own.run / "metrics.csv")
+    weights = load_file(own.run / "model.torch")
+    with value_errors_as_bad_input():
+        model = build_model(settings, data.shape, data.n_classes, data.class_probs).to(device)
+    figures, stored = evaluate_weights(model, weights, data, settings), "float32"
+    print(f"stored in float32: {describe(figures)}")
+    if own.half:
+        halved = to_half(weights, model)
+        halved_figures = evaluate_weights(model, halved, data, settings)
+        print(f"in half precision: {describe(halved_figures)}")
+        if all(abs(mean(halved_figures[key]) - mean(figures[key])) <= tolerance
+               for key, tolerance in TOLERANCES.items() if key in figures):
+            weights, figures = halved, halved_figures
+            stored = "float32, the couplings' networks in half precision"
+        else:
+            print("They do not agree: stored in float32")
+
+    pretrained, results = own.to / "pretrained", own.to / "results" / own.name
+    pretrained.mkdir(parents=True, exist_ok=True)
+    path = pretrained / f"{own.name}.torch"
+    save_atomically(weights, path)
+    digest = sha256(path)
+    list_sum(pretrained / "SHA256SUMS", path.name, digest)
+    copy_evidence(own.run, results)
+    params = yaml.safe_load((own.run / "params.yaml").read_text())
+    evaluation = {
+        "file": path.name, "sha256": digest, "bytes": path.stat().st_size, "stored": stored,
+        "weights": "averaged" if average_is_better(rows[-1]) else "last",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "commit": own.commit or params.get("commit"), "changed": params.get("dirty"),
+        "training_seconds": round(sum(row["seconds"] for row in rows)),
+        "evaluated_on": device_name(device), "torch": torch.__version__, **figures}
+    with atomic_write(results / "evaluation.json") as f:
+        f.write(json.dumps(evaluation, indent=1) + "\n")
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, SHA-256 {digest}\nEvidence in {results}")
+
+
+def copy_evidence(run, folder):
+    """Copy the files of EVIDENCE that the directory of a run has to `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in EVIDENCE:
+        if (run / name).is_file():
+            shutil.copy(run / name, folder / name)
+
+
+def evaluate_weights(model, weights, data, settings):
+    """error (%) and bits_per_dim (log_p, nats, for points) per noise sample, as in the run.
+
+    each_20th: the same for every 20th test image.
+    """
+    model.load_state_dict(weights)                  # cast to the types of the model
+    speed = choose_speed(settings, data.device, Processes())
+    score = build_scorer(FastLogJoint(model, *speed))
+
+    def evaluate_examples(examples):
+        values = [evaluate(score, data, examples, settings.test_bs, settings.seed + i, Processes())
+                  for i in range(NOISE_SAMPLES)]
+        error = [round(100 * (1 - accuracy), 4) for _, accuracy in values]
+        if data.grey_levels:
+            key, likelihood = "bits_per_dim", [round(data.bits_per_dim(p), 6) for p, _ in values]
+        else:
+            key, likelihood = "log_p", [round(log_p, 4) for log_p, _ in values]
+        return {"error": error, key: likelihood, "images": len(examples[0])}
+    return {**evaluate_examples((data.test_x, data.test_y)),
+            "each_20th": evaluate_examples((data.test_x[::EVERY], data.test_y[::EVERY]))}
+
+
+def to_half(weights, model):
+    """`weights` with those of the networks inside the couplings in half precision."""
+    networks = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, ResNet))
+    return {key: value.half() if key.startswith(networks) and value.is_floating_point() else value
+            for key, value in weights.items()}
+
+
+def list_sum(path, name, digest):
+    """Put the line of file `name` into SHA256SUMS, in the format of sha256sum."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = [line for line in lines if line.split()[1] != name] + [f"{digest}  {name}"]
+    with atomic_write(path) as f:
+        f.write("\n".join(sorted(lines, key=lambda line: line.split()[1])) + "\n")
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def describe(figures):
+    return "; ".join(f"{key} {mean(values):.4f} ({', '.join(f'{v:.4f}' for v in values)})"
+                     for key, values in figures.items() if isinstance(values, list))
+
+
+if __name__ == "__main__":
+    run_command(main)

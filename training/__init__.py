@@ -1,0 +1,1 @@
+"""The engine that trains and evaluates a model: loss, training step, devices, checkpoints."""

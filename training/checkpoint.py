@@ -1,0 +1,179 @@
+"""Files of weights, and checkpoints."""
+
+import random
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models import SemiConditionalFlow
+from models.published import from_published, is_published
+from utils.errors import BadInput, value_errors_as_bad_input
+from utils.files import PROJECT, atomic_write, sha256
+
+from .objective import Terms
+
+PRETRAINED = PROJECT / "pretrained"
+CHECKPOINT_KEYS = {"model", "optimizer", "epoch", "step", "sums", "seconds", "generator", "rng",
+                   "settings"}
+
+
+def load_weights(model: SemiConditionalFlow, path: str | Path) -> None:
+    """Load weights into `model`, in place and cast to its types, from the file at `path`.
+
+    The file is a run's `model.torch` or `checkpoint.pt`, or a state dict of the authors' code, with
+    or without the prefix `module.` and masks. Raises BadInput if the file is missing, is none of
+    these, or holds another architecture; the message then names the first differences.
+    """
+    content = load_file(path)
+    state = as_state_dict(content.get("model", content), path)
+    if is_published(state):
+        with value_errors_as_bad_input():
+            state = from_published(model, state)
+    check_architecture(model, state, path)
+    model.load_state_dict(state, strict=False)
+
+
+def shipped_weights(config_file: str | None) -> Path:
+    """The weights that ship for a config: pretrained/NAME.torch for NAME.yaml.
+
+    For config.yaml, or without a config, they are pretrained/model.torch. Raises BadInput if there
+    are none, or if the file's SHA-256 is not the one in pretrained/SHA256SUMS.
+    """
+    config = Path(config_file or "config.yaml")
+    path = PRETRAINED / ("model.torch" if config.name == "config.yaml" else f"{config.stem}.torch")
+    if not path.is_file():
+        raise BadInput(f"no weights ship for {config.name} (there is no pretrained/{path.name}): "
+                       f"train them (python train-flow-ssl.py --config {config}), then give the "
+                       "run's model.torch to --pretrained")
+    sums = PRETRAINED / "SHA256SUMS"
+    lines = sums.read_text().splitlines() if sums.is_file() else []
+    expected = {name: digest for digest, name in map(str.split, lines)}.get(path.name)
+    found = sha256(path)
+    if found != expected:
+        raise BadInput(f"{path} is damaged, or not the file that ships: "
+                       f"its SHA-256 is {found}, not {expected}")
+    return path
+
+
+def load_checkpoint(path: Path, model: SemiConditionalFlow) -> dict[str, Any]:
+    """The content of a run's checkpoint.pt.
+
+    Raises BadInput if it is not a checkpoint of a run of `model`.
+    """
+    checkpoint = load_file(path)
+    if set(checkpoint) != CHECKPOINT_KEYS or len(checkpoint["sums"]) != len(Terms._fields):
+        raise BadInput(f"{path} is not a checkpoint of a run, or one of another version")
+    check_architecture(model, as_state_dict(checkpoint["model"], path), path)
+    return checkpoint
+
+
+def as_state_dict(state: Any, path: str | Path) -> dict[str, Tensor]:
+    """`state`, from the file at `path`, if it maps names to tensors. Otherwise raises BadInput."""
+    if not isinstance(state, dict) or not state or not all(
+            isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
+        raise BadInput(f"{path} holds no weights: expected a mapping of names to tensors")
+    return state
+
+
+def check_architecture(model: SemiConditionalFlow, state: Mapping[str, Tensor],
+                       path: str | Path) -> None:
+    """Raise BadInput, naming the first three differences, if `state` does not fit `model`."""
+    own = model.state_dict()
+    # Published state dicts have no log_p_y: the model's own is kept.
+    differences = [f"{key} is missing" for key in own if key not in state and key != "log_p_y"]
+    differences += [f"{key} is {tuple(state[key].shape)} in the file "
+                    f"and {tuple(own[key].shape)} in the model"
+                    for key in own if key in state and state[key].shape != own[key].shape]
+    differences += [f"{key} is not in the model" for key in state if key not in own]
+    if differences:
+        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise BadInput(f"{path} holds weights of another architecture: "
+                       f"{'; '.join(differences[:3])}{more}")
+
+
+def load_file(path: str | Path) -> dict[str, Any]:
+    """The mapping that torch.save wrote to `path`, with its tensors on the CPU. Raises BadInput."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"no file {path}") from None
+    except Exception as e:  # damaged bytes raise errors of many types
+        raise BadInput(f"{path} is no checkpoint that torch.load can read safely "
+                       f"({type(e).__name__})") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} holds a {type(content).__name__}, not the mapping of a checkpoint")
+    return content
+
+
+class CheckpointWriter:
+    """A context whose `write` copies a checkpoint to the CPU and returns; a thread writes the file.
+
+    When the context ends, the last checkpoint has been written. An error in writing is raised by
+    the next call, or at the end of the context.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.thread = path, ThreadPoolExecutor(1)
+        self.pending: Future | None = None
+
+    def write(self, content: Mapping[str, Any]) -> None:
+        """Write `content`, nested mappings of tensors and plain values, to the path."""
+        self.wait()
+        self.pending = self.thread.submit(save_atomically, copy_to_cpu(content), self.path)
+
+    def wait(self) -> None:
+        """Wait for the last checkpoint. Raises the error that writing it raised."""
+        if self.pending:
+            self.pending.result()
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.thread.shutdown()
+        self.wait()
+
+
+def copy_to_cpu(content: Any) -> Any:
+    """`content`, nested mappings of tensors and plain values, with tensors copied to the CPU."""
+    if isinstance(content, Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, dict):
+        return {key: copy_to_cpu(value) for key, value in content.items()}
+    return content
+
+
+def save_atomically(content: Any, path: Path) -> None:
+    """torch.save `content` so that `path` always holds either the old or the new file."""
+    with atomic_write(path, "wb") as f:
+        torch.save(content, f)
+
+
+def get_rng_state() -> dict[str, Any]:
+    """The states of the global generators of Python, NumPy and PyTorch.
+
+    They consist of types that torch.load reads safely.
+    """
+    state: Any = np.random.get_state()
+    kind, keys, *rest = state
+    return {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest),
+            "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Restore what `get_rng_state` returned, for GPUs only if their number is the same."""
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,107 @@
+"""Log-likelihood and accuracy on a set of examples."""
+
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils import Settings
+from utils.data import Examples, SemiSupervisedData
+
+from .cuda_graph import Captured
+from .device import device_name
+from .fast import FastLogJoint
+from .processes import Processes
+
+Scorer = Callable[[Tensor], Tensor]
+
+
+def build_scorer(log_joint: FastLogJoint) -> Scorer:
+    """x (B, C, H, W) -> log p(x, y) (B, K) without gradient, in micro-batches.
+
+    With CUDA graphs a scorer accepts batches of one size only: make one for each set of examples.
+    """
+    @torch.no_grad()
+    def score(x: Tensor) -> Tensor:
+        return torch.cat([log_joint(part) for part in x.split(log_joint.micro_batch_size)])
+    return Captured(score) if log_joint.cuda_graph else score
+
+
+def evaluate(score: Scorer, data: SemiSupervisedData, examples: Examples, batch_size: int,
+             seed: int, processes: Processes) -> tuple[float, float]:
+    """Mean log p(x) of `examples`, in nats, and the accuracy of argmax p(y | x), from 0 to 1.
+
+    score: x -> log p(x, y), called with batches of one size, at most `batch_size`. `seed`
+    determines the dequantisation noise, so two evaluations of the same weights on the same device
+    agree. Each process evaluates its share of the batches.
+    """
+    generator = torch.Generator(data.device).manual_seed(seed)
+    images, y = examples
+    n = len(images)
+    n_batches = -(-n // batch_size)
+    batch_size = -(-n // n_batches)
+    sums = torch.zeros(2, dtype=torch.float64, device=data.device)  # of log p(x), of correct
+    for i in range(n_batches):
+        rows = torch.arange(i * batch_size, (i + 1) * batch_size, device=data.device)
+        counted, rows = rows < n, rows.clamp(max=n - 1)  # the last batch is filled up
+        x = data.dequantize(images[rows], generator)  # by all processes: the noise stays the same
+        if i % processes.size == processes.rank:
+            log_joint = score(x)
+            correct = log_joint.argmax(1) == y[rows]
+            values = torch.stack((log_joint.logsumexp(1).double(), correct.double()))
+            sums += (values * counted).sum(1)
+    log_p, accuracy = (processes.sum(sums) / n).tolist()
+    return log_p, accuracy
+
+
+class RunEvaluation:
+    """The evaluation of a run's weights on its test set and its held-out examples.
+
+    evaluation() -> test_log_p, test_acc, test_bpd, held_out_log_p; the last is NaN if no examples
+    are held out. settings: test_bs, seed.
+    """
+
+    def __init__(self, log_joint: FastLogJoint, data: SemiSupervisedData,
+                 settings: Settings, processes: Processes):
+        self.data, self.settings, self.processes = data, settings, processes
+        self.score_test, self.score_held_out = build_scorer(log_joint), build_scorer(log_joint)
+
+    def __call__(self) -> dict[str, float]:
+        data = self.data
+        log_p, accuracy = self._evaluate(self.score_test, (data.test_x, data.test_y))
+        held_out_log_p = math.nan
+        if len(data.held_out):
+            held_out = data.train_x[data.held_out], data.train_y[data.held_out]
+            held_out_log_p, _ = self._evaluate(self.score_held_out, held_out)
+        return {"test_log_p": log_p, "test_acc": accuracy, "test_bpd": data.bits_per_dim(log_p),
+                "held_out_log_p": held_out_log_p}
+
+    def _evaluate(self, score: Scorer, examples: Examples) -> tuple[float, float]:
+        return evaluate(score, self.data, examples, self.settings.test_bs, self.settings.seed,
+                        self.processes)
+
+
+def print_evaluation(log_joint: FastLogJoint, data: SemiSupervisedData,
+                     settings: Settings, processes: Processes) -> None:
+    """Print error and likelihood on the test set.
+
+    Each is the mean over settings.draws samples of the dequantisation noise; the values follow it.
+    """
+    start = time.perf_counter()
+    score, test = build_scorer(log_joint), (data.test_x, data.test_y)
+    log_p, accuracy = np.transpose([
+        evaluate(score, data, test, settings.test_bs, settings.seed + i, processes)
+        for i in range(settings.draws)])
+
+    def mean(values: np.ndarray, digits: int, unit: str = "") -> str:
+        each = f" ({', '.join(f'{v:.{digits}f}' for v in values)})" if len(values) > 1 else ""
+        return f"{np.mean(values):.{digits}f}{unit}{each}"
+    print(f"Test set     {len(data.test_x)} examples of {settings.data}, "
+          f"{time.perf_counter() - start:.1f} s on {device_name(data.device)}")
+    print(f"Test error   {mean(100 * (1 - accuracy), 2, '%')}")
+    print(f"log p(x)     {mean(log_p, 3, ' nats')}")
+    if data.grey_levels:
+        print(f"bits/dim     {mean(data.bits_per_dim(log_p), 4)}")

@@ -1,0 +1,91 @@
+"""The loss of a batch.
+
+With w_i = sup_weight for a labelled row and 1 for an unlabelled one, normalised to sum to 1 over
+the batch, the loss is
+
+    - sum_{i labelled} w_i log p(x_i, y_i) - sum_{j unlabelled} w_j u(x_j)
+    + cl_weight * L_clf + cons_weight * L_cons
+
+    ssl_alg sgd:  u(x) = log p(x)
+    ssl_alg em:   u(x) = sum_y q(y) log p(x, y), where q(y) = p(y | x) gets no gradient
+
+L_clf, from the paper, is the mean of -log p(y_i | x_i) over the labelled rows.
+
+L_cons, which the paper does not have, is for images and uses an augmented copy x' of each image x
+(`augment` in utils/data.py): where the largest class probability of an unlabelled image exceeds
+CONFIDENCE_THRESHOLD, its posterior is the target for the copy,
+
+    mean_{j unlabelled} [ - sum_y q_j(y) log p(y | x'_j)  if max_y q_j(y) > CONFIDENCE_THRESHOLD,
+                          0                               otherwise ],
+
+where q_j(y) = p(y | x_j) gets no gradient. Soft targets under a confidence mask are those of UDA
+(Xie et al. 2020, arXiv 1904.12848); FixMatch (Sohn et al. 2020, arXiv 2001.07685) has hard ones.
+With this term L_clf is the mean of those of x_i and x'_i.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from utils import Settings
+
+CONFIDENCE_THRESHOLD = 0.95
+
+
+class Terms(NamedTuple):
+    """The loss of a batch and what is logged of it, each of shape ()."""
+
+    loss: Tensor
+    log_likelihood: Tensor   # the weighted mean of log p(x, y) and u(x), in nats
+    cl_loss: Tensor          # L_clf, in nats
+    cons_loss: Tensor        # L_cons, in nats
+    confident: Tensor        # share of the unlabelled rows above the confidence threshold
+    correct: Tensor          # number of labelled rows that argmax p(y | x) classifies correctly
+    labelled: Tensor         # number of labelled rows
+
+
+def objective(log_joint: Tensor, y: Tensor, settings: Settings,
+              log_joint_augmented: Tensor | None = None, batch_y: Tensor | None = None) -> Terms:
+    """The loss of a batch, or the contribution of a micro-batch to it (module docstring).
+
+    log_joint: log p(x, y), (B, K); y: (B,), -1 where the label is hidden; settings: ssl_alg,
+    sup_weight, cl_weight, cons_weight; log_joint_augmented: log p(x', y), (B, K), or None without
+    augmented copies; batch_y: the labels of the whole batch if the rows are a micro-batch of it.
+    The terms of all micro-batches sum to those of the batch.
+    """
+    batch_y = y if batch_y is None else batch_y
+    labelled = y >= 0
+    n_labelled = (batch_y >= 0).sum()
+    log_p_xy = log_joint.gather(1, y.clamp(min=0)[:, None])[:, 0]  # log p(x, y) of the label
+    log_p_x = log_joint.logsumexp(1)
+    if settings.ssl_alg == "em":
+        unlabelled_term = (log_joint.softmax(1).detach() * log_joint).sum(1)
+    else:
+        unlabelled_term = log_p_x
+
+    def row_weights(y: Tensor) -> Tensor:
+        return torch.ones_like(y, dtype=log_joint.dtype).masked_fill(y >= 0, settings.sup_weight)
+    weighted = row_weights(y) * torch.where(labelled, log_p_xy, unlabelled_term)
+    log_likelihood = weighted.sum() / row_weights(batch_y).sum()
+
+    nll = log_p_x - log_p_xy  # -log p(y | x)
+    cons_loss = confident = torch.zeros_like(log_likelihood)
+    if log_joint_augmented is not None:
+        nll_augmented = F.cross_entropy(log_joint_augmented, y.clamp(min=0), reduction="none")
+        nll = (nll + nll_augmented) / 2
+        target = log_joint.detach().softmax(1)  # q
+        is_confident = ~labelled & (target.amax(1) > CONFIDENCE_THRESHOLD)
+        n_unlabelled = (len(batch_y) - n_labelled).clamp(min=1)
+        cross_entropy = F.cross_entropy(log_joint_augmented, target, reduction="none")
+        cons_loss = (cross_entropy * is_confident).sum() / n_unlabelled
+        confident = is_confident.sum() / n_unlabelled
+    cl_loss = nll.masked_fill(~labelled, 0).sum() / n_labelled.clamp(min=1)
+
+    loss = -log_likelihood
+    for weight, term in ((settings.cl_weight, cl_loss), (settings.cons_weight, cons_loss)):
+        loss = loss + weight * term if weight else loss
+    correct = (labelled & (log_joint.argmax(1) == y)).sum()
+    return Terms(loss, log_likelihood, cl_loss, cons_loss, confident,
+                 correct.to(loss.dtype), labelled.sum().to(loss.dtype))

@@ -1,0 +1,99 @@
+"""The processes of one run, as torchrun starts them. Started otherwise, a run has one process."""
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from utils.errors import BadInput
+
+
+class Processes:
+    """rank, size (on this machine: local_rank, local_size), and collective operations.
+
+    End with `close`.
+    """
+
+    def __init__(self) -> None:
+        """Read torchrun's environment variables. Raises BadInput if they are not numbers."""
+        try:
+            self.rank, self.size, self.local_rank, self.local_size = (
+                int(os.environ.get(key, value)) for key, value in
+                (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+        except ValueError:
+            raise BadInput("RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE are not numbers: "
+                           "start with torchrun, or unset them") from None
+        self.connected = False
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes files."""
+        return self.rank == 0
+
+    def connect(self, device: torch.device) -> None:
+        """Initialise the process group: NCCL for tensors on GPUs, gloo for those on the CPU."""
+        if self.size == 1:
+            return
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        self.connected = True
+
+    def shard(self, batch: Tensor) -> Tensor:
+        """This process's rows of `batch`, whose length is a multiple of `size`."""
+        return batch[self.rank::self.size]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor` over the processes."""
+        return self._reduced(tensor, dist.ReduceOp.SUM)
+
+    def min(self, tensor: Tensor) -> Tensor:
+        """The minimum of `tensor` over the processes."""
+        return self._reduced(tensor, dist.ReduceOp.MIN)
+
+    def _reduced(self, tensor: Tensor, op: Any) -> Tensor:
+        if self.size > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor, op)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true in some process. It does not wait for a GPU."""
+        if self.size == 1:
+            return flag
+        count = torch.tensor(int(flag))
+        dist.all_reduce(count)
+        return bool(count)
+
+    def first(self, value: Any) -> Any:
+        """The first `value` in the order of the ranks that is not None."""
+        if self.size == 1:
+            return value
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return next((v for v in values if v is not None), None)
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        self.any(False)
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """A block that the main process executes before the others."""
+        if not self.is_main:
+            self.barrier()
+        try:
+            yield
+        finally:
+            if self.is_main:
+                self.barrier()
+
+    def close(self) -> None:
+        """Destroy the process group, after everything that still refers to it."""
+        if self.connected:
+            gc.collect()
+            dist.destroy_process_group()
+            self.connected = False

@@ -1,0 +1,160 @@
+"""A training step: gradients of micro-batches, Adamax, the moving average of the weights.
+
+The parameters are views of one vector, so that the optimiser and the average are a few operations
+on one tensor, and the step can be captured as one CUDA graph.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from utils import Settings
+
+from .cuda_graph import Captured
+from .fast import FastLogJoint
+from .objective import Terms, objective
+from .processes import Processes
+
+# Elements: GPU kernels want weights to begin at multiples of 16 bytes and more.
+ALIGNMENT = 32
+
+
+class TrainingStep:
+    """step(x, y) changes the parameters of `log_joint` by one step of Adamax.
+
+    It never waits for the device. settings: lr, weight_decay, clip_gn, ema, and those of
+    `objective`; processes: each computes its shard of every batch. `lr`, on the device, is the
+    learning rate of the next steps. With settings.ema the step maintains the moving average of the
+    weights, starting with the initial ones (`averaged`).
+    """
+
+    def __init__(self, log_joint: FastLogJoint, settings: Settings,
+                 processes: Processes):
+        self.micro_batch_size = log_joint.micro_batch_size
+        self.settings, self.processes = settings, processes
+        self.parameters = list(log_joint.parameters())
+        self.vector, self.padding = _as_one_vector(self.parameters)
+        self.vector.grad = torch.zeros_like(self.vector)
+        self.lr = torch.tensor(settings.lr, device=self.vector.device)
+        self.optimizer = torch.optim.Adamax([self.vector], lr=self.lr,
+                                            weight_decay=settings.weight_decay,
+                                            foreach=True, capturable=self.vector.is_cuda)
+        self.average = self.vector.detach().clone() if settings.ema else None
+        self._update_average = get_ema_multi_avg_fn(settings.ema)
+        self.log_joint: nn.Module = log_joint
+        if processes.size > 1:
+            # All processes start with the main one's parameters; buffers never change. The option
+            # that says so has another name since PyTorch 2.14.
+            options = inspect.signature(DistributedDataParallel).parameters
+            sync_buffers = ("forward_sync_buffers" if "forward_sync_buffers" in options
+                            else "broadcast_buffers")
+            # The hooks of DistributedDataParallel expect gradients on one stream.
+            log_joint.side_stream = None
+            # Dynamo's optimisation for it would split the compiled parts, which are small.
+            torch._dynamo.config.optimize_ddp = False
+            no_sync: dict[str, Any] = {sync_buffers: False}
+            self.log_joint = DistributedDataParallel(log_joint, **no_sync)
+        self.captured = Captured(self._run) if log_joint.cuda_graph else None
+
+    def __call__(self, x: Tensor, y: Tensor, augmented: Tensor | None = None) -> Tensor:
+        """Train on the batch x (B, C, H, W), y (B,) -> its Terms, stacked: (T,).
+
+        y: -1 where the label is hidden; augmented: the augmented copies of x, for the consistency
+        term. Of several processes, each gets its shard's contribution to the terms.
+        """
+        batch = (x, y) if augmented is None else (x, y, augmented)
+        return self.captured(*batch) if self.captured else self._run(*batch)
+
+    def _run(self, x: Tensor, y: Tensor, *augmented: Tensor) -> Tensor:
+        for p in self.parameters:
+            p.grad = None
+        n_images = max(self.micro_batch_size // (1 + len(augmented)), 1)
+        shards = [self.processes.shard(rows).split(n_images) for rows in (y, x, *augmented)]
+        batch_terms = torch.zeros(len(Terms._fields), device=x.device, dtype=x.dtype)
+        for i, (micro_y, *images) in enumerate(zip(*shards)):
+            with self._gradient_sync(i == len(shards[0]) - 1):
+                inputs = torch.cat(images) if augmented else images[0]
+                log_joints = self.log_joint(inputs).chunk(len(images))
+                terms = objective(log_joints[0], micro_y, self.settings,
+                                  log_joints[1] if augmented else None, batch_y=y)
+                (terms.loss * self.processes.size).backward()  # DistributedDataParallel averages
+            batch_terms = batch_terms + torch.stack(terms).detach()
+        gradients: list[Any] = [p.grad for p in self.parameters]
+        torch.cat([part for grad, padding in zip(gradients, self.padding)
+                   for part in (_in_memory_order(grad), *padding)], out=self.vector.grad)
+        if self.settings.clip_gn:
+            nn.utils.clip_grad_norm_([self.vector], self.settings.clip_gn)
+        self.optimizer.step()
+        if self.average is not None:
+            self._update_average([self.average], [self.vector.detach()], None)
+        return batch_terms
+
+    def _gradient_sync(self, now: bool) -> contextlib.AbstractContextManager:
+        """Processes exchange gradients once, with the last micro-batch."""
+        if now or not isinstance(self.log_joint, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.log_joint.no_sync()
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def averaged(self) -> Iterator[None]:
+        """A context in which the parameters have the values of their moving average."""
+        assert self.average is not None, "there is no average without settings.ema"
+        own = self.vector.clone()
+        self.vector.copy_(self.average)
+        try:
+            yield
+        finally:
+            self.vector.copy_(own)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state of Adamax (step, exp_avg, exp_inf) and the average, if any.
+
+        Before the first step, that of Adamax is empty.
+        """
+        average = {} if self.average is None else {"average": self.average}
+        return {**self.optimizer.state[self.vector], **average}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` returned, from any device."""
+        device = self.vector.device
+        devices = {"step": device if self.vector.is_cuda else "cpu",
+                   "exp_avg": device, "exp_inf": device}
+        self.optimizer.state[self.vector] = {
+            key: state[key].to(place, copy=True) for key, place in devices.items() if key in state}
+        if self.average is not None:
+            self.average.copy_(state["average"])
+
+
+def _in_memory_order(p: Tensor) -> Tensor:
+    """p flattened in the order of its memory: convolution weights are channels-last."""
+    return (p.permute(0, 2, 3, 1) if p.dim() == 4 else p).reshape(-1)
+
+
+@torch.no_grad()
+def _as_one_vector(parameters: list[nn.Parameter]) -> tuple[nn.Parameter, list[list[Tensor]]]:
+    """Make `parameters` views of one vector that begin at multiples of ALIGNMENT.
+
+    -> the vector, a Parameter; and for each of `parameters` the zeros after it: a list of one
+    tensor, or of none.
+    """
+    padding = [[p.new_zeros(n)] if (n := -p.numel() % ALIGNMENT) else [] for p in parameters]
+    vector = torch.cat([part for p, zeros in zip(parameters, padding)
+                        for part in (_in_memory_order(p), *zeros)])
+    start = 0
+    for p, zeros in zip(parameters, padding):
+        part = vector[start:start + p.numel()]
+        start += p.numel() + sum(map(len, zeros))
+        if p.dim() == 4:
+            o, i, h, w = p.shape
+            p.data = part.view(o, h, w, i).permute(0, 3, 1, 2)
+        else:
+            p.data = part.view(p.shape)
+    return nn.Parameter(vector), padding

@@ -1,0 +1,31 @@
+"""Files: the project's folder, atomic writes, checksums."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
+    """Open a file for writing that replaces `path`, atomically, when the block ends.
+
+    Readers see either the old file or the new one, never a part. An error leaves `path` as it was
+    and a `.partial` file beside it. options: as for `open`.
+    """
+    partial = f"{path}.partial"
+    with open(partial, mode, **options) as f:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of the file at `path`, in hexadecimal."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
