@@ -14,8 +14,8 @@ with one pass of the large flow f_w, and one pass of the small flow h_phi for ea
 
 The loss (training/objective.py) is the mean over a batch of -log p(x, y) for labelled rows and of
 -log p(x) for unlabelled ones. Optional terms are added to it: classification of the labelled rows
-(the paper's L_clf) and consistency under augmentation. A third of the rows is labelled: of the
-60,000 rows of an epoch on MNIST, 20,000 come from the 100 labelled images.
+(the paper's L_clf) and consistency under augmentation. On average a third of the rows is
+labelled: of the 60,000 rows of an epoch on MNIST, 20,000 come from the 100 labelled images.
 """
 
 import contextlib
@@ -146,7 +146,7 @@ def train(model, data, settings, speed, processes, stopping, run_dir, checkpoint
             start = time.perf_counter()
             row.update(epoch=state.epoch, **evaluation())
             if settings.ema:
-                with state.step.averaged():
+                with state.training_step.averaged():
                     row.update({f"ema_{key}": value for key, value in evaluation().items()})
             steps = state.steps_per_epoch
             row["lr"] = learning_rate(state.epoch, steps, steps, settings)
@@ -165,7 +165,7 @@ def train(model, data, settings, speed, processes, stopping, run_dir, checkpoint
         if settings.ema:
             which = (f" of the {'averaged' if averaged else 'last'} weights, which have the higher "
                      "likelihood on held-out images")
-        with state.step.averaged() if averaged else contextlib.nullcontext():
+        with state.training_step.averaged() if averaged else contextlib.nullcontext():
             plot_run(model, data, log.rows, run_dir, settings.seed)
             save_atomically(copy_to_cpu(model.state_dict()), run_dir / "model.torch")
         error = 1 - last["ema_test_acc" if averaged else "test_acc"]

@@ -27,9 +27,10 @@ def build_model(settings: Mapping[str, Any] | SimpleNamespace | argparse.Namespa
                 class_probs: Sequence[float] | None = None) -> SemiConditionalFlow:
     """Build the semi-conditional flow that `settings` describes, with ActNorms not yet initialised.
 
-    settings: a mapping or namespace with the keys of MODEL_OPTIONS; other keys are ignored, missing
-    ones have their defaults. data_shape: (C, H, W), or (2, 1, 1) for points. class_probs: p(y), K
-    numbers, or None for uniform. Raises ValueError if these do not fit together.
+    settings: a mapping or namespace with the keys of MODEL_OPTIONS; missing keys have their
+    defaults; ssl_nclasses, if given, must agree with n_classes; all other keys are ignored.
+    data_shape: (C, H, W), or (2, 1, 1) for points. class_probs: p(y), K numbers, or None for
+    uniform. Raises ValueError if these do not fit together.
     """
     given = settings if isinstance(settings, Mapping) else vars(settings)
     values = {key: given.get(key, default) for key, default in MODEL_OPTIONS.items()}

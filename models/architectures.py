@@ -33,10 +33,10 @@ def masked_glow(shape: Shape, options: SimpleNamespace, width: int, n_blocks: in
                 squeeze_first: bool = False, padding_mode: str = "reflect") -> MultiScale:
     """f_w for images (C, H, W): checkerboard and channel couplings on three scales.
 
-    width, n_blocks: channels and residual blocks of the couplings' networks, unless options.width
-    and options.n_blocks are positive. The last part of z has 4C channels of H/4 x W/4 pixels: it is
-    z_f if `ssl_dim` is its size. With `squeeze_first` the first squeeze precedes the first
-    couplings, which then work on a quarter of the pixels.
+    width, n_blocks: channels and residual blocks of the couplings' networks; options.width and
+    options.n_blocks override them if positive. The last part of z has 4C channels of H/4 x W/4
+    pixels: it is z_f if `ssl_dim` is its size. With `squeeze_first` the first squeeze precedes the
+    first couplings, which then work on a quarter of the pixels.
 
     Raises ValueError if the sides of the images are not multiples of 4, at least 8.
     """

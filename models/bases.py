@@ -28,5 +28,5 @@ class DiagonalGaussian(nn.Module):
         return log_p.sum(-1)
 
     def sample(self, eps: Tensor) -> Tensor:
-        """The sample that standard normal noise eps (B, dim) gives: (B, dim)."""
+        """Transform standard normal noise eps (B, dim) into a sample: (B, dim)."""
         return self.sigma * eps

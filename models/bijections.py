@@ -43,7 +43,8 @@ class Bijection(nn.Module):
 class Logit(Bijection):
     """x' = x (1 - alpha) + alpha / 2; z = log x' - log(1 - x'), for x in [0, 1].
 
-    Dinh et al. 2017 (arXiv 1605.08803), section 4.1. A positive alpha keeps z finite at 0 and 1.
+    As in the authors' code; a symmetric variant of Dinh et al. 2017 (arXiv 1605.08803), section
+    4.1. A positive alpha keeps z finite at 0 and 1.
     """
 
     def __init__(self, alpha: float = 0.05):

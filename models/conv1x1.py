@@ -17,14 +17,15 @@ from .bijections import Bijection
 
 # Up to this many channels, broadcasting beats a matrix product on images.
 BROADCAST_CHANNELS = 16
-# PyTorch factorises this many matrices or more by a batched LU that CUDA graphs can capture.
+# PyTorch's LU of fewer matrices may not be the batched one, which CUDA graphs can capture.
 MIN_GPU_BATCH = 3
 
 
 class LogAbsDet(torch.autograd.Function):
     """log|det W| of each W (N, C, C) -> (N,), by LU in double precision; d log|det W| / dW = W^-T.
 
-    It never waits for the device: a singular W gives -inf, and a gradient that is not finite.
+    It never synchronises with the device: a singular W gives -inf, and a gradient that is not
+    finite.
     """
 
     @staticmethod

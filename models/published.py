@@ -1,7 +1,7 @@
 """The layout of the state dict of the authors' code, in terms of ours.
 
 There the layers of f_w are flow.modules_.N and those of h_phi prior.flow.modules_.N, numbered
-through; a split counts as one layer, a conditional flow step as its three parts. The prefix
+consecutively; a split counts as one layer, a conditional flow step as its three parts. The prefix
 `module.`, which DataParallel adds, can stand anywhere and is ignored, as are the masks, which are
 constants.
 """

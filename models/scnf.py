@@ -28,7 +28,8 @@ class SemiConditionalFlow(nn.Module):
 
     f_w: a flow on data of `data_shape`, of D dimensions in all; h_phi: the conditional flow on the
     last `ssl_dim` dimensions of z; class_probs: p(y), K positive numbers, or None for uniform.
-    Raises ValueError if class_probs are not that. `image`: whether the data lives in [0, 1].
+    Raises ValueError if class_probs is not K positive numbers. `image`: whether the data lives in
+    [0, 1].
     """
 
     log_p_y: Tensor

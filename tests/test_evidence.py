@@ -12,7 +12,7 @@ from conftest import PROJECT, run_script
 from models import build_model
 from training import checkpoint
 from training.device import choose_speed
-from training.evaluation import build_scorer, evaluate
+from training.evaluation import build_inference, evaluate
 from training.fast import FastLogJoint
 from training.processes import Processes
 from utils.data import load_data
@@ -173,7 +173,7 @@ def test_shipped_weights_give_the_numbers_of_their_card(name, tmp_path, monkeypa
     model = build_model(settings, data.shape, data.n_classes)
     checkpoint.load_weights(model, checkpoint.shipped_weights(settings.config_file))
     log_joint = FastLogJoint(model, *choose_speed(settings, data.device, Processes()))
-    log_p, accuracy = evaluate(build_scorer(log_joint), data, (images, y), 256, 7, Processes())
+    log_p, accuracy = evaluate(build_inference(log_joint), data, (images, y), 256, 7, Processes())
     error, bits = 100 * (1 - accuracy), data.bits_per_dim(log_p)
     rows = card(name)
     error_tolerance, bits_tolerance = numbers(rows["tolerance"])[:2]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from models import build_model
 from training.device import choose_speed
-from training.evaluation import RunEvaluation, build_scorer, evaluate
+from training.evaluation import RunEvaluation, build_inference, evaluate
 from training.fast import FastLogJoint
 from training.loop import TrainingState, train_epoch
 from training.objective import Terms, objective
@@ -407,13 +407,13 @@ def test_evaluation_is_exact_and_repeatable():
     data.test_x, data.test_y = data.test_x[:359], data.test_y[:359]     # the last batch is filled
     sizes = []
 
-    def score(x):
+    def infer(x):
         sizes.append(len(x))
         return model.log_joint(x)
 
     def evaluate_with(seed):
         with torch.no_grad():
-            return evaluate(score, data, (data.test_x, data.test_y), 256, seed, Processes())
+            return evaluate(infer, data, (data.test_x, data.test_y), 256, seed, Processes())
     one = evaluate_with(0)
     assert one == evaluate_with(0) and set(sizes) == {180}
     noise = torch.Generator().manual_seed(0)
@@ -442,9 +442,9 @@ def test_the_paper_s_run_trains_and_evaluates(tmp_path, monkeypatch, mnist_root)
     state = TrainingState.create(model, log_joint, data, generator, settings, processes)
     assert state.steps_per_epoch == 235
     state.steps_per_epoch = 2
-    score = build_scorer(log_joint)
+    infer = build_inference(log_joint)
     start = {key: value.clone() for key, value in model.named_parameters()}
-    log_p, _ = evaluate(score, data, test, settings.test_bs, 0, processes)
+    log_p, _ = evaluate(infer, data, test, settings.test_bs, 0, processes)
     assert 5 < data.bits_per_dim(log_p) < 9                             # the uniform density has 8
     assert train_epoch(state, data, settings, processes, Stopping()) is None
     loss, *_, labelled = state.sums.tolist()
@@ -452,5 +452,5 @@ def test_the_paper_s_run_trains_and_evaluates(tmp_path, monkeypatch, mnist_root)
     # Weights before a layer that is zero at the start have a gradient from the second step on.
     changed = {key: not torch.equal(value, start[key]) for key, value in model.named_parameters()}
     assert all(changed.values()), changed
-    trained = evaluate(score, data, test, settings.test_bs, 0, processes)
+    trained = evaluate(infer, data, test, settings.test_bs, 0, processes)
     assert math.isfinite(trained[0]) and trained[0] != log_p and 0 <= trained[1] <= 1

@@ -28,7 +28,7 @@ from models import build_model
 from models.networks import ResNet
 from training.checkpoint import load_file, save_atomically
 from training.device import choose_speed, device_name, set_up_torch
-from training.evaluation import build_scorer, evaluate
+from training.evaluation import build_inference, evaluate
 from training.fast import FastLogJoint
 from training.processes import Processes
 from utils.data import load_data
@@ -115,10 +115,10 @@ def evaluate_weights(model, weights, data, settings):
     """
     model.load_state_dict(weights)                  # cast to the types of the model
     speed = choose_speed(settings, data.device, Processes())
-    score = build_scorer(FastLogJoint(model, *speed))
+    infer = build_inference(FastLogJoint(model, *speed))
 
     def evaluate_examples(examples):
-        values = [evaluate(score, data, examples, settings.test_bs, settings.seed + i, Processes())
+        values = [evaluate(infer, data, examples, settings.test_bs, settings.seed + i, Processes())
                   for i in range(NOISE_SAMPLES)]
         error = [round(100 * (1 - accuracy), 4) for _, accuracy in values]
         if data.grey_levels:

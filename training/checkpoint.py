@@ -120,12 +120,16 @@ class CheckpointWriter:
     the next call, or at the end of the context.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | None):
         self.path, self.thread = path, ThreadPoolExecutor(1)
         self.pending: Future | None = None
 
     def write(self, content: Mapping[str, Any]) -> None:
-        """Write `content`, nested mappings of tensors and plain values, to the path."""
+        """Write `content`, nested mappings of tensors and plain values, to the path.
+
+        Only the main process writes; the others have no path.
+        """
+        assert self.path is not None, "only the main process writes checkpoints"
         self.wait()
         self.pending = self.thread.submit(save_atomically, copy_to_cpu(content), self.path)
 

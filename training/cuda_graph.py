@@ -11,8 +11,8 @@ WARM_UP_CALLS = 3      # before capture, so that libraries have chosen their alg
 class Captured:
     """`function` of tensors of fixed shapes on a GPU, captured after WARM_UP_CALLS plain calls.
 
-    The next call overwrites what a call returned. Side effects on the device belong to the graph;
-    those on the host happen in the plain calls and during capture only.
+    The next call overwrites the tensor that a call returned. Side effects on the device belong to
+    the graph; those on the host happen in the plain calls and during capture only.
     """
 
     def __init__(self, function: Callable[..., Tensor]):

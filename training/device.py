@@ -1,6 +1,5 @@
 """Where and how a run computes: device, threads, determinism, precision, compilation."""
 
-import argparse
 import os
 import shutil
 import sysconfig
@@ -10,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from utils import Settings
 from utils.errors import BadInput
 
 from .processes import Processes
@@ -28,7 +28,7 @@ class Speed(NamedTuple):
     micro_bs: int = 0
 
 
-def set_up_torch(settings: argparse.Namespace, processes: Processes) -> torch.device:
+def set_up_torch(settings: Settings, processes: Processes) -> torch.device:
     """Set threads and determinism -> the device that settings.device names. Raises BadInput."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -62,7 +62,7 @@ def set_up_torch(settings: argparse.Namespace, processes: Processes) -> torch.de
     return device
 
 
-def choose_speed(settings: argparse.Namespace, device: torch.device, processes: Processes) -> Speed:
+def choose_speed(settings: Settings, device: torch.device, processes: Processes) -> Speed:
     """The precision, compile, cuda_graph and micro_bs of `settings`, with `auto` decided.
 
     Also sets PyTorch's global options that go with them: TF32 in cuDNN, and Inductor's determinism.

@@ -16,25 +16,25 @@ from .device import device_name
 from .fast import FastLogJoint
 from .processes import Processes
 
-Scorer = Callable[[Tensor], Tensor]
+Inference = Callable[[Tensor], Tensor]      # x (B, C, H, W) -> log p(x, y) (B, K)
 
 
-def build_scorer(log_joint: FastLogJoint) -> Scorer:
+def build_inference(log_joint: FastLogJoint) -> Inference:
     """x (B, C, H, W) -> log p(x, y) (B, K) without gradient, in micro-batches.
 
-    With CUDA graphs a scorer accepts batches of one size only: make one for each set of examples.
+    With CUDA graphs it accepts batches of one size only: build one for each set of examples.
     """
     @torch.no_grad()
-    def score(x: Tensor) -> Tensor:
+    def infer(x: Tensor) -> Tensor:
         return torch.cat([log_joint(part) for part in x.split(log_joint.micro_batch_size)])
-    return Captured(score) if log_joint.cuda_graph else score
+    return Captured(infer) if log_joint.cuda_graph else infer
 
 
-def evaluate(score: Scorer, data: SemiSupervisedData, examples: Examples, batch_size: int,
+def evaluate(infer: Inference, data: SemiSupervisedData, examples: Examples, batch_size: int,
              seed: int, processes: Processes) -> tuple[float, float]:
     """Mean log p(x) of `examples`, in nats, and the accuracy of argmax p(y | x), from 0 to 1.
 
-    score: x -> log p(x, y), called with batches of one size, at most `batch_size`. `seed`
+    infer: x -> log p(x, y), called with batches of one size, at most `batch_size`. `seed`
     determines the dequantisation noise, so two evaluations of the same weights on the same device
     agree. Each process evaluates its share of the batches.
     """
@@ -49,7 +49,7 @@ def evaluate(score: Scorer, data: SemiSupervisedData, examples: Examples, batch_
         counted, rows = rows < n, rows.clamp(max=n - 1)  # the last batch is filled up
         x = data.dequantize(images[rows], generator)  # by all processes: the noise stays the same
         if i % processes.size == processes.rank:
-            log_joint = score(x)
+            log_joint = infer(x)
             correct = log_joint.argmax(1) == y[rows]
             values = torch.stack((log_joint.logsumexp(1).double(), correct.double()))
             sums += (values * counted).sum(1)
@@ -67,20 +67,21 @@ class RunEvaluation:
     def __init__(self, log_joint: FastLogJoint, data: SemiSupervisedData,
                  settings: Settings, processes: Processes):
         self.data, self.settings, self.processes = data, settings, processes
-        self.score_test, self.score_held_out = build_scorer(log_joint), build_scorer(log_joint)
+        self.infer_test = build_inference(log_joint)
+        self.infer_held_out = build_inference(log_joint)
 
     def __call__(self) -> dict[str, float]:
         data = self.data
-        log_p, accuracy = self._evaluate(self.score_test, (data.test_x, data.test_y))
+        log_p, accuracy = self._evaluate(self.infer_test, (data.test_x, data.test_y))
         held_out_log_p = math.nan
         if len(data.held_out):
             held_out = data.train_x[data.held_out], data.train_y[data.held_out]
-            held_out_log_p, _ = self._evaluate(self.score_held_out, held_out)
+            held_out_log_p, _ = self._evaluate(self.infer_held_out, held_out)
         return {"test_log_p": log_p, "test_acc": accuracy, "test_bpd": data.bits_per_dim(log_p),
                 "held_out_log_p": held_out_log_p}
 
-    def _evaluate(self, score: Scorer, examples: Examples) -> tuple[float, float]:
-        return evaluate(score, self.data, examples, self.settings.test_bs, self.settings.seed,
+    def _evaluate(self, infer: Inference, examples: Examples) -> tuple[float, float]:
+        return evaluate(infer, self.data, examples, self.settings.test_bs, self.settings.seed,
                         self.processes)
 
 
@@ -91,9 +92,9 @@ def print_evaluation(log_joint: FastLogJoint, data: SemiSupervisedData,
     Each is the mean over settings.draws samples of the dequantisation noise; the values follow it.
     """
     start = time.perf_counter()
-    score, test = build_scorer(log_joint), (data.test_x, data.test_y)
+    infer, test = build_inference(log_joint), (data.test_x, data.test_y)
     log_p, accuracy = np.transpose([
-        evaluate(score, data, test, settings.test_bs, settings.seed + i, processes)
+        evaluate(infer, data, test, settings.test_bs, settings.seed + i, processes)
         for i in range(settings.draws)])
 
     def mean(values: np.ndarray, digits: int, unit: str = "") -> str:

@@ -18,11 +18,11 @@ from models.conv1x1 import FullConv, log_abs_det
 from models.networks import Conv3x3, NetworkNorm, ResNet, reflect_pad
 
 NETWORKS = {CheckerboardCoupling: ("net",), ChannelCoupling: ("net1", "net2")}
-# Elements of a convolution's dense matrix, up to which a CPU multiplies by it faster.
+# A CPU multiplies by a convolution's dense matrix if it has at most this many elements.
 TINY_CONV = 2**14
 # Graphs that torch.compile may make of a function: one per shape, with and without gradient.
 COMPILED_GRAPHS = 256
-# Bytes of a CPU's largest tensor: larger ones cost page faults and cache misses.
+# Of the largest activation on a CPU: larger ones cost page faults and cache misses.
 MICRO_BATCH_BYTES = 2**24
 
 
@@ -32,7 +32,7 @@ class FastLogJoint(nn.Module):
     It runs a twin of `model` that shares its parameters and buffers, with these differences:
 
     - The log-determinants of ActNorms and unconstrained 1x1 convolutions, which do not depend on x,
-      are computed once per call, for all matrices of one size together (WeightLogDet), on a GPU on
+      are computed once per pass, for all matrices of one size together (WeightLogDet), on a GPU on
       a side stream.
     - Images, their gradients and the weights of convolutions are channels-last in memory.
     - A convolution of a single pixel, and on a CPU one of a tiny image, is a matrix product.

@@ -29,14 +29,14 @@ class TrainingFailed(RuntimeError):
 class TrainingState:
     """Everything that changes while a run trains: a checkpoint holds all of it.
 
-    step: the parameters, Adamax and the moving average; generator: of the batches; epoch: finished
-    epochs; step_in_epoch: training steps of the next one that are done, out of steps_per_epoch;
-    sums: of their Terms, (T,), this process's share; seconds: of training since the last
-    evaluation.
+    training_step: the parameters, Adamax and the moving average; generator: of the batches; epoch:
+    finished epochs; step_in_epoch: training steps of the next one that are done, out of
+    steps_per_epoch; sums: of their Terms, (T,), on this process; seconds: of training since the
+    last evaluation.
     """
 
     model: SemiConditionalFlow
-    step: TrainingStep
+    training_step: TrainingStep
     generator: torch.Generator
     steps_per_epoch: int
     sums: Tensor
@@ -63,7 +63,7 @@ class TrainingState:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds, besides the settings."""
-        return {"model": self.model.state_dict(), "optimizer": self.step.state_dict(),
+        return {"model": self.model.state_dict(), "optimizer": self.training_step.state_dict(),
                 "epoch": self.epoch, "step": self.step_in_epoch,
                 "sums": self.sums, "seconds": self.seconds,
                 "generator": self.generator.get_state(), "rng": get_rng_state()}
@@ -71,7 +71,7 @@ class TrainingState:
     def load_state_dict(self, checkpoint: dict[str, Any], processes: Processes) -> None:
         """Restore what `state_dict` returned."""
         self.model.load_state_dict(checkpoint["model"])
-        self.step.load_state_dict(checkpoint["optimizer"])
+        self.training_step.load_state_dict(checkpoint["optimizer"])
         self.epoch, self.step_in_epoch = checkpoint["epoch"], checkpoint["step"]
         self.seconds = checkpoint["seconds"]
         self.sums.copy_(checkpoint["sums"])
@@ -103,9 +103,9 @@ def train_epoch(state: TrainingState, data: SemiSupervisedData,
                 stopping: Stopping) -> str | None:
     """Train to the end of the epoch, from where `state` is in it -> None, or why it stopped before.
 
-    During the epoch nothing is read from the device, except once a second for a progress bar that
-    someone sees. Raises TrainingFailed, which names the training step, if a loss or a weight is not
-    finite.
+    During the epoch nothing is read from the device, except once a second if the progress bar is
+    shown on a terminal. Raises TrainingFailed, which names the training step, if a loss or a weight
+    is not finite.
     """
     steps, first = state.steps_per_epoch, state.step_in_epoch + 1
     labelled_prob = data.labelled_prob(settings.sup_sample_weight)
@@ -129,10 +129,10 @@ def train_epoch(state: TrainingState, data: SemiSupervisedData,
             previous = lr
             lr = learning_rate(state.epoch + 1, state.step_in_epoch + 1, steps, settings)
             if lr != previous:
-                state.step.lr.fill_(lr)
+                state.training_step.lr.fill_(lr)
             batch = data.sample_batch(settings.train_bs, labelled_prob, state.generator,
                                       augmented=settings.cons_weight > 0)
-            state.sums += state.step(*batch)
+            state.sums += state.training_step(*batch)
             state.step_in_epoch += 1
             n_finite += state.sums[0].isfinite()  # once the sum is not finite, it never is again
             if processes.any(stopping.reason is not None):
@@ -144,7 +144,7 @@ def train_epoch(state: TrainingState, data: SemiSupervisedData,
                 mean_loss = float(state.sums[0]) / state.step_in_epoch
                 bar.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
     check(processes.min(n_finite))
-    if not state.step.vector.isfinite().all():
+    if not state.training_step.vector.isfinite().all():
         raise TrainingFailed(f"A weight is not finite after step {state.step_in_epoch} {where}")
     state.seconds += time.perf_counter() - start
     return stopped

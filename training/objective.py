@@ -35,7 +35,7 @@ CONFIDENCE_THRESHOLD = 0.95
 
 
 class Terms(NamedTuple):
-    """The loss of a batch and what is logged of it, each of shape ()."""
+    """The loss of a batch and the logged quantities, each of shape ()."""
 
     loss: Tensor
     log_likelihood: Tensor   # the weighted mean of log p(x, y) and u(x), in nats

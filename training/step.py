@@ -28,7 +28,7 @@ ALIGNMENT = 32
 class TrainingStep:
     """step(x, y) changes the parameters of `log_joint` by one step of Adamax.
 
-    It never waits for the device. settings: lr, weight_decay, clip_gn, ema, and those of
+    It never synchronises with the device. settings: lr, weight_decay, clip_gn, ema, and those of
     `objective`; processes: each computes its shard of every batch. `lr`, on the device, is the
     learning rate of the next steps. With settings.ema the step maintains the moving average of the
     weights, starting with the initial ones (`averaged`).

@@ -7,7 +7,7 @@ from types import FrameType, TracebackType
 
 
 class Stopping:
-    """A context in which `reason`, None at first, says why the run has to stop, once it has to.
+    """A context in which `reason` is None until the run has to stop, and then says why.
 
     time_limit: minutes from the creation of the object; 0: none.
     """

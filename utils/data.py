@@ -1,4 +1,4 @@
-"""Datasets of which few labels are shown: loading, the choice of the labelled examples, batches."""
+"""Semi-supervised datasets: loading, the choice of the labelled examples, batches."""
 
 import contextlib
 import http.client
@@ -84,8 +84,9 @@ class SemiSupervisedData:
         """A training batch: x (B, C, H, W), dequantised; y (B,), -1 where the label is hidden.
 
         Each row is, independently, a labelled example with probability `labelled_prob` and
-        otherwise an unlabelled one, chosen uniformly with replacement. With `augmented` there is a
-        third tensor: the augmented copies of the same images, dequantised with their own noise.
+        otherwise an unlabelled one, chosen uniformly with replacement; without unlabelled examples
+        all rows are labelled. With `augmented` there is a third tensor: the augmented copies of the
+        same images, dequantised with their own noise.
         """
         def choose(indices: Tensor) -> Tensor:
             return indices[torch.randint(len(indices), (batch_size,), generator=generator,
@@ -123,10 +124,9 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Augmented copies of `images` (B, C, H, W), uint8, each transformed at random.
 
     With probability 1/2 an image is rotated, scaled and translated, uniformly up to ROTATION,
-    SCALING and TRANSLATION, with bilinear interpolation. The flow can tell such images from real
-    ones by their softer edges, and might learn to classify these alone. Therefore all others are
-    translated by whole pixels, which leaves the grey levels unchanged. What lies beyond the border
-    of an image is black.
+    SCALING and TRANSLATION, with bilinear interpolation. Otherwise it is translated by whole pixels
+    only, because interpolation blurs edges and the flow could learn to treat blurred images
+    separately. What lies beyond the border of an image is black.
     """
     uniform = 2 * torch.rand(5, len(images), generator=generator, device=images.device) - 1
     rotation, scale, *shift, half = uniform
@@ -166,7 +166,7 @@ def load_data(settings: Settings, device: str | torch.device = "cpu") -> SemiSup
     if settings.ema:
         unlabelled = np.setdiff1d(np.arange(len(train_y)), labelled)
         if len(unlabelled) < 10:
-            raise BadInput("ema holds unlabelled examples out to judge the averaged weights, and "
+            raise BadInput("ema holds out unlabelled examples to judge the averaged weights, and "
                            "there are fewer than 10: use ema 0")
         held_out = rng.permutation(unlabelled)[:min(MAX_HELD_OUT, len(unlabelled) // 10)]
     return SemiSupervisedData(train_x, train_y, test_x, test_y, labelled, dataset.grey_levels,

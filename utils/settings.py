@@ -83,7 +83,7 @@ def _boolean(text: str) -> bool:
 def _name(text: str) -> str:
     if Path(text).name != text or len(text) > 100:
         raise argparse.ArgumentTypeError(
-            f"must be a valid end of a directory's name, of at most 100 characters, not {text!r}")
+            f"must be a valid suffix of a directory name, of at most 100 characters, not {text!r}")
     return text
 
 
@@ -102,15 +102,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("num_examples", _number(int, 1, large, also=(-1,)), -1,
         "training examples to use; -1: all (1000 points of moons and circles)")
     add("data_seed", seed, 0,
-        "seed of the choice of labelled examples and of num_examples, and of the points of moons "
-        "and circles")
+        "seed that selects the labelled examples, num_examples, and the points of moons and "
+        "circles")
     add("supervised", _number(int, 1, large, also=(-1,)), 100, "labelled examples; -1: all")
     add("sup_sample_weight", _number(float, 0, 1e30, open_below=True, also=(-1,)), 0.5,
         "w: a row of a batch is labelled with probability w / (1 + w); -1: the share of labelled "
         "examples")
 
     add("lr", above_zero, 1e-3, "learning rate of Adamax")
-    add("epochs", positive, 500, "epochs; one has as many rows as there are training examples")
+    add("epochs", positive, 500, "epochs of ceil(training examples / train_bs) training steps")
     add("train_bs", _number(int, 2, large), 256, "batch size in training")
     add("test_bs", positive, 512, "batch size in evaluation")
     add("lr_schedule", str, "linear",
@@ -122,14 +122,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("weight_decay", at_least_zero, 1e-5, "L2 penalty of Adamax")
     add("clip_gn", at_least_zero, 0.0, "clip the gradient to this norm; 0: no clipping")
     add("ema", _number(float, 0, 1 - 1e-9), 0.0,
-        "decay of an exponential moving average of the weights, evaluated beside them; 0: none")
+        "decay of an exponential moving average of the weights, evaluated beside the last ones; "
+        "0: none")
     add("log_each", positive, 2, "epochs between evaluations, log lines and checkpoints")
 
     for name, kind, text in (
             ("model", str, "architecture of f_w"),
             ("width", whole,
-             "channels of the networks of f_w, except toy's; 0: the model's own number"),
-            ("n_blocks", whole, "residual blocks of these networks; 0: the model's own number"),
+             "channels of the networks of f_w, except toy's; 0: the model's default"),
+            ("n_blocks", whole, "residual blocks of these networks; 0: the model's default"),
             ("conv", str, "invertible 1x1 convolutions of f_w"),
             ("hh_factors", positive, "Householder reflections of conv qr, qr-abs and hh"),
             ("l", positive, "flow steps of model toy"),
@@ -148,12 +149,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "likelihood of unlabelled images: sgd: log p(x); em: E_q log p(x, y), q = p(y | x) without "
         "gradient", choices=("sgd", "em"))
     add("sup_weight", above_zero, 1.0,
-        "weight of log p(x, y) of a labelled row; that of log p(x) is 1")
+        "weight of log p(x, y) of a labelled row relative to log p(x) of an unlabelled one; the "
+        "weights of a batch are normalised")
     add("cl_weight", at_least_zero, 0.0,
         "weight of L_clf, the cross-entropy of p(y | x) on labelled rows")
     add("cons_weight", at_least_zero, 0.0,
         "weight of the consistency term: a confident p(y | x) of an unlabelled image is the target "
-        "for its augmented copy; L_clf then includes augmented copies")
+        "for its augmented copy; L_clf is then averaged over an image and its copy")
 
     add("pretrained", str, "",
         "evaluate the weights in FILE and stop; without FILE, those shipped for the config",
@@ -176,7 +178,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "rows; 0: what fits a CPU's caches, on a GPU the whole batch")
     add("time_limit", at_least_zero, 0.0,
         "minutes after which to stop with a checkpoint; 0: no limit")
-    add("deterministic", _boolean, False, "use only deterministic algorithms, on a GPU too",
+    add("deterministic", _boolean, False, "use deterministic algorithms only",
         nargs="?", const=True, metavar="true|false")
     for name in UNUSED_PUBLISHED_KEYS:
         parser.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
