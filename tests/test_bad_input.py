@@ -90,7 +90,7 @@ CASES = {
     "consistency of points": (options(**POINTS, cons_weight=1), "cons_weight needs images"),
     "an average that never changes": (options(ema=1), "--ema: must be at most"),
     "an average without examples to judge it": (options(ema=0.9, supervised=-1),
-                                                "ema holds unlabelled examples out"),
+                                                "ema holds out unlabelled examples"),
     "negative warm-up": (options(warmup_steps=-1), "--warmup_steps"),
     "no draws": (options(draws=0), "--draws: must be at least 1"),
     "negative width": (options(width=-1), "--width"),

@@ -142,7 +142,7 @@ def test_held_out_examples_are_in_no_batch():
     assert len(load_tiny(**DIGITS).held_out) == 0
     assert torch.equal(data.labelled, load_tiny(**DIGITS).labelled)
     assert len(data.held_out) + len(data.unlabelled) + len(data.labelled) == 1437
-    with pytest.raises(BadInput, match="ema holds unlabelled examples out"):
+    with pytest.raises(BadInput, match="ema holds out unlabelled examples"):
         load_tiny(supervised=-1, ema=0.9)
 
 
