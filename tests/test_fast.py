@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models import build_model
 from models.bijections import ActNorm
-from models.conv1x1 import CONVS, log_abs_det, over_channels
+from models.conv1x1 import CONVS, FullConv, log_abs_det, over_channels
 from models.networks import Conv3x3
 from training.checkpoint import CheckpointWriter, load_weights
 from training.evaluation import build_inference
@@ -91,6 +91,23 @@ def test_fast_log_joint_is_the_model_s(name):
         for p in model.parameters():
             p.mul_(0.9)
     torch.testing.assert_close(fast(x), model.log_joint(x), rtol=1e-12, atol=1e-10)
+
+
+class DoubledConv(FullConv):
+    """A subclass that computes something else: z = 2 W x."""
+
+    def forward(self, x):
+        z, ldj = super().forward(x)
+        return 2 * z, ldj + x[0].numel() * math.log(2)
+
+
+@pytest.mark.usefixtures("float64")
+def test_subclasses_of_bijections_run_as_they_are():
+    model, x = random_model()
+    plain = model.log_joint(x)
+    model.f_w.levels[0][1] = DoubledConv(1)
+    assert (model.log_joint(x) - plain).abs().min() > 1e-3
+    torch.testing.assert_close(FastLogJoint(model)(x), model.log_joint(x), rtol=1e-12, atol=1e-10)
 
 
 def test_log_determinants_of_weights_are_not_computed_per_sample():

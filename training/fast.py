@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from models import SemiConditionalFlow
 from models.bijections import ActNorm, Bijection, ChannelCoupling, CheckerboardCoupling
 from models.conv1x1 import FullConv, log_abs_det
-from models.networks import Conv3x3, NetworkNorm, ResNet, reflect_pad
+from models.networks import Conv3x3, ResNet, reflect_pad
 
 NETWORKS = {CheckerboardCoupling: ("net",), ChannelCoupling: ("net1", "net2")}
 # A CPU multiplies by a convolution's dense matrix if it has at most this many elements.
@@ -270,7 +270,8 @@ def _trace_shapes(model: SemiConditionalFlow) -> tuple[dict[str, tuple[int, ...]
         nonlocal largest
         out = out[0] if isinstance(out, tuple) else out
         largest = max(largest, out.numel() * out.element_size())
-        if isinstance(part, FullConv | nn.Conv2d | ActNorm) and not isinstance(part, NetworkNorm):
+        # Subclasses, such as NetworkNorm, may have another log-determinant.
+        if type(part) in (ActNorm, FullConv) or isinstance(part, nn.Conv2d):
             shapes[name] = tuple(x[0].shape[2:])
 
     hooks = [part.register_forward_hook(lambda part, x, out, name=name: record(name, part, x, out))
