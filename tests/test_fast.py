@@ -93,6 +93,11 @@ def test_fast_log_joint_is_the_model_s(name):
     torch.testing.assert_close(fast(x), model.log_joint(x), rtol=1e-12, atol=1e-10)
 
 
+def test_unknown_precision():
+    with pytest.raises(ValueError, match="precision must be"):
+        FastLogJoint(random_model()[0], "fp16")
+
+
 class DoubledConv(FullConv):
     """A subclass that computes something else: z = 2 W x."""
 

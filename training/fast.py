@@ -45,11 +45,14 @@ class FastLogJoint(nn.Module):
     `model` must be on its device and stay there. `micro_batch_size` is the number of rows for which
     one pass is efficient: micro_bs if positive, else what fits a CPU's caches, or any number on a
     GPU. `cuda_graph` tells those who call it whether to capture their calls as CUDA graphs.
+    Raises ValueError for another precision.
     """
 
     def __init__(self, model: SemiConditionalFlow, precision: str = "fp32", compile: bool = False,
                  cuda_graph: bool = False, micro_bs: int = 0):
         super().__init__()
+        if precision not in ("fp32", "tf32", "bf16"):
+            raise ValueError(f"precision must be fp32, tf32 or bf16, not {precision}")
         self.cuda_graph = cuda_graph
         shapes, largest = _trace_shapes(model)
         fitting = sys.maxsize if model.log_p_y.is_cuda else max(MICRO_BATCH_BYTES // largest, 1)
