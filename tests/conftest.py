@@ -77,6 +77,11 @@ def execute(folder, command, timeout=300, **environment):
                           env={**os.environ, **environment})
 
 
+def runs(folder, kind="runs"):
+    """The directories of the runs started in `folder`: its runs, fails, tmp or index."""
+    return sorted((folder / "logs" / "exman-train-flow-ssl.py" / kind).iterdir())
+
+
 def options(**changes):
     """TINY with `changes`, as a command line."""
     return [word for key, value in {**TINY, **changes}.items() for word in (f"--{key}", str(value))]

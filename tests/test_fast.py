@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT, TINY, load_tiny, options, randomize, run_script
+from conftest import PROJECT, TINY, load_tiny, options, randomize, run_script, runs
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -396,10 +396,6 @@ def test_compiled_parts_are_whole_graphs_that_equal_parts_share(monkeypatch, nam
     fast(x + 0.001)
     assert backend.graphs == graphs                             # nothing is compiled again
     torch._dynamo.reset()
-
-
-def runs(tmp_path):
-    return sorted((tmp_path / "logs" / "exman-train-flow-ssl.py" / "runs").iterdir())
 
 
 def test_a_compiled_run(tmp_path, monkeypatch, capsys):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, TINY, load_tiny, options, run_script
+from conftest import PROJECT, TINY, load_tiny, options, run_script, runs
 from torch.nn import functional as F
 
 from models import build_model
@@ -158,10 +158,6 @@ def figures(row):
 def assert_same_metrics(run, other):
     for row, other_row in zip(read_metrics(run), read_metrics(other), strict=True):
         assert figures(row) == figures(other_row)
-
-
-def runs(tmp_path, kind="runs"):
-    return sorted((tmp_path / "logs" / "exman-train-flow-ssl.py" / kind).iterdir())
 
 
 def weights_of(*run_dirs):
