@@ -38,7 +38,7 @@ from training.processes import Processes
 from training.schedule import learning_rate
 from training.stopping import Stopping
 from utils.data import load_data
-from utils.errors import BadInput, value_errors_as_bad_input
+from utils.errors import BadInput, one_line, value_errors_as_bad_input
 from utils.figures import plot_run
 from utils.metrics import MetricsLog, average_is_better
 from utils.settings import SHIPPED, Run, read_settings
@@ -67,17 +67,14 @@ def main(processes):
     if settings.pretrained:
         shipped = settings.pretrained == SHIPPED
         path = shipped_weights(settings.config_file) if shipped else settings.pretrained
-        load_weights(model, path)
+        load_weights(model, path, averaged=settings.weights == "averaged")
         print(f"Weights      {path}")
         print_evaluation(FastLogJoint(model, *speed), data, settings, processes)
         return
 
     checkpoint = None
     if settings.resume:
-        checkpoint = load_checkpoint(Path(settings.resume, "checkpoint.pt"), model)
-        if checkpoint["epoch"] >= settings.epochs and Path(settings.resume, "model.torch").exists():
-            print(f"{settings.resume} has all its {settings.epochs} epochs: nothing to do")
-            return
+        checkpoint = load_checkpoint(Path(settings.resume, "checkpoint.pt"), model, settings)
         processes.barrier()                         # before the main process moves a failed run
     run = None
     try:
@@ -90,9 +87,10 @@ def main(processes):
             if stopped and processes.is_main:
                 print(f"Stopped {stopped}; to continue: {run.resume_command}")
             processes.barrier()                     # no process leaves while the main one writes
-    except TrainingFailed as error:
-        where = f"{run and run.run}/checkpoint.pt"
-        raise TrainingFailed(f"{error}. The last good checkpoint is {where}") from None
+    except (TrainingFailed, OSError) as error:      # an OSError is, for example, a full disk
+        last_good = run and run.run / "checkpoint.pt"
+        hint = f". The last good checkpoint is {last_good}" if run and last_good.exists() else ""
+        raise TrainingFailed(f"{one_line(error)}{hint}") from None
     except KeyboardInterrupt:
         if run and (run.run / "checkpoint.pt").exists():
             print(f"\nInterrupted; to continue: {run.resume_command}", file=sys.stderr)
@@ -114,6 +112,9 @@ def train(model, data, settings, speed, processes, stopping, run_dir, checkpoint
     if checkpoint:
         state.load_state_dict(checkpoint, processes)
         print(f"Continuing after {state}")
+        if settings.lr_schedule != "no" and settings.epochs != checkpoint["settings"]["epochs"]:
+            print(f"The learning rate now follows the schedule of {settings.epochs} epochs, not of "
+                  f"{checkpoint['settings']['epochs']}")
     others = f" and {processes.size - 1} more" if processes.size > 1 else ""
     print(f"PyTorch {torch.__version__} on {device_name(data.device)}{others}; "
           f"{sum(p.numel() for p in model.parameters()):,} parameters; "
@@ -121,24 +122,21 @@ def train(model, data, settings, speed, processes, stopping, run_dir, checkpoint
           f"{state.steps_per_epoch} training steps per epoch; "
           f"{speed.precision}{', compiled' * speed.compile}")
 
-    with stopping, CheckpointWriter(run_dir and run_dir / "checkpoint.pt") as writer:
-        def save():
-            if processes.is_main:
-                writer.write({**state.state_dict(), "settings": vars(settings)})
-
+    with stopping, CheckpointWriter(run_dir and run_dir / "checkpoint.pt", settings) as writer:
         if processes.is_main:
             log = MetricsLog(run_dir / "metrics.csv", up_to_epoch=state.epoch)
-            (run_dir / "model.torch").unlink(missing_ok=True)
+            if state.epoch < settings.epochs:
+                (run_dir / "model.torch").unlink(missing_ok=True)
         if not checkpoint:
             if processes.is_main:
                 np.savetxt(run_dir / "labelled.txt", data.labelled_ids, "%d")
-            save()
+            writer.write(state.state_dict())
         plotted = time.perf_counter()
         while state.epoch < settings.epochs:
             stopped = train_epoch(state, data, settings, processes, stopping)
             if stopped:
                 state.sums.copy_(processes.sum(state.sums))
-                save()
+                writer.write(state.state_dict())
                 return f"{stopped} after {state}"
             row = state.finish_epoch(processes)
             if state.epoch % settings.log_each and state.epoch != settings.epochs:
@@ -152,12 +150,14 @@ def train(model, data, settings, speed, processes, stopping, run_dir, checkpoint
             row["lr"] = learning_rate(state.epoch, steps, steps, settings)
             row["seconds"] = state.seconds + time.perf_counter() - start
             state.seconds = 0.0
+            start = time.perf_counter()
             if processes.is_main:
                 log.append(row)
-                save()
-                if time.perf_counter() - plotted > SECONDS_BETWEEN_PLOTS:
-                    plot_run(model, data, log.rows, run_dir, settings.seed)
-                    plotted = time.perf_counter()
+            writer.write(state.state_dict())
+            if processes.is_main and time.perf_counter() - plotted > SECONDS_BETWEEN_PLOTS:
+                plot_run(model, data, log.rows, run_dir, settings.seed)
+                plotted = time.perf_counter()
+            state.seconds = time.perf_counter() - start     # of the next row
 
     if processes.is_main:
         last, which = log.rows[-1], ""
@@ -166,8 +166,8 @@ def train(model, data, settings, speed, processes, stopping, run_dir, checkpoint
             which = (f" of the {'averaged' if averaged else 'last'} weights, which have the higher "
                      "likelihood on held-out images")
         with state.training_step.averaged() if averaged else contextlib.nullcontext():
-            plot_run(model, data, log.rows, run_dir, settings.seed)
             save_atomically(copy_to_cpu(model.state_dict()), run_dir / "model.torch")
+            plot_run(model, data, log.rows, run_dir, settings.seed)
         error = 1 - last["ema_test_acc" if averaged else "test_acc"]
         print(f"Test error{which}: {error:.2%}; weights, curves and samples are in "
               f"{os.path.relpath(run_dir)}")

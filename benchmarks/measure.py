@@ -58,9 +58,13 @@ def read_arguments(description, add_own):
     own, rest = parser.parse_known_args()
     _, settings = read_settings(rest)
     device = set_up_torch(settings, Processes())
-    gpu = device.type == "cuda"
-    names = own.modes or (GPU_MODES if gpu else CPU_MODES)
-    own.modes = [read_mode(name.strip(), settings.micro_bs, gpu) for name in names.split(",")]
+    gpu, points = device.type == "cuda", DATASETS[settings.data].grey_levels is None
+    names = (own.modes or (GPU_MODES if gpu else CPU_MODES)).split(",")
+    if points and not own.modes:
+        names = [name for name in names if "bf16" not in name]
+    if points and any("bf16" in name for name in names):
+        raise BadInput(f"modes in bf16 are for images, and {settings.data} has points")
+    own.modes = [read_mode(name.strip(), settings.micro_bs, gpu) for name in names]
     return own, settings, device
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .bijections import (
     ActNorm,
@@ -111,14 +112,17 @@ def embed(embedding: nn.Embedding, y: Tensor) -> Tensor:
 class ConditionalFlow(nn.Module):
     """h_phi of SCNF-GLOW: `ssl_l` levels of `ssl_k` conditional flow steps, separated by splits.
 
-    The label enters as an embedding (K, 10) that all flow steps share, with ones on the diagonal at
-    the start. Raises ValueError if `dim` cannot be split into that many levels.
+    The label enters as an embedding (K, 10) that all flow steps share. At the start it has ones on
+    the diagonal, and random unit vectors for the classes after the tenth. Raises ValueError if `dim` cannot be split into that many levels.
     """
 
     def __init__(self, dim: int, n_classes: int, options: SimpleNamespace):
         super().__init__()
         self.embedding = nn.Embedding(n_classes, EMBEDDING_DIM)
         nn.init.eye_(self.embedding.weight)
+        if n_classes > EMBEDDING_DIM:           # the remaining rows would all be zero
+            others = torch.randn(n_classes - EMBEDDING_DIM, EMBEDDING_DIM)
+            self.embedding.weight.data[EMBEDDING_DIM:] = F.normalize(others)
         layers: list[Bijection | Split] = []
         c = dim
         for level in range(options.ssl_l):

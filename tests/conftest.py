@@ -1,6 +1,11 @@
 """What the tests share: running the script, small settings, MNIST where it is available."""
 
 import os
+
+# Of the tests and of the commands that they start: the models are small, and several threads that
+# wait for each other are slow beside other programs. To be set before PyTorch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import runpy
 import subprocess
 import sys
@@ -21,7 +26,7 @@ MNIST_FOLDERS = [Path(p) for p in (os.environ.get("SCNF_DATA_ROOT"), PROJECT / "
 # A model and a run that take seconds.
 TINY = {"data": "digits", "model": "digits-masked", "ssl_dim": 16, "ssl_l": 2, "ssl_k": 1,
         "ssl_hd": 8, "supervised": 20, "num_examples": 200, "train_bs": 64, "test_bs": 256,
-        "log_each": 1, "device": "cpu"}
+        "lr_schedule": "no", "log_each": 1, "device": "cpu"}
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +94,8 @@ def options(**changes):
 
 def load_tiny(**changes):
     """The dataset of TINY with `changes`."""
-    defaults = {"data_root": "data", "num_examples": -1, "data_seed": 0, "ema": 0}
+    defaults = {"data_root": "data", "num_examples": -1, "data_seed": 0, "ema": 0,
+                "aug_rotation": -1, "aug_scaling": -1, "aug_shift": -1}
     return data.load_data(SimpleNamespace(**{**defaults, **TINY, **changes}))
 
 

@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 import torchvision
-from conftest import PROJECT, TINY, options, run_script
+from conftest import PROJECT, TINY, options, run_script, runs
 
 from models import build_model
 
@@ -100,6 +100,14 @@ CASES = {
     "shipped weights for another model": (
         ["--config", str(CONFIGS / "digits.yaml"), "--model", "mnist-small", "--device", "cpu",
          "--pretrained"], "digits.torch holds weights of another architecture"),
+    "one epoch, at learning rate zero": (options(lr_schedule="linear", epochs=1),
+                                         "a single one would change nothing"),
+    "confidence of more than one": (options(confidence=1.5), "--confidence: must be at most"),
+    "negative rotation": (options(aug_rotation=-2), "--aug_rotation: must be at least 0 or -1"),
+    "averaged weights of a file that has none": (
+        options(pretrained="other.torch", weights="averaged"), "other.torch has no averaged weights"),
+    "averaged weights of no file": (options(weights="averaged"), "weights averaged is for"),
+    "bfloat16 for points": (options(**POINTS, precision="bf16"), "precision bf16 is for images"),
     "negative micro_bs": (options(micro_bs=-1), "--micro_bs"),
 }
 CASES["no such GPU"] = (options(device="cuda:99"), "no device cuda:99")
@@ -145,8 +153,7 @@ def test_bad_input(name, folder, capsys):
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
     assert err.startswith("train-flow-ssl.py: error: ")
-    for kind in ("runs", "fails", "tmp", "index"):
-        assert not list((folder / "logs" / "exman-train-flow-ssl.py" / kind).iterdir())
+    assert not any(runs(folder, kind) for kind in ("runs", "fails", "tmp", "index"))
 
 
 def test_a_folder_that_cannot_be_written(folder, capsys, monkeypatch):
@@ -170,17 +177,32 @@ def test_mismatched_weights_name_the_first_three(folder, capsys):
 
 
 def test_damaged_checkpoint(folder, capsys):
-    assert run_script(options(epochs=1)) == 0
-    run, = (folder / "logs" / "exman-train-flow-ssl.py" / "runs").iterdir()
+    assert run_script(options(epochs=1, ema=0.5)) == 0
+    run, = runs(folder)
     whole = (run / "checkpoint.pt").read_bytes()
     (run / "checkpoint.pt").write_bytes(whole[:len(whole) // 2])
     capsys.readouterr()
     assert run_script(["--resume", str(run), "--epochs", "2"]) == 2
     assert "is no checkpoint" in capsys.readouterr().err
-    older = {**torch.load(io.BytesIO(whole)), "sums": torch.zeros(5)}
-    torch.save(older, run / "checkpoint.pt")
-    assert run_script(["--resume", str(run), "--epochs", "2"]) == 2
-    assert "one of another version" in capsys.readouterr().err
+    content = torch.load(io.BytesIO(whole))
+    optimizer, average = content["optimizer"], content["average"]
+    fewer = {name: value for name, value in average.items() if name != "base_h.logsigma"}
+    older = {key: value for key, value in content.items() if key != "format"}
+    for damaged, message in (
+            (older, "has format 1, and this version reads format 2"),
+            ({**content, "format": 3}, "has format 3"),
+            ({**content, "sums": {"loss": torch.zeros(())}}, "is not a checkpoint of a run"),
+            (content["model"], "is not a checkpoint of a run"),
+            ({**content, "average": fewer}, "the optimiser's state does not fit"),
+            ({**content, "average": {}}, "the optimiser's state does not fit"),
+            ({**content, "optimizer": {**optimizer, "exp_inf": fewer}}, "does not fit"),
+            ({**content, "optimizer": {"step": optimizer["step"]}}, "does not fit"),
+            ({**content, "settings": {**content["settings"], "lr": 0.5}},
+             "was trained with lr 0.5, and the run's params.yaml says 0.001")):
+        torch.save(damaged, run / "checkpoint.pt")
+        assert run_script(["--resume", str(run), "--epochs", "2"]) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
     (run / "checkpoint.pt").unlink()
     assert run_script(["--resume", str(run), "--epochs", "2"]) == 2
     assert "checkpoint.pt" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import load_tiny
 
-from utils.data import SemiSupervisedData, augment, choose_labelled
+from utils.data import Augmentation, SemiSupervisedData, augment, choose_labelled
 from utils.errors import BadInput
 
 DIGITS = {"num_examples": -1, "supervised": 100}
@@ -92,7 +92,7 @@ def test_batches_mix_labelled_and_unlabelled():
 
 def test_augmented_batches():
     """The copies are of the same images, and x and y are those of a batch without copies."""
-    data = load_tiny(**DIGITS)
+    data = load_tiny(**DIGITS, aug_shift=0.5)
     x, y, augmented = data.sample_batch(500, 0.5, generator(), augmented=True)
     plain_x, plain_y = data.sample_batch(500, 0.5, generator())
     assert torch.equal(x, plain_x) and torch.equal(y, plain_y)
@@ -111,8 +111,10 @@ def test_augment_translates_rotates_and_scales():
     images = torch.zeros(2000, 1, 57, 57, dtype=torch.uint8)
     images[:, :, 18:39, 27:30] = 255
     images[:, :, 18:22, 24:33] = 255                                        # its top is wider
-    augmented = augment(images, generator())
-    assert augmented.dtype == torch.uint8 and torch.equal(augmented, augment(images, generator()))
+    largest = Augmentation(rotation=15, scaling=0.1, shift=4)
+    augmented = augment(images, largest, generator())
+    assert augmented.dtype == torch.uint8
+    assert torch.equal(augmented, augment(images, largest, generator()))
     grey_levels = torch.tensor([0, 255])
     whole = torch.isin(augmented.long(), grey_levels).flatten(1).all(1)
     assert 0.47 < whole.float().mean() < 0.53
@@ -129,9 +131,43 @@ def test_augment_translates_rotates_and_scales():
     vertical, horizontal = (mass.sum(2) * dy ** 2).sum(1), (mass.sum(1) * dx ** 2).sum(1)
     both = (mass * dy[:, :, None] * dx[:, None, :]).sum((1, 2))
     angle = (0.5 * torch.atan2(2 * both, vertical - horizontal)).rad2deg()
-    assert abs(x).max() < 57 * 2 / 28 + 1.5 and x.std() > 2 and abs(x.mean()) < 0.2
+    assert abs(x).max() < 4 + 1.5 and x.std() > 2 and abs(x.mean()) < 0.2
     assert abs(angle).max() < 15.5 and 8 < angle.std() < 9.3                # 15 / sqrt(3) = 8.7
     assert 0.78 < size.min() < 0.84 and 1.16 < size.max() < 1.25            # 0.9 ** 2, 1.1 ** 2
+
+
+@pytest.mark.parametrize("name, size", [("digits", 8), ("mnist", 28)])
+def test_few_augmented_copies_are_the_image_itself(name, size, request):
+    """Whole pixels that are zero in both directions: of half of the copies a quarter or less."""
+    root = str(request.getfixturevalue("mnist_root")) if name == "mnist" else "data"
+    data = load_tiny(**DIGITS, data=name, data_root=root)
+    images = data.train_x[:1000]
+    copies = augment(images, data.augmentation, generator())
+    unchanged = float((copies == images).flatten(1).all(1).float().mean())
+    assert images.shape[-1] == size and unchanged < 0.16
+
+
+def test_augmentation_of_the_data_and_of_the_settings():
+    assert load_tiny(**DIGITS).augmentation == Augmentation(15, 0.1, 1)
+    changed = load_tiny(**DIGITS, aug_rotation=0, aug_shift=3)
+    assert changed.augmentation == Augmentation(0, 0.1, 3)
+    points = {"data": "moons", "num_examples": 500, "supervised": 10}
+    assert load_tiny(**points, aug_shift=3).augmentation is None
+
+
+def test_rotation_does_not_shear_images_that_are_not_square():
+    """A square in the middle of a wide image keeps its second moments when it is rotated."""
+    images = torch.zeros(400, 1, 30, 90, dtype=torch.uint8)
+    images[:, :, 10:20, 40:50] = 255
+    copies = augment(images, Augmentation(45, 0, 0), generator())[:, 0].double()
+    mass = copies / copies.sum((1, 2))[:, None, None]
+    dy, dx = torch.arange(30.0).double() - 14.5, torch.arange(90.0).double() - 44.5
+    vertical, horizontal = mass.sum(2) @ dy ** 2, mass.sum(1) @ dx ** 2
+    both = (mass * dy[:, None] * dx).sum((1, 2))
+    square = torch.full_like(vertical, (10 ** 2 - 1) / 12)
+    torch.testing.assert_close(vertical, square, rtol=0.05, atol=0)
+    torch.testing.assert_close(horizontal, square, rtol=0.05, atol=0)
+    assert both.abs().max() < 0.3
 
 
 def test_held_out_examples_are_in_no_batch():

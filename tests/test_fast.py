@@ -4,6 +4,7 @@ import copy
 import math
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from models.bijections import ActNorm
 from models.conv1x1 import CONVS, FullConv, log_abs_det, over_channels
 from models.networks import Conv3x3
 from training.checkpoint import CheckpointWriter, load_weights
+from training.device import choose_speed
 from training.evaluation import build_inference
 from training.fast import FastLogJoint, _TinyConv3x3, _trace_shapes
 from training.loop import TrainingState, train_epoch
@@ -219,6 +221,16 @@ def test_bfloat16_in_the_networks_only():
     assert all(name in low for name in dtypes if name.endswith(layers))
 
 
+def test_points_are_not_rounded():
+    """In bfloat16 log p(x, y) of single points would be off by up to 0.1 nats."""
+    with pytest.raises(ValueError, match="bf16 is for images"):
+        FastLogJoint(random_model("points")[0], "bf16")
+    settings = SimpleNamespace(data="moons", precision="auto", compile="off", cuda_graph="off",
+                               pretrained="", deterministic=False, micro_bs=0)
+    gpu = torch.device("cuda")
+    assert choose_speed(settings, gpu, Processes()).precision == "fp32"
+
+
 def make_step(settings, model, micro_bs, **speed):
     log_joint = FastLogJoint(model, micro_bs=micro_bs, **speed)
     return TrainingStep(log_joint, settings, Processes())
@@ -234,8 +246,7 @@ def test_training_steps_change_the_weights_as_plain_ones_do(tmp_path, monkeypatc
     """Against model.log_joint of the whole batch, and torch's Adamax over the parameters."""
     monkeypatch.chdir(tmp_path)
     # With this threshold a random model is confident about some rows.
-    monkeypatch.setattr("training.objective.CONFIDENCE_THRESHOLD", 0.2)
-    _, settings = read_settings(options(**changes))
+    _, settings = read_settings(options(**changes, confidence=0.2))
     data, models, terms = load_tiny(), [], []
     for fast in (True, False):
         model = randomize(build_model(settings, data.shape, 10))
@@ -299,16 +310,43 @@ def test_the_optimizer_s_state_is_restored(tmp_path, monkeypatch):
     x, y = data.sample_batch(20, 0.5, torch.Generator().manual_seed(0))
     model = randomize(build_model(settings, data.shape, 10))
     step = make_step(settings, model, 64)
-    assert step.state_dict() == {}
+    assert step.state_dict() == {"optimizer": {}, "average": {}}
     step(x, y)
     again = randomize(build_model(settings, data.shape, 10))
     second = make_step(settings, again, 64)
     again.load_state_dict(model.state_dict())
-    second.load_state_dict(copy.deepcopy(step.state_dict()))
+    state = copy.deepcopy(step.state_dict())
+    assert set(state["optimizer"]) == {"step", "exp_avg", "exp_inf"}
+    for key in ("exp_avg", "exp_inf"):                          # by name: the order does not matter
+        moments = state["optimizer"][key]
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        assert {name: moment.shape for name, moment in moments.items()} == shapes
+        state["optimizer"][key] = dict(reversed(moments.items()))
+    second.load_state_dict(state)
     for s in (step, second):
         s.lr.fill_(0.01)                                        # of the next steps
         s(x, y)
-    assert torch.equal(step.vector, second.vector) and step.state_dict()["step"] == 2
+    assert torch.equal(step.vector, second.vector)
+    assert step.state_dict()["optimizer"]["step"] == 2
+
+
+def test_the_optimizer_s_state_is_that_of_adamax_by_parameter(tmp_path, monkeypatch):
+    """Each moment has its own parameter's name, and the values of torch's Adamax over them."""
+    monkeypatch.chdir(tmp_path)
+    _, settings = read_settings(options())
+    data = load_tiny()
+    x, y = data.sample_batch(20, 0.5, torch.Generator().manual_seed(0))
+    model, plain = (randomize(build_model(settings, data.shape, 10)) for _ in range(2))
+    step = make_step(settings, model, 64)
+    optimizer = torch.optim.Adamax(plain.parameters(), lr=settings.lr,
+                                   weight_decay=settings.weight_decay)
+    step(x, y)
+    objective(plain.log_joint(x), y, settings).loss.backward()
+    optimizer.step()
+    for name, p in plain.named_parameters():
+        for key in ("exp_avg", "exp_inf"):
+            torch.testing.assert_close(step.state_dict()["optimizer"][key][name],
+                                       optimizer.state[p][key], rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_moving_average_of_the_weights(tmp_path, monkeypatch):
@@ -413,12 +451,14 @@ def test_a_compiled_run(tmp_path, monkeypatch, capsys):
 
 def test_a_checkpoint_holds_the_weights_of_its_time_and_errors_are_raised(tmp_path):
     tensor = torch.ones(3)
-    with CheckpointWriter(tmp_path / "c.pt") as writer:
+    settings = SimpleNamespace(lr=0.1)
+    with CheckpointWriter(tmp_path / "c.pt", settings) as writer:
         writer.write({"a": {"b": tensor}, "n": 1})
         tensor.zero_()                                          # training continues meanwhile
-    assert torch.equal(torch.load(tmp_path / "c.pt")["a"]["b"], torch.ones(3))
-    with pytest.raises(FileNotFoundError):
-        with CheckpointWriter(tmp_path / "nowhere" / "c.pt") as writer:
+    content = torch.load(tmp_path / "c.pt")
+    assert torch.equal(content["a"]["b"], torch.ones(3)) and content["settings"] == {"lr": 0.1}
+    with pytest.raises(FileNotFoundError, match=r"nowhere/c\.pt"):
+        with CheckpointWriter(tmp_path / "nowhere" / "c.pt", settings) as writer:
             writer.write({"a": tensor})
 
 
@@ -480,7 +520,7 @@ def test_captured_steps_are_the_plain_ones_on_a_gpu(tmp_path, monkeypatch, preci
             batch = data.sample_batch(64, 0.5, generator, augmented=True)
             terms.append(step(*[part.cuda() for part in batch]).clone())
         vectors = torch.stack((step.vector.detach(), step.average))
-        results.append((torch.stack(terms), vectors, step.state_dict()["step"]))
+        results.append((torch.stack(terms), vectors, step.state_dict()["optimizer"]["step"]))
     (terms, vector, count), (plain_terms, plain_vector, _) = results
     assert count == 8
     # The terms after the first three depend on counts of rows.

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from models import SemiConditionalFlow, build_model
 from models.bases import DiagonalGaussian
 from models.bijections import ActNorm
+from training.fast import FastLogJoint
 
 SMALL = {"model": "digits-masked", "ssl_dim": 16, "ssl_l": 2, "ssl_k": 2, "ssl_hd": 16}
 TOY = {"model": "toy", "l": 3, "ssl_dim": -1, "ssl_l": 1, "ssl_k": 2, "ssl_hd": 16}
@@ -93,13 +94,17 @@ def test_samples_follow_the_density(ssl_model):
     assert abs(of_sample.mean() - on_grid) < 5 * of_sample.std() / n ** 0.5
 
 
-def test_samples_are_images_and_noise_fixes_them():
+def test_samples_are_clamped_images_and_noise_fixes_them():
     model = small(scale=0.3)
     y = torch.arange(10)
     eps = torch.randn(1, 64).expand(10, -1)
     x = model.sample(y, eps)
     assert x.shape == (10, 1, 8, 8) and x.dtype == torch.float32
-    assert x.min() >= 0 and x.max() <= 1
+    model.image = False
+    as_they_are = model.sample(y, eps)      # the inverse of the logit has values in [-0.026, 1.026]
+    model.image = True
+    assert as_they_are.min() < 0 and as_they_are.max() > 1
+    assert torch.equal(x, as_they_are.clamp(0, 1)) and x.min() == 0 and x.max() == 1
     assert torch.equal(x, model.sample(y, eps))
     assert not torch.equal(x[0], x[1])                          # the same noise, another class
     assert not torch.equal(model.sample(y), model.sample(y))
@@ -127,18 +132,74 @@ def test_float32_agrees_with_float64():
     torch.testing.assert_close(log_p.double(), in_float64, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.usefixtures("float64")
+def test_initialize_normalises_what_every_actnorm_sees():
+    """In the order of the forward pass; those of h_phi see every sample with every label."""
+    model, x = build_model(SMALL, (1, 8, 8), 10), torch.rand(64, 1, 8, 8)
+    names = {m: name for name, m in model.named_modules() if isinstance(m, ActNorm)}
+    inputs, outputs = {}, {}
+
+    def record(act, args, out):
+        out = out[0] if isinstance(out, tuple) else out
+        for values, of in ((args[0], inputs), (out, outputs)):  # (C, values); a ReLU changes `out`
+            of[act] = values.detach().clone().transpose(0, 1).flatten(1)
+    for act in names:
+        act.register_forward_hook(record)
+    assert not any(act.initialized for act in names)
+    model.initialize(x)
+    assert all(act.initialized for act in names)
+    model.log_joint(x)                      # with all of them initialised
+    assert set(inputs) == set(names)
+    for act, values in inputs.items():
+        torch.testing.assert_close(act.bias.detach(), values.mean(1), msg=names[act])
+        scale = 1 / (values.std(1) + 1e-6)
+        torch.testing.assert_close(act.logs.detach().exp(), scale, msg=names[act])
+        zeros, ones = torch.zeros(len(values)), torch.ones(len(values))
+        torch.testing.assert_close(outputs[act].mean(1), zeros, rtol=0, atol=1e-7)
+        torch.testing.assert_close(outputs[act].std(1), ones, rtol=0, atol=1e-2)
+        if names[act].startswith("h_phi"):
+            assert values.shape[1] == 64 * 10
+
+
+@pytest.mark.usefixtures("float64")
+def test_initial_values_of_h_phi():
+    """By hand, from z_f of the batch: the first ActNorm of each level, and what follows from it."""
+    model, x = build_model({**SMALL, "ssl_l": 1, "ssl_k": 1}, (1, 8, 8), 10), torch.rand(64, 1, 8, 8)
+    model.initialize(x)
+    _, z_f = model.split_latent(model.encode(x)[0])
+    step, = model.h_phi.flow.levels[0]
+    torch.testing.assert_close(step.act.bias.detach(), z_f.mean(0))
+    std = z_f.repeat_interleave(10, 0).std(0)
+    torch.testing.assert_close(step.act.logs.detach(), -(std + 1e-6).log())
+    # The last layers are zero: the coupling scales both halves by a constant, whatever the label.
+    expected = (z_f - z_f.mean(0)) / (std + 1e-6) * (torch.sigmoid(torch.tensor(2.0)) + 1e-6)
+    for y in range(10):
+        torch.testing.assert_close(model.h_phi(z_f, torch.full((64,), y))[0], expected)
+
+
 def test_initialize_sets_every_actnorm_once():
     model = build_model(SMALL, (1, 8, 8), 10)
-    acts = [m for m in model.modules() if isinstance(m, ActNorm)]
-    assert not any(act.initialized for act in acts)
     model.initialize(torch.rand(64, 1, 8, 8))
-    assert all(act.initialized for act in acts)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     model.initialize(torch.rand(64, 1, 8, 8))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     again = build_model(SMALL, (1, 8, 8), 10)
     again.load_state_dict(before)
     assert all(m.initialized for m in again.modules() if isinstance(m, ActNorm))
+
+
+@pytest.mark.usefixtures("float64")
+def test_more_than_ten_classes_start_apart():
+    """Up to ten classes start at one-hot rows, as published."""
+    for k in (7, 10, 12):
+        embedding = build_model(SMALL, (1, 8, 8), k).h_phi.embedding.weight.detach()
+        assert torch.equal(embedding[:10], torch.eye(k, 10)[:10])
+        torch.testing.assert_close(embedding.norm(dim=1), torch.ones(k))
+        assert torch.cdist(embedding, embedding).add(3 * torch.eye(k)).min() > 0.2
+    model = randomize(build_model(SMALL, (1, 8, 8), 12), scale=0.3)
+    x = torch.rand(4, 1, 8, 8)
+    torch.testing.assert_close(FastLogJoint(model)(x), model.log_joint(x))
+    assert model.posterior(x).shape == (4, 12) and model.sample(torch.arange(12)).shape[0] == 12
 
 
 def test_paper_model_has_the_paper_s_size():

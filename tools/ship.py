@@ -69,8 +69,10 @@ def main(argv=None):
         model = build_model(settings, data.shape, data.n_classes, data.class_probs).to(device)
     figures, stored = evaluate_weights(model, weights, data, settings), "float32"
     print(f"stored in float32: {describe(figures)}")
-    if own.half:
-        halved = to_half(weights, model)
+    halved = to_half(weights, model)
+    if own.half and not any(value.dtype == torch.float16 for value in halved.values()):
+        print("The model has no networks to store in half precision: stored in float32")
+    elif own.half:
         halved_figures = evaluate_weights(model, halved, data, settings)
         print(f"in half precision: {describe(halved_figures)}")
         if all(abs(mean(halved_figures[key]) - mean(figures[key])) <= tolerance

@@ -7,9 +7,9 @@
     python tools/timed_run.py join OUT                             at home: unpack into the project
     python tools/timed_run.py --dry-run                            rehearse all of it on the CPU
 
-`start` installs the wheels of FOLDER, unpacks its data, trains two epochs to measure how long one
-takes, and starts the run in the background with as many epochs as fit (at most those of its
-settings), so that the learning rate schedule reaches its end. WORK holds what the commands need to
+`start` installs the wheels of FOLDER, unpacks its data, trains a few epochs to measure what the run
+will spend its time on, and starts it in the background with as many epochs as fit (at most those of
+its settings), so that the learning rate schedule reaches its end. WORK holds what the commands need to
 know of each other. Every file in OUT is smaller than 16 MiB; `join` checks the SHA-256 of each, and
 writes results/NAME and pretrained/NAME.torch.
 """
@@ -29,6 +29,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 TOOLS = Path(__file__).resolve().parent
@@ -41,8 +42,10 @@ from utils.files import PROJECT, atomic_write, sha256
 
 PACKAGES = ("exman", "ConfigArgParse", "strconv", "inputimeout", "GitPython", "gitdb", "smmap")
 PART_BYTES = 15 * 2**20     # of the largest file in OUT
-PROBE_EPOCHS = 2            # the first includes compilation
-SPARE = 0.03                # share of the training time kept for slow epochs, plots and checkpoints
+# The measurement logs epochs 2, 4 and 5: two epochs with compilation, two without, one.
+PROBE = ("--epochs", "5", "--log_each", "2")
+SPARE = 0.03                # share of the training time kept for slow epochs
+SHOWN_LINES = 60            # of the output of a command that failed
 MARGIN = 3                  # minutes kept for evaluation and packing; the run may use one of them
 GRACE = 120                 # seconds for a run to stop after SIGTERM
 REHEARSAL = ["--config", str(PROJECT / "configs" / "digits.yaml"), "--device", "cpu",
@@ -101,19 +104,20 @@ def start(work, folder, minutes, settings):
 
     script = [sys.executable, str(PROJECT / "train-flow-ssl.py"), *settings]
     probe_start = time.time()
-    output = command(
-        [*script, "--tmp", "--epochs", str(PROBE_EPOCHS), "--log_each", "1", "--lr_schedule", "no"],
-        f"training {PROBE_EPOCHS} epochs", cwd=work, timeout=max(deadline - probe_start, 1))
-    rows = read_metrics(newest(work, "tmp") / "metrics.csv")
-    seconds = rows[-1]["seconds"]
-    overhead = time.time() - probe_start - sum(row["seconds"] for row in rows)
+    output = command([*script, "--tmp", *PROBE, "--lr_schedule", "no"], "training a few epochs",
+                     cwd=work, timeout=max(deadline - probe_start, 1))
+    cost = Cost.of_probe([row["seconds"] for row in
+                          read_metrics(newest(work, "tmp") / "metrics.csv")],
+                         time.time() - probe_start)
     left = deadline - time.time() - 60 * MARGIN
     with contextlib.chdir(work):                             # where the parser makes its folders
-        wanted = read_settings(settings)[1].epochs
-    epochs = min(wanted, int((left * (1 - SPARE) - overhead) / seconds))
-    if epochs < 1:
-        raise BadInput(f"an epoch takes {seconds:.0f} s, and {max(left, 0):.0f} s are left for "
-                       "training")
+        wanted = read_settings(settings)[1]
+    epochs = wanted.epochs
+    while epochs > 1 and cost.seconds(epochs, wanted.log_each) > left * (1 - SPARE):
+        epochs -= 1
+    if epochs < 2:                      # the last epoch of most schedules has learning rate zero
+        raise BadInput(f"an epoch takes {cost.epoch:.0f} s, the start {cost.start:.0f} s, and "
+                       f"{max(left, 0):.0f} s are left for training")
     line = [*script, "--epochs", str(epochs), "--time_limit", f"{left / 60 + 1:.2f}"]
     # The shell waits for the run and records its exit code, whichever processes are gone by then.
     shell = ('"$@" > run.log 2>&1 & echo $! > pid; wait $!; '
@@ -127,8 +131,38 @@ def start(work, folder, minutes, settings):
              "commit": commit.read_text().strip() if commit.is_file() else None}
     with atomic_write(work / "state.json") as f:
         json.dump(state, f, indent=1)
-    print(f"An epoch takes {seconds:.2f} s: {epochs} of {wanted} epochs, "
-          f"{epochs * seconds / 60:.1f} of {left / 60:.1f} minutes")
+    print(f"An epoch takes {cost.epoch:.2f} s, its evaluation {cost.evaluation:.2f} s, the start "
+          f"{cost.start:.0f} s: {epochs} of {wanted.epochs} epochs, "
+          f"{cost.seconds(epochs, wanted.log_each) / 60:.1f} of {left / 60:.1f} minutes")
+
+
+@dataclass
+class Cost:
+    """What a run spends its time on, in seconds.
+
+    start: once, before the first epoch and in it, including compilation; epoch: of training;
+    evaluation: of a logged epoch, with its checkpoint.
+    """
+
+    start: float
+    epoch: float
+    evaluation: float
+
+    @classmethod
+    def of_probe(cls, rows, total):
+        """The cost of what `PROBE` trained. rows: the seconds of its rows; total: of the command.
+
+        With compile, `start` is an upper bound: the run finds compiled code on the disk.
+        """
+        compiling, two_epochs, one_epoch = rows
+        # Of a short epoch, noise may leave nothing.
+        epoch = max(two_epochs - one_epoch, one_epoch / 2)
+        return cls(start=total - sum(rows) + max(compiling - two_epochs, 0), epoch=epoch,
+                   evaluation=max(one_epoch - epoch, 0))
+
+    def seconds(self, epochs, log_each):
+        """The seconds of a run that evaluates every `log_each` epochs and at the end."""
+        return self.start + epochs * self.epoch + -(-epochs // log_each) * self.evaluation
 
 
 def with_absolute_paths(settings):
@@ -140,12 +174,15 @@ def with_absolute_paths(settings):
 
 
 def command(line, what, **options):
-    """Run a command -> its output. Raises BadInput with the last line of its errors."""
+    """Run a command -> its output. If it fails, prints the end of its output and raises BadInput."""
     try:
         done = subprocess.run(line, capture_output=True, text=True, **options)
     except subprocess.TimeoutExpired as error:
         raise BadInput(f"{what} took more than the {error.timeout:.0f} s that were left") from None
     if done.returncode:
+        show_end_of(done.stdout + done.stderr)
+        if "cwd" in options:                # a run's error is one line, its directory has the rest
+            show_traceback(options["cwd"])
         raise BadInput(f"{what} failed with exit code {done.returncode}: "
                        f"{last_line(done.stderr or done.stdout)}")
     return done.stdout
@@ -153,6 +190,18 @@ def command(line, what, **options):
 
 def last_line(text):
     return (text.strip().splitlines() or ["no output"])[-1]
+
+
+def show_end_of(text):
+    """Print the last lines of what a command printed, to stderr."""
+    print(*text.strip().splitlines()[-SHOWN_LINES:], sep="\n", file=sys.stderr)
+
+
+def show_traceback(work):
+    """Print the traceback, if any, of the last run in `work` that failed, to stderr."""
+    failed = newest(work, "fails")
+    if failed and (failed / "traceback.txt").is_file():
+        show_end_of((failed / "traceback.txt").read_text())
 
 
 def how_it_ended(work, state):
@@ -180,6 +229,9 @@ def watch(work, seconds, interval=30.0):
         print(progress(work, state), flush=True)
         if how := how_it_ended(work, state):
             print(f"The run has ended, {how}")
+            if not how.startswith("exit code 0"):
+                show_end_of((work / "run.log").read_text())
+                show_traceback(work)
             return True
         if time.time() >= until:
             return False
@@ -236,7 +288,9 @@ def finish(work, name, out):
     complete, weights = bool(run) and (run / "model.torch").exists(), None
     if complete:
         commit = ["--commit", state["commit"]] if state["commit"] else []
-        ship.main([str(run), name, "--half", "--to", str(packed), *commit])
+        # Compiling for one evaluation takes longer than the evaluation.
+        eager = ("--compile", "off", "--cuda_graph", "off")
+        ship.main([str(run), name, "--half", "--to", str(packed), *commit, *eager])
         weights = packed / "pretrained" / f"{name}.torch"
     else:                                           # no result, but what there is comes home
         print(f"Not complete, so not a result: {how_it_ended(work, state)}")

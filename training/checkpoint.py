@@ -14,25 +14,37 @@ from torch import Tensor
 
 from models import SemiConditionalFlow
 from models.published import from_published, is_published
+from utils import Settings
 from utils.errors import BadInput, value_errors_as_bad_input
 from utils.files import PROJECT, atomic_write, sha256
+from utils.settings import RESUMABLE
 
 from .objective import Terms
+from .step import MOMENTS
 
 PRETRAINED = PROJECT / "pretrained"
-CHECKPOINT_KEYS = {"model", "optimizer", "epoch", "step", "sums", "seconds", "generator", "rng",
-                   "settings"}
+# The version of the content of checkpoint.pt, which counts up whenever older files cannot be read.
+CHECKPOINT_FORMAT = 2
+CHECKPOINT_KEYS = {"format", "model", "average", "optimizer", "epoch", "step", "sums", "seconds",
+                   "generator", "rng", "settings"}
 
 
-def load_weights(model: SemiConditionalFlow, path: str | Path) -> None:
+def load_weights(model: SemiConditionalFlow, path: str | Path, averaged: bool = False) -> None:
     """Load weights into `model`, in place and cast to its types, from the file at `path`.
 
     The file is a run's `model.torch` or `checkpoint.pt`, or a state dict of the authors' code, with
-    or without the prefix `module.` and masks. Raises BadInput if the file is missing, is none of
-    these, or holds another architecture; the message then names the first differences.
+    or without the prefix `module.` and masks. averaged: load the moving average of the weights,
+    which the checkpoint of a run with ema has beside the last ones. Raises BadInput if the file is
+    missing, is none of these, has no average, or holds another architecture; the message then names
+    the first differences.
     """
     content = load_file(path)
     state = as_state_dict(content.get("model", content), path)
+    if averaged:
+        if not content.get("average"):
+            raise BadInput(f"{path} has no averaged weights: they are in the checkpoint.pt of a "
+                           "run with ema")
+        state = {**state, **as_state_dict(content["average"], path)}
     if is_published(state):
         with value_errors_as_bad_input():
             state = from_published(model, state)
@@ -62,16 +74,41 @@ def shipped_weights(config_file: str | None) -> Path:
     return path
 
 
-def load_checkpoint(path: Path, model: SemiConditionalFlow) -> dict[str, Any]:
+def load_checkpoint(path: Path, model: SemiConditionalFlow, settings: Settings) -> dict[str, Any]:
     """The content of a run's checkpoint.pt.
 
-    Raises BadInput if it is not a checkpoint of a run of `model`.
+    Raises BadInput if it is not a checkpoint of a run of `model`, has another format, is of a run
+    with other settings than `settings`, apart from those that may change, or has begun more epochs.
     """
     checkpoint = load_file(path)
-    if set(checkpoint) != CHECKPOINT_KEYS or len(checkpoint["sums"]) != len(Terms._fields):
-        raise BadInput(f"{path} is not a checkpoint of a run, or one of another version")
+    written = checkpoint.get("format", 1 if "optimizer" in checkpoint else None)
+    if written not in (None, CHECKPOINT_FORMAT):
+        raise BadInput(f"{path} has format {written}, and this version reads format "
+                       f"{CHECKPOINT_FORMAT}: continue the run with the commit in its params.yaml")
+    if set(checkpoint) != CHECKPOINT_KEYS or set(checkpoint["sums"]) != set(Terms._fields):
+        raise BadInput(f"{path} is not a checkpoint of a run")
     check_architecture(model, as_state_dict(checkpoint["model"], path), path)
+    done = checkpoint["epoch"] + (checkpoint["step"] > 0)
+    if settings.epochs < done:
+        raise BadInput(f"the run in {path.parent} is in epoch {done} already: its epochs can be "
+                       f"{done} or more, not {settings.epochs}")
+    changed = [key for key, value in checkpoint["settings"].items()
+               if key not in RESUMABLE and vars(settings).get(key) != value]
+    if changed:
+        key = changed[0]
+        raise BadInput(f"{path} was trained with {key} {checkpoint['settings'][key]!r}, and the "
+                       f"run's params.yaml says {vars(settings).get(key)!r}: restore it")
+    optimizer, shapes = checkpoint["optimizer"], shapes_of(dict(model.named_parameters()))
+    average_fits = shapes_of(checkpoint["average"]) == (shapes if settings.ema else {})
+    if not average_fits or (optimizer and any(
+            shapes_of(optimizer.get(key, {})) != shapes for key in MOMENTS)):
+        raise BadInput(f"{path} is damaged: the optimiser's state does not fit the weights")
     return checkpoint
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """{name: shape}."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def as_state_dict(state: Any, path: str | Path) -> dict[str, Tensor]:
@@ -117,20 +154,23 @@ class CheckpointWriter:
     """A context whose `write` copies a checkpoint to the CPU and returns; a thread writes the file.
 
     When the context ends, the last checkpoint has been written. An error in writing is raised by
-    the next call, or at the end of the context.
+    the next call, or at the end of the context. Processes without a path write nothing: of several,
+    only the main one has one.
     """
 
-    def __init__(self, path: Path | None):
-        self.path, self.thread = path, ThreadPoolExecutor(1)
+    def __init__(self, path: Path | None, settings: Settings):
+        self.path, self.settings, self.thread = path, settings, ThreadPoolExecutor(1)
         self.pending: Future | None = None
 
-    def write(self, content: Mapping[str, Any]) -> None:
-        """Write `content`, nested mappings of tensors and plain values, to the path.
+    def write(self, state: Mapping[str, Any]) -> None:
+        """Write the state of a run, nested mappings of tensors and plain values, to the path.
 
-        Only the main process writes; the others have no path.
+        The settings and the format are added.
         """
-        assert self.path is not None, "only the main process writes checkpoints"
+        if self.path is None:
+            return
         self.wait()
+        content = {"format": CHECKPOINT_FORMAT, **state, "settings": vars(self.settings)}
         self.pending = self.thread.submit(save_atomically, copy_to_cpu(content), self.path)
 
     def wait(self) -> None:

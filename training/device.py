@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from utils import Settings
+from utils.data import DATASETS
 from utils.errors import BadInput
 
 from .processes import Processes
@@ -70,22 +71,27 @@ def choose_speed(settings: Settings, device: torch.device, processes: Processes)
     """
     gpu = device.type == "cuda"
     precision = settings.precision
+    images = DATASETS[settings.data].grey_levels is not None
     if precision == "auto":
-        supported = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        supported = gpu and images and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if supported else "fp32"
+    if precision == "bf16" and not images:
+        raise BadInput(f"precision bf16 is for images, and {settings.data} has points: use fp32")
     if precision == "tf32" and not gpu:
         raise BadInput("precision tf32 needs a GPU: use fp32 or bf16 on a CPU")
     # With bf16, TF32 is for the networks' first layers.
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     can_compile = _can_compile()
+    needs = "a C++ compiler (g++ or clang++) and Python's header files"
     if settings.compile == "on" and not can_compile:
-        raise BadInput("compile on needs a C++ compiler (g++ or clang++) and Python's header "
-                       "files: install them, or use compile off")
+        raise BadInput(f"compile on needs {needs}: install them, or use compile off")
     if settings.cuda_graph == "on" and not (gpu and processes.size == 1):
         raise BadInput("cuda_graph on needs a GPU and a run of one process: use cuda_graph off")
     pays_off = gpu and not settings.pretrained  # a single evaluation is faster than compiling
     compiled = settings.compile == "on" or (
         settings.compile == "auto" and pays_off and can_compile)
+    if settings.compile == "auto" and pays_off and not can_compile:
+        print(f"Not compiled, and therefore slower: torch.compile needs {needs}")
     if compiled:
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # off on purpose
     if compiled and settings.deterministic:

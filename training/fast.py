@@ -36,16 +36,18 @@ class FastLogJoint(nn.Module):
       a side stream.
     - Images, their gradients and the weights of convolutions are channels-last in memory.
     - A convolution of a single pixel, and on a CPU one of a tiny image, is a matrix product.
-    - With precision bf16 the networks inside the couplings run in bfloat16 under autocast,
-      except their first layer, where rounding x would be the largest error. Scales,
-      log-determinants, base densities and logsumexp keep the type of the model.
+    - With precision bf16 the networks inside the couplings run in bfloat16 under autocast, except
+      their first layer, where rounding x would be the largest error. Their output is rounded to
+      bfloat16; all that is computed from it (scales, log-determinants, base densities, logsumexp)
+      keeps the type of the model. Points have too few dimensions for these errors to average out.
     - With compile each coupling, ActNorm and 1x1 convolution is one graph of torch.compile.
       Equal ones share a graph, so that a deep flow compiles in little more time than a shallow one.
 
     `model` must be on its device and stay there. `micro_batch_size` is the number of rows for which
     one pass is efficient: micro_bs if positive, else what fits a CPU's caches, or any number on a
-    GPU. `cuda_graph` tells those who call it whether to capture their calls as CUDA graphs.
-    Raises ValueError for another precision.
+    GPU. `named_model_parameters` has the parameters with their names in `model`. `cuda_graph` tells
+    those who call it whether to capture their calls as CUDA graphs. Raises ValueError for another precision, and
+    for bf16 if `model` is one of points.
     """
 
     def __init__(self, model: SemiConditionalFlow, precision: str = "fp32", compile: bool = False,
@@ -53,6 +55,8 @@ class FastLogJoint(nn.Module):
         super().__init__()
         if precision not in ("fp32", "tf32", "bf16"):
             raise ValueError(f"precision must be fp32, tf32 or bf16, not {precision}")
+        if precision == "bf16" and not model.image:
+            raise ValueError("precision bf16 is for images: log p(x) of points would be coarse")
         self.cuda_graph = cuda_graph
         shapes, largest = _trace_shapes(model)
         fitting = sys.maxsize if model.log_p_y.is_cuda else max(MICRO_BATCH_BYTES // largest, 1)
@@ -61,6 +65,7 @@ class FastLogJoint(nn.Module):
         for p in model.parameters():
             if p.dim() == 4:
                 p.data = torch.empty_like(p.data, memory_format=torch.channels_last).copy_(p.data)
+        self.named_model_parameters = list(model.named_parameters())
         shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self.twin = copy.deepcopy(model, shared)
         with_weight_log_det = []

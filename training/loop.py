@@ -63,18 +63,18 @@ class TrainingState:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds, besides the settings."""
-        return {"model": self.model.state_dict(), "optimizer": self.training_step.state_dict(),
+        return {"model": self.model.state_dict(), **self.training_step.state_dict(),
                 "epoch": self.epoch, "step": self.step_in_epoch,
-                "sums": self.sums, "seconds": self.seconds,
+                "sums": dict(zip(Terms._fields, self.sums)), "seconds": self.seconds,
                 "generator": self.generator.get_state(), "rng": get_rng_state()}
 
     def load_state_dict(self, checkpoint: dict[str, Any], processes: Processes) -> None:
         """Restore what `state_dict` returned."""
         self.model.load_state_dict(checkpoint["model"])
-        self.training_step.load_state_dict(checkpoint["optimizer"])
+        self.training_step.load_state_dict(checkpoint)
         self.epoch, self.step_in_epoch = checkpoint["epoch"], checkpoint["step"]
         self.seconds = checkpoint["seconds"]
-        self.sums.copy_(checkpoint["sums"])
+        self.sums.copy_(torch.stack([checkpoint["sums"][name] for name in Terms._fields]))
         self.sums *= processes.is_main  # they are of all processes, and are summed again
         set_rng_state(checkpoint["rng"])
         try:

@@ -12,10 +12,10 @@ the batch, the loss is
 L_clf, from the paper, is the mean of -log p(y_i | x_i) over the labelled rows.
 
 L_cons, which the paper does not have, is for images and uses an augmented copy x' of each image x
-(`augment` in utils/data.py): where the largest class probability of an unlabelled image exceeds
-CONFIDENCE_THRESHOLD, its posterior is the target for the copy,
+(`augment` in utils/data.py): where the largest class probability of an unlabelled image exceeds the
+threshold `confidence`, its posterior is the target for the copy,
 
-    mean_{j unlabelled} [ - sum_y q_j(y) log p(y | x'_j)  if max_y q_j(y) > CONFIDENCE_THRESHOLD,
+    mean_{j unlabelled} [ - sum_y q_j(y) log p(y | x'_j)  if max_y q_j(y) > confidence,
                           0                               otherwise ],
 
 where q_j(y) = p(y | x_j) gets no gradient. Soft targets under a confidence mask are those of UDA
@@ -23,6 +23,7 @@ where q_j(y) = p(y | x_j) gets no gradient. Soft targets under a confidence mask
 With this term L_clf is the mean of those of x_i and x'_i.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,8 @@ from torch.nn import functional as F
 
 from utils import Settings
 
-CONFIDENCE_THRESHOLD = 0.95
+
+cross_entropy = partial(F.cross_entropy, reduction="none")     # of each row
 
 
 class Terms(NamedTuple):
@@ -51,9 +53,9 @@ def objective(log_joint: Tensor, y: Tensor, settings: Settings,
     """The loss of a batch, or the contribution of a micro-batch to it (module docstring).
 
     log_joint: log p(x, y), (B, K); y: (B,), -1 where the label is hidden; settings: ssl_alg,
-    sup_weight, cl_weight, cons_weight; log_joint_augmented: log p(x', y), (B, K), or None without
-    augmented copies; batch_y: the labels of the whole batch if the rows are a micro-batch of it.
-    The terms of all micro-batches sum to those of the batch.
+    sup_weight, cl_weight, cons_weight, confidence; log_joint_augmented: log p(x', y), (B, K), or
+    None without augmented copies; batch_y: the labels of the whole batch if the rows are a
+    micro-batch of it. The terms of all micro-batches sum to those of the batch.
     """
     batch_y = y if batch_y is None else batch_y
     labelled = y >= 0
@@ -70,16 +72,16 @@ def objective(log_joint: Tensor, y: Tensor, settings: Settings,
     weighted = row_weights(y) * torch.where(labelled, log_p_xy, unlabelled_term)
     log_likelihood = weighted.sum() / row_weights(batch_y).sum()
 
-    nll = log_p_x - log_p_xy  # -log p(y | x)
+    # In float32 the difference log p(x) - log p(x, y) of numbers in the thousands would be coarse.
+    nll = cross_entropy(log_joint, y.clamp(min=0))  # -log p(y | x)
     cons_loss = confident = torch.zeros_like(log_likelihood)
     if log_joint_augmented is not None:
-        nll_augmented = F.cross_entropy(log_joint_augmented, y.clamp(min=0), reduction="none")
-        nll = (nll + nll_augmented) / 2
+        nll = (nll + cross_entropy(log_joint_augmented, y.clamp(min=0))) / 2
         target = log_joint.detach().softmax(1)  # q
-        is_confident = ~labelled & (target.amax(1) > CONFIDENCE_THRESHOLD)
+        is_confident = ~labelled & (target.amax(1) > settings.confidence)
         n_unlabelled = (len(batch_y) - n_labelled).clamp(min=1)
-        cross_entropy = F.cross_entropy(log_joint_augmented, target, reduction="none")
-        cons_loss = (cross_entropy * is_confident).sum() / n_unlabelled
+        of_copies = cross_entropy(log_joint_augmented, target)
+        cons_loss = (of_copies * is_confident).sum() / n_unlabelled
         confident = is_confident.sum() / n_unlabelled
     cl_loss = nll.masked_fill(~labelled, 0).sum() / n_labelled.clamp(min=1)
 

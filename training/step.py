@@ -21,6 +21,7 @@ from .fast import FastLogJoint
 from .objective import Terms, objective
 from .processes import Processes
 
+MOMENTS = ("exp_avg", "exp_inf")    # of the gradients: the state of Adamax
 # Elements: GPU kernels want weights to begin at multiples of 16 bytes and more.
 ALIGNMENT = 32
 
@@ -38,7 +39,7 @@ class TrainingStep:
                  processes: Processes):
         self.micro_batch_size = log_joint.micro_batch_size
         self.settings, self.processes = settings, processes
-        self.parameters = list(log_joint.parameters())
+        self.names, self.parameters = map(list, zip(*log_joint.named_model_parameters))
         self.vector, self.padding = _as_one_vector(self.parameters)
         self.vector.grad = torch.zeros_like(self.vector)
         self.lr = torch.tensor(settings.lr, device=self.vector.device)
@@ -113,24 +114,40 @@ class TrainingStep:
         finally:
             self.vector.copy_(own)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The state of Adamax (step, exp_avg, exp_inf) and the average, if any.
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """What continues the training steps, keyed by the model's names of its parameters.
 
-        Before the first step, that of Adamax is empty.
+        optimizer: step, (), and for exp_avg and exp_inf a tensor per parameter, as Adamax defines
+        them; empty before the first step. average: a tensor per parameter; empty without
+        settings.ema. The tensors are views.
         """
-        average = {} if self.average is None else {"average": self.average}
-        return {**self.optimizer.state[self.vector], **average}
+        adamax = self.optimizer.state[self.vector]
+        moments = {key: self._by_name(adamax[key]) for key in MOMENTS if adamax}
+        step = {"step": adamax["step"]} if adamax else {}
+        return {"optimizer": {**step, **moments},
+                "average": {} if self.average is None else self._by_name(self.average)}
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` returned, from any device."""
-        device = self.vector.device
-        devices = {"step": device if self.vector.is_cuda else "cpu",
-                   "exp_avg": device, "exp_inf": device}
-        self.optimizer.state[self.vector] = {
-            key: state[key].to(place, copy=True) for key, place in devices.items() if key in state}
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+        """Restore what `state_dict` returned, from any device. Other keys are ignored."""
+        def fill(vector: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+            for name, view in self._by_name(vector).items():
+                view.copy_(tensors[name])
+            return vector
+        optimizer = state["optimizer"]
+        if optimizer:
+            step = optimizer["step"].to(self.vector.device if self.vector.is_cuda else "cpu",
+                                        copy=True)
+            self.optimizer.state[self.vector] = {
+                "step": step, **{key: fill(torch.zeros_like(self.vector), optimizer[key])
+                                 for key in MOMENTS}}
         if self.average is not None:
-            self.average.copy_(state["average"])
+            fill(self.average, state["average"])
+
+    def _by_name(self, vector: Tensor) -> dict[str, Tensor]:
+        """The parts of `vector`, which is as long as the one of the parameters, by name."""
+        parts = _parts_of(vector, self.parameters, self.padding)
+        return dict(zip(self.names, parts))
 
 
 def _in_memory_order(p: Tensor) -> Tensor:
@@ -148,13 +165,22 @@ def _as_one_vector(parameters: list[nn.Parameter]) -> tuple[nn.Parameter, list[l
     padding = [[p.new_zeros(n)] if (n := -p.numel() % ALIGNMENT) else [] for p in parameters]
     vector = torch.cat([part for p, zeros in zip(parameters, padding)
                         for part in (_in_memory_order(p), *zeros)])
+    for p, part in zip(parameters, _parts_of(vector, parameters, padding)):
+        p.data = part
+    return nn.Parameter(vector), padding
+
+
+def _parts_of(vector: Tensor, parameters: list[nn.Parameter],
+              padding: list[list[Tensor]]) -> Iterator[Tensor]:
+    """The views of `vector` with the shapes of `parameters`, in the order of their memory."""
     start = 0
     for p, zeros in zip(parameters, padding):
-        part = vector[start:start + p.numel()]
+        part = vector.detach()[start:start + p.numel()]
         start += p.numel() + sum(map(len, zeros))
-        if p.dim() == 4:
+        # A 1x1 kernel has the same order in both formats. Its gradient comes with the strides of
+        # the contiguous one, and DistributedDataParallel expects those of the parameter.
+        if p.dim() == 4 and p[0, 0].numel() > 1:
             o, i, h, w = p.shape
-            p.data = part.view(o, h, w, i).permute(0, 3, 1, 2)
+            yield part.view(o, h, w, i).permute(0, 3, 1, 2)
         else:
-            p.data = part.view(p.shape)
-    return nn.Parameter(vector), padding
+            yield part.view(p.shape)

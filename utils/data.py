@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +22,15 @@ from .errors import BadInput
 MAX_HELD_OUT = 1000
 MOONS_NOISE, CIRCLES_NOISE, CIRCLES_FACTOR = 0.1, 0.05, 0.5
 
-# Largest changes that `augment` makes.
-ROTATION = 15           # degrees
-SCALING = 0.1           # share of the size
-TRANSLATION = 2 / 28    # share of height and width
-
 Examples = tuple[Tensor, Tensor]        # x (N, C, H, W), y (N,)
+
+
+class Augmentation(NamedTuple):
+    """The largest changes that `augment` makes."""
+
+    rotation: float     # degrees
+    scaling: float      # share of the size
+    shift: float        # pixels
 
 
 class SemiSupervisedData:
@@ -38,12 +41,13 @@ class SemiSupervisedData:
     training examples whose labels are shown, at least one of each class; the other training labels
     are not stored. labelled_ids: the indices of the same examples in the full training set, if
     train_x is a part of it. held_out: indices of unlabelled examples that no batch contains, for
-    comparing weights.
+    comparing weights. augmentation: of the copies that `sample_batch` makes.
     """
 
     def __init__(self, train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor,
                  labelled: Tensor, grey_levels: int | None, device: str | torch.device = "cpu",
-                 labelled_ids: Tensor | None = None, held_out: Iterable[int] = ()):
+                 labelled_ids: Tensor | None = None, held_out: Iterable[int] = (),
+                 augmentation: Augmentation | None = None):
         self.n_classes = int(train_y[labelled].max()) + 1
         self.labelled = labelled.to(device)
         self.labelled_ids = labelled if labelled_ids is None else labelled_ids
@@ -55,7 +59,8 @@ class SemiSupervisedData:
         self.unlabelled = is_unlabelled.nonzero()[:, 0].to(device)
         self.train_x, self.train_y = train_x.to(device), train_y.where(is_labelled, -1).to(device)
         self.test_x, self.test_y = test_x.to(device), test_y.to(device)
-        self.grey_levels, self.device = grey_levels, torch.device(device)
+        self.grey_levels, self.augmentation = grey_levels, augmentation
+        self.device = torch.device(device)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -99,7 +104,9 @@ class SemiSupervisedData:
         x = self.dequantize(images, generator)
         if not augmented:
             return x, y
-        return x, y, self.dequantize(augment(images, generator), generator)
+        assert self.augmentation is not None, "these data have no augmentation"
+        copies = augment(images, self.augmentation, generator)
+        return x, y, self.dequantize(copies, generator)
 
     def labelled_prob(self, sup_sample_weight: float) -> float:
         """The probability that a row of a batch is labelled.
@@ -120,25 +127,26 @@ class SemiSupervisedData:
         return math.log2(self.grey_levels) - log_p / (math.prod(self.shape) * math.log(2))
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, largest: Augmentation, generator: torch.Generator) -> Tensor:
     """Augmented copies of `images` (B, C, H, W), uint8, each transformed at random.
 
-    With probability 1/2 an image is rotated, scaled and translated, uniformly up to ROTATION,
-    SCALING and TRANSLATION, with bilinear interpolation. Otherwise it is translated by whole pixels
-    only, because interpolation blurs edges and the flow could learn to treat blurred images
-    separately. What lies beyond the border of an image is black.
+    With probability 1/2 an image is rotated, scaled and translated, uniformly up to the `largest`
+    changes, with bilinear interpolation. Otherwise it is translated by whole pixels only, because
+    interpolation blurs edges and the flow could learn to treat blurred images separately. What lies
+    beyond the border of an image is black.
     """
     uniform = 2 * torch.rand(5, len(images), generator=generator, device=images.device) - 1
     rotation, scale, *shift, half = uniform
     whole_pixels = half < 0
-    angle = (rotation * math.radians(ROTATION)).masked_fill(whole_pixels, 0)
-    scale = (1 + scale * SCALING).masked_fill(whole_pixels, 1)
+    angle = (rotation * math.radians(largest.rotation)).masked_fill(whole_pixels, 0)
+    scale = (1 + scale * largest.scaling).masked_fill(whole_pixels, 1)
     cos, sin = angle.cos() / scale, angle.sin() / scale
     *_, height, width = images.shape
-    in_pixels = ((s * TRANSLATION * size, size) for s, size in zip(shift, (width, height)))
-    # grid_sample's coordinates go from -1 to 1.
-    dx, dy = (2 / size * torch.where(whole_pixels, d.round(), d) for d, size in in_pixels)
-    to_source = torch.stack((torch.stack((cos, -sin, dx), 1), torch.stack((sin, cos, dy), 1)), 1)
+    # grid_sample's coordinates go from -1 to 1 in both directions, whatever the size.
+    dx, dy = (2 / size * torch.where(whole_pixels, d.round(), d)
+              for d, size in zip((s * largest.shift for s in shift), (width, height)))
+    to_source = torch.stack((torch.stack((cos, -sin * height / width, dx), 1),
+                             torch.stack((sin * width / height, cos, dy), 1)), 1)
     grid = F.affine_grid(to_source, list(images.shape), align_corners=False)
     return F.grid_sample(images.to(grid.dtype), grid, align_corners=False).round().to(images.dtype)
 
@@ -146,9 +154,10 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 def load_data(settings: Settings, device: str | torch.device = "cpu") -> SemiSupervisedData:
     """The dataset that settings.data names, on `device`.
 
-    settings: data, data_root, num_examples, data_seed, supervised, ema. With ema, a tenth of the
-    unlabelled training examples, at most MAX_HELD_OUT, is held out. Raises BadInput if the files
-    cannot be had or the settings ask for more examples than there are.
+    settings: data, data_root, num_examples, data_seed, supervised, ema, aug_rotation, aug_scaling,
+    aug_shift. With ema, a tenth of the unlabelled training examples, at most MAX_HELD_OUT, is held
+    out. Raises BadInput if the files cannot be had or the settings ask for more examples than there
+    are.
     """
     dataset = DATASETS[settings.data]
     train_x, train_y, test_x, test_y = dataset.load(settings)
@@ -169,8 +178,11 @@ def load_data(settings: Settings, device: str | torch.device = "cpu") -> SemiSup
             raise BadInput("ema holds out unlabelled examples to judge the averaged weights, and "
                            "there are fewer than 10: use ema 0")
         held_out = rng.permutation(unlabelled)[:min(MAX_HELD_OUT, len(unlabelled) // 10)]
+    augmentation = dataset.augmentation and Augmentation(*(
+        default if (given := getattr(settings, f"aug_{name}")) == -1 else given
+        for name, default in dataset.augmentation._asdict().items()))
     return SemiSupervisedData(train_x, train_y, test_x, test_y, labelled, dataset.grey_levels,
-                              device, kept[labelled], held_out)
+                              device, kept[labelled], held_out, augmentation)
 
 
 def choose_labelled(y: np.ndarray, n_classes: int, supervised: int,
@@ -270,7 +282,7 @@ class Dataset:
 
     shape: (C, H, W) of an example; grey_levels: None for points; n_train, n_test: numbers of
     examples (any number of points can be generated for training); load: settings -> train_x,
-    train_y, test_x, test_y.
+    train_y, test_x, test_y; augmentation: None for points.
     """
 
     shape: tuple[int, int, int]
@@ -279,11 +291,12 @@ class Dataset:
     n_train: int
     n_test: int
     load: Callable[[Settings], tuple[Tensor, Tensor, Tensor, Tensor]]
+    augmentation: Augmentation | None = None
 
 
 DATASETS = {
-    "mnist": Dataset((1, 28, 28), 10, 256, 60_000, 10_000, _load_mnist),
-    "digits": Dataset((1, 8, 8), 10, 17, 1437, 360, _load_digits),
+    "mnist": Dataset((1, 28, 28), 10, 256, 60_000, 10_000, _load_mnist, Augmentation(15, 0.1, 2)),
+    "digits": Dataset((1, 8, 8), 10, 17, 1437, 360, _load_digits, Augmentation(15, 0.1, 1)),
     "moons": Dataset((2, 1, 1), 2, None, 1000, 1000, _load_points),
     "circles": Dataset((2, 1, 1), 2, None, 1000, 1000, _load_points),
 }

@@ -22,6 +22,13 @@ def value_errors_as_bad_input() -> Iterator[None]:
         raise BadInput(str(error)) from None
 
 
+def one_line(error: Exception) -> str:
+    """The message of `error`; of an OSError without its number, such as "No space left: PATH"."""
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join(map(str, filter(None, (error.strerror, error.filename))))
+    return str(error)
+
+
 def run_command(main: Callable[[], object]) -> None:
     """Run `main`; if it raises BadInput, print the message and exit with code 2."""
     try:

@@ -1,5 +1,6 @@
 """The pictures of a run: curves.png, samples.png, and for points in the plane density.png."""
 
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,11 +21,18 @@ IMAGES_PER_CLASS, POINTS_PER_CLASS = 10, 1000
 
 def plot_run(model: SemiConditionalFlow, data: SemiSupervisedData, rows: list[Row],
              run_dir: Path, seed: int) -> None:
-    """Write the pictures of a run with the metrics `rows` to its directory."""
-    plot_curves(rows, run_dir / "curves.png")
-    plot_samples(model, run_dir / "samples.png", seed)
-    if not model.image:
-        plot_density(model, data, run_dir / "density.png")
+    """Write the pictures of a run with the metrics `rows` to its directory.
+
+    A failure is reported, and does not end the run: its weights are worth more than its pictures.
+    """
+    try:
+        plot_curves(rows, run_dir / "curves.png")
+        plot_samples(model, run_dir / "samples.png", seed)
+        if not model.image:
+            plot_density(model, data, run_dir / "density.png")
+    except Exception as error:
+        traceback.print_exc()
+        print(f"The pictures could not be drawn ({type(error).__name__}); the run goes on")
 
 
 def plot_curves(rows: list[Row], path: Path) -> None:
@@ -73,16 +81,13 @@ def plot_samples(model: SemiConditionalFlow, path: Path, seed: int) -> None:
     x = model.sample(y, noise.repeat_interleave(k, 0).to(device, model.log_p_y.dtype)).cpu()
     x = x.unflatten(0, (rows, k)).float()  # (rows, K, C, H, W)
     if model.image:
-        _, _, c, h, w = x.shape
-        grid = np.full((rows * (h + 1) + 1, k * (w + 1) + 1, c), 0.5)  # a grey line between images
-        for i in range(rows):
-            for j in range(k):
-                top, left = i * (h + 1) + 1, j * (w + 1) + 1
-                grid[top:top + h, left:left + w] = x[i, j].permute(1, 2, 0)
+        from torchvision.utils import make_grid  # imported here because it takes a second
+
+        w = x.shape[-1]
+        grid = make_grid(x.flatten(0, 1), nrow=k, padding=1, pad_value=0.5)  # (3, height, width)
         figure = Figure(figsize=(k * 0.6, rows * 0.6 + 0.5), layout="constrained")
         axes = figure.subplots()
-        axes.imshow(grid.squeeze(-1) if c == 1 else grid, cmap="gray", vmin=0, vmax=1,
-                    interpolation="nearest")
+        axes.imshow(grid.permute(1, 2, 0).numpy(), vmin=0, vmax=1, interpolation="nearest")
         axes.set_xticks([(j + 0.5) * (w + 1) for j in range(k)], [str(j) for j in range(k)])
         axes.set_yticks([])
         axes.set_xlabel("class y")

@@ -14,15 +14,22 @@ PROJECT = Path(__file__).resolve().parent.parent
 def atomic_write(path: str | Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
     """Open a file for writing that replaces `path`, atomically, when the block ends.
 
-    Readers see either the old file or the new one, never a part. An error leaves `path` as it was
-    and a `.partial` file beside it. options: as for `open`.
+    Readers see either the old file or the new one, never a part. An error leaves `path` as it was;
+    an OSError, such as that of a full disk, names `path`. options: as for `open`.
     """
     partial = f"{path}.partial"
-    with open(partial, mode, **options) as f:
-        yield f
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, mode, **options) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def sha256(path: str | Path) -> str:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from .errors import BadInput
 from .files import atomic_write
 
 Row = dict[str, float]
@@ -21,8 +22,8 @@ class MetricsLog:
     (nats), the consistency term (nats) and the share of unlabelled rows that it counts as
     confident; the accuracy on labelled rows (0 to 1); log p(x) (nats), accuracy and bits/dim of the
     test set; log p(x) of the held-out training examples; the same four of the averaged weights; the
-    learning rate; the seconds of training and evaluation since the previous row. What does not
-    apply (bits/dim of points, averages without ema) is NaN.
+    learning rate; the seconds since the previous row, of training, evaluation, checkpoints and
+    pictures. What does not apply (bits/dim of points, averages without ema) is NaN.
     """
 
     def __init__(self, path: str | Path, up_to_epoch: int = 0):
@@ -45,12 +46,21 @@ class MetricsLog:
 
 
 def read_metrics(path: str | Path) -> list[Row]:
-    """The rows of a metrics.csv, NaN in the columns that it lacks; none if there is no file."""
+    """The rows of a metrics.csv, NaN in the columns that it lacks; none if there is no file.
+
+    Raises BadInput if a value is no number, or if there are no epochs.
+    """
     if not Path(path).exists():
         return []
-    with open(path, newline="") as f:
-        return [{key: float(row.get(key, math.nan)) for key in COLUMNS}
-                for row in csv.DictReader(f)]
+    try:
+        with open(path, newline="") as f:
+            rows = [{key: float(row.get(key, math.nan)) for key in COLUMNS}
+                    for row in csv.DictReader(f)]
+    except (ValueError, TypeError, csv.Error):
+        rows = [{"epoch": math.nan}]
+    if any(math.isnan(row["epoch"]) for row in rows):
+        raise BadInput(f"{path} is damaged: it is not the metrics.csv of a run")
+    return rows
 
 
 def average_is_better(row: Row) -> bool:

@@ -6,6 +6,7 @@ everything has been checked.
 """
 
 import argparse
+import contextlib
 import difflib
 import os
 import shutil
@@ -34,7 +35,7 @@ UNUSED_PUBLISHED_KEYS = ("k", "hid_dim", "logits", "lr_gamma", "lr_steps", "sup_
 EXMAN_KEYS = ("root", "time", "id", "commit", "dirty")  # what exman adds to a run's params.yaml
 RESUMABLE = ("device", "threads", "data_root", "log_each", "epochs", "deterministic", "precision",
              "compile", "cuda_graph", "micro_bs", "time_limit", "config_file", "resume",
-             "git_dirty")
+             "git_dirty", "draws", "weights")
 TRACEBACK_FILE = "traceback.txt"
 SHIPPED = "shipped"  # the value of a bare --pretrained
 
@@ -156,12 +157,22 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("cons_weight", at_least_zero, 0.0,
         "weight of the consistency term: a confident p(y | x) of an unlabelled image is the target "
         "for its augmented copy; L_clf is then averaged over an image and its copy")
+    add("confidence", _number(float, 0, 1), 0.95,
+        "confidence threshold: p(y | x) is confident if its largest value exceeds it")
+    for name, kind, text in (("rotation", _number(float, 0, 180, also=(-1,)), "rotation, degrees"),
+                             ("scaling", _number(float, 0, 0.9, also=(-1,)),
+                              "change of size, as a share of it"),
+                             ("shift", _number(float, 0, 1000, also=(-1,)), "translation, pixels")):
+        add(f"aug_{name}", kind, -1.0, f"largest {text}, of an augmented copy; -1: the data's")
 
     add("pretrained", str, "",
         "evaluate the weights in FILE and stop; without FILE, those shipped for the config",
         nargs="?", const=SHIPPED, metavar="FILE")
     add("draws", _number(int, 1, 1000), 1,
         "samples of the dequantisation noise over which --pretrained averages")
+    add("weights", str, "last",
+        "which weights --pretrained evaluates if FILE is the checkpoint.pt of a run with ema",
+        choices=("last", "averaged"))
     add("resume", str, "", "continue the run in this directory", metavar="RUN_DIR")
     add("device", str, "auto", "auto, cpu, cuda or cuda:N; auto: cuda if available")
     add("threads", _number(int, 0, 4096), 0, "CPU threads; 0: PyTorch's choice")
@@ -222,9 +233,15 @@ class SettingsParser(ExParser):
         settings = self._parse(argv)
         if settings.resume:
             settings = self._settings_to_resume(settings.resume, argv)
-        elif settings.lr_schedule == "hat" and settings.lr_warmup >= settings.epochs:
+        if settings.lr_schedule == "hat" and settings.lr_warmup >= settings.epochs:
             self.error(f"lr_warmup {settings.lr_warmup} must be less than "
                        f"the {settings.epochs} epochs")
+        if settings.epochs == 1 and settings.lr_schedule in ("linear", "hat"):
+            self.error(f"with lr_schedule {settings.lr_schedule} the last epoch has learning rate "
+                       "zero, so a single one would change nothing: use more epochs, or "
+                       "lr_schedule cosine or no")
+        if settings.weights == "averaged" and not settings.pretrained:
+            self.error("weights averaged is for --pretrained RUN_DIR/checkpoint.pt")
         return settings
 
     def _parse(self, argv: list[str]) -> argparse.Namespace:
@@ -251,6 +268,9 @@ class SettingsParser(ExParser):
         if not all((root / folder).is_dir() for folder in self.RESERVED_DIRECTORIES):
             raise BadInput(f"{run_dir} is not in a folder of runs: move it to {self.runs}")
         base = vars(self._parse(["--config", str(params)]))
+        data_root = _relative_to(base["data_root"], _started_in(run_dir), Path.cwd())
+        if Path(data_root).exists():            # else the run has moved away from its data
+            base["data_root"] = data_root
         self.set_defaults(**base)
         settings = self._parse(argv)
         changed = [key for key, value in vars(settings).items()
@@ -354,6 +374,8 @@ class Run(exman.parser.SafeExperiment):
         params = yaml.safe_load(path.read_text())
         params.update({key: value for key, value in vars(settings).items()
                        if key not in ("config_file", "resume")})
+        params["data_root"] = _relative_to(settings.data_root, Path.cwd(),
+                                           _started_in(settings.resume))
         with atomic_write(path) as f:
             yaml.dump(params, f, default_flow_style=False)
         return run
@@ -363,10 +385,25 @@ class Run(exman.parser.SafeExperiment):
         if exc_type is None or issubclass(exc_type, KeyboardInterrupt) or (
                 issubclass(exc_type, SystemExit) and exc_val.code in (None, 0)):
             return
-        self.run = Path(shutil.move(self.run, self.fails / self.run.name))
-        self.symlink.unlink(missing_ok=True)
-        trace = "".join(traceback.format_exception(exc_type, exc_val, exc_tb))
-        (self.run / TRACEBACK_FILE).write_text(trace)
+        # A full disk, or a directory that has gone, must not hide the error that ended the run.
+        with contextlib.suppress(OSError):
+            self.run = Path(shutil.move(self.run, self.fails / self.run.name))
+            self.symlink.unlink(missing_ok=True)
+            trace = "".join(traceback.format_exception(exc_type, exc_val, exc_tb))
+            (self.run / TRACEBACK_FILE).write_text(trace)
+
+
+def _started_in(run_dir: str) -> Path:
+    """The folder in which the run in `run_dir` was started: FOLDER/logs/NAME/runs/ID-DATE."""
+    parents = Path(os.path.abspath(run_dir)).parents
+    return parents[min(3, len(parents) - 1)]
+
+
+def _relative_to(path: str, before: Path, after: Path) -> str:
+    """`path`, absolute or relative to the folder `before`, seen from the folder `after`."""
+    if Path(path).is_absolute() or before == after:
+        return path
+    return os.path.relpath(before / path, after)
 
 
 def _git_worktree() -> str | None:
