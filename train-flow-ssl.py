@@ -40,7 +40,7 @@ from training.stopping import Stopping
 from utils.data import load_data
 from utils.errors import BadInput, one_line, value_errors_as_bad_input
 from utils.figures import plot_run
-from utils.metrics import MetricsLog, average_is_better
+from utils.metrics import MetricsLog, average_is_better, line
 from utils.settings import SHIPPED, Run, read_settings
 
 SECONDS_BETWEEN_PLOTS = 300     # during training
@@ -56,10 +56,8 @@ def main(processes):
         raise BadInput(f"train_bs {settings.train_bs} is not a multiple of the {processes.size} "
                        "processes")
     processes.connect(device)
-    with processes.main_first():                    # it may have to download the data
+    with processes.together(), processes.main_first():      # it may have to download the data
         data = load_data(settings, device)
-    if settings.cons_weight and data.grey_levels is None:
-        raise BadInput(f"cons_weight needs images, for augmentation; {settings.data} has points")
     torch.manual_seed(settings.seed)
     with value_errors_as_bad_input():
         model = build_model(settings, data.shape, data.n_classes, data.class_probs).to(device)
@@ -67,8 +65,8 @@ def main(processes):
     if settings.pretrained:
         shipped = settings.pretrained == SHIPPED
         path = shipped_weights(settings.config_file) if shipped else settings.pretrained
-        load_weights(model, path, averaged=settings.weights == "averaged")
-        print(f"Weights      {path}")
+        which = load_weights(model, path, averaged=settings.weights == "averaged")
+        print(f"Weights      {path}{which and f', the {which} ones'}")
         print_evaluation(FastLogJoint(model, *speed), data, settings, processes)
         return
 
@@ -78,10 +76,10 @@ def main(processes):
         processes.barrier()                         # before the main process moves a failed run
     run = None
     try:
-        with contextlib.ExitStack() as stack:
+        with stopping, contextlib.ExitStack() as stack:
             if processes.is_main:
-                run = stack.enter_context(Run.resumed(settings) if checkpoint
-                                          else parser.start_run(settings))
+                start = Run.resumed if checkpoint else parser.start_run
+                run = stack.enter_context(start(settings))
             run_dir = run and run.run
             stopped = train(model, data, settings, speed, processes, stopping, run_dir, checkpoint)
             if stopped and processes.is_main:
@@ -90,7 +88,8 @@ def main(processes):
     except (TrainingFailed, OSError) as error:      # an OSError is, for example, a full disk
         last_good = run and run.run / "checkpoint.pt"
         hint = f". The last good checkpoint is {last_good}" if run and last_good.exists() else ""
-        raise TrainingFailed(f"{one_line(error)}{hint}") from None
+        of_all = isinstance(error, TrainingFailed)
+        raise TrainingFailed(f"{one_line(error)}{hint}", of_all) from None
     except KeyboardInterrupt:
         if run and (run.run / "checkpoint.pt").exists():
             print(f"\nInterrupted; to continue: {run.resume_command}", file=sys.stderr)
@@ -122,11 +121,11 @@ def train(model, data, settings, speed, processes, stopping, run_dir, checkpoint
           f"{state.steps_per_epoch} training steps per epoch; "
           f"{speed.precision}{', compiled' * speed.compile}")
 
-    with stopping, CheckpointWriter(run_dir and run_dir / "checkpoint.pt", settings) as writer:
+    with CheckpointWriter(run_dir and run_dir / "checkpoint.pt", settings) as writer:
         if processes.is_main:
-            log = MetricsLog(run_dir / "metrics.csv", up_to_epoch=state.epoch)
-            if state.epoch < settings.epochs:
-                (run_dir / "model.torch").unlink(missing_ok=True)
+            log, weights = MetricsLog(run_dir / "metrics.csv", state.epoch), run_dir / "model.torch"
+            if state.epoch < settings.epochs and weights.exists():      # those of fewer epochs
+                weights.rename(run_dir / f"model-epoch{state.epoch}.torch")
         if not checkpoint:
             if processes.is_main:
                 np.savetxt(run_dir / "labelled.txt", data.labelled_ids, "%d")
@@ -146,27 +145,27 @@ def train(model, data, settings, speed, processes, stopping, run_dir, checkpoint
             if settings.ema:
                 with state.training_step.averaged():
                     row.update({f"ema_{key}": value for key, value in evaluation().items()})
-            steps = state.steps_per_epoch
+            steps, logged = state.steps_per_epoch, time.perf_counter()
             row["lr"] = learning_rate(state.epoch, steps, steps, settings)
-            row["seconds"] = state.seconds + time.perf_counter() - start
-            state.seconds = 0.0
-            start = time.perf_counter()
+            row["seconds"], state.seconds = state.seconds + logged - start, 0.0
             if processes.is_main:
                 log.append(row)
             writer.write(state.state_dict())
-            if processes.is_main and time.perf_counter() - plotted > SECONDS_BETWEEN_PLOTS:
-                plot_run(model, data, log.rows, run_dir, settings.seed)
-                plotted = time.perf_counter()
-            state.seconds = time.perf_counter() - start     # of the next row
+            if processes.is_main:
+                print(line(log.rows[-1]))
+                if time.perf_counter() - plotted > SECONDS_BETWEEN_PLOTS:
+                    plot_run(model, data, log.rows, run_dir, settings.seed)
+                    plotted = time.perf_counter()
+            state.seconds = time.perf_counter() - logged    # of the next row
 
     if processes.is_main:
         last, which = log.rows[-1], ""
         averaged = average_is_better(last)
         if settings.ema:
             which = (f" of the {'averaged' if averaged else 'last'} weights, which have the higher "
-                     "likelihood on held-out images")
+                     "held-out likelihood")
         with state.training_step.averaged() if averaged else contextlib.nullcontext():
-            save_atomically(copy_to_cpu(model.state_dict()), run_dir / "model.torch")
+            save_atomically(copy_to_cpu(model.state_dict()), weights)
             plot_run(model, data, log.rows, run_dir, settings.seed)
         error = 1 - last["ema_test_acc" if averaged else "test_acc"]
         print(f"Test error{which}: {error:.2%}; weights, curves and samples are in "
@@ -181,10 +180,12 @@ def cli():
         processes = Processes()
         with contextlib.redirect_stdout(sys.stdout if processes.is_main else None):
             main(processes)
-    except (BadInput, TrainingFailed) as error:
+    except (BadInput, TrainingFailed, OSError) as error:
         if not processes or processes.is_main:
-            print(f"train-flow-ssl.py: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, BadInput) else 1
+            print(f"train-flow-ssl.py: error: {one_line(error)}", file=sys.stderr)
+        if getattr(error, "of_all", False):
+            processes.barrier()     # torchrun ends the others as soon as one has failed
+        return 1 if isinstance(error, TrainingFailed) else 2
     except KeyboardInterrupt:
         return 130
     finally:

@@ -25,9 +25,8 @@ from utils.errors import run_command
 
 
 def main():
-    own, settings, device = read_arguments(
-        "Times evaluation and sampling.", lambda parser: parser.add_argument(
-            "--batches", type=int, default=5, help="timed batches of each mode"))
+    own, settings, device = read_arguments("Times evaluation and sampling.", "batches", 5,
+                                           "timed batches of each mode")
     data = random_data(settings, device)
     precisions = sorted({"fp32", *(mode.precision for mode in own.modes)})
     limits = measure_limits(precisions, settings.test_bs, device)

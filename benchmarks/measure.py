@@ -1,6 +1,5 @@
 """What the benchmarks share: modes, random data, timing, the limits of the machine, the table."""
 
-import argparse
 import contextlib
 import ctypes
 import gc
@@ -24,7 +23,8 @@ from models import build_model
 from training.device import Speed, device_name, set_up_torch
 from training.processes import Processes
 from utils.data import DATASETS, SemiSupervisedData
-from utils.errors import BadInput, value_errors_as_bad_input
+from utils.errors import BadInput, OneLineParser, value_errors_as_bad_input
+from utils.files import atomic_write
 from utils.settings import read_settings
 
 CPU_BATCHES = (16, 32, 64)      # batch sizes at which a CPU's convolution may be fastest
@@ -47,25 +47,43 @@ class Mode:
         return self.speed.precision
 
 
-def read_arguments(description, add_own):
-    """-> own arguments, settings, device. All other arguments are settings."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     epilog="All other options are those of train-flow-ssl.py.")
-    parser.add_argument("--modes", help="comma-separated: plain, or a precision (fp32, tf32, bf16) "
-                        "followed by +compile, +graph, both or neither")
+def read_arguments(description, count, default, what, modes=True):
+    """-> own arguments, settings, device. All other arguments are settings.
+
+    count, default, what: the name, default and help of the option for the number of timed calls.
+    With `modes`, own.modes are the Modes to compare. Raises BadInput.
+    """
+    parser = OneLineParser(description=description, allow_abbrev=False,
+                           epilog="All other options are those of train-flow-ssl.py.")
+    parser.add_argument(f"--{count}", type=int, default=default, help=what)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
-    add_own(parser)
+    if modes:
+        parser.add_argument("--modes", help="comma-separated: plain, or a precision (fp32, tf32, "
+                            "bf16) followed by +compile, +graph, both or neither")
     own, rest = parser.parse_known_args()
     _, settings = read_settings(rest)
+    if getattr(own, count) < 1:
+        raise BadInput(f"{count} must be at least 1, not {getattr(own, count)}")
+    if own.json and not own.json.parent.is_dir():
+        raise BadInput(f"there is no folder {own.json.parent} for {own.json.name}")
+    if settings.cons_weight and DATASETS[settings.data].grey_levels is None:
+        raise BadInput(f"cons_weight needs images, for augmentation; {settings.data} has points")
     device = set_up_torch(settings, Processes())
+    if modes:
+        own.modes = read_modes(own.modes, settings, device)
+    return own, settings, device
+
+
+def read_modes(names, settings, device):
+    """The Modes in `names`, separated by commas, or all that there are. Raises BadInput."""
     gpu, points = device.type == "cuda", DATASETS[settings.data].grey_levels is None
-    names = (own.modes or (GPU_MODES if gpu else CPU_MODES)).split(",")
-    if points and not own.modes:
+    default = not names
+    names = (names or (GPU_MODES if gpu else CPU_MODES)).split(",")
+    if points and default:
         names = [name for name in names if "bf16" not in name]
     if points and any("bf16" in name for name in names):
         raise BadInput(f"modes in bf16 are for images, and {settings.data} has points")
-    own.modes = [read_mode(name.strip(), settings.micro_bs, gpu) for name in names]
-    return own, settings, device
+    return [read_mode(name.strip(), settings.micro_bs, gpu) for name in names]
 
 
 def read_mode(name, micro_bs, gpu):
@@ -81,8 +99,12 @@ def read_mode(name, micro_bs, gpu):
     return Mode(name, speed, plain)
 
 
-def random_data(settings, device, n=2048):
-    """Random data with the shapes of settings.data, on which alone the times depend."""
+def random_data(settings, device):
+    """Random data with the shapes of settings.data, on which alone the times depend.
+
+    There are as many training examples, and test examples, as fill a batch.
+    """
+    n = max(2048, settings.train_bs, settings.test_bs)
     dataset = DATASETS[settings.data]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2 * n, *dataset.shape, generator=generator)
@@ -90,7 +112,7 @@ def random_data(settings, device, n=2048):
         x = torch.randint(dataset.grey_levels, x.shape, dtype=torch.uint8, generator=generator)
     y = torch.arange(2 * n) % dataset.n_classes
     return SemiSupervisedData(x[:n], y[:n], x[n:], y[n:], torch.arange(100), dataset.grey_levels,
-                              device)
+                              device, augmentation=dataset.augmentation)
 
 
 def fresh_model(settings, data):
@@ -234,7 +256,8 @@ def report(title, device, limits, rows, columns, path):
     if path:
         content = {"title": title, "torch": torch.__version__, "device": device_name(device),
                    "limits_tflops": limits, "modes": rows}
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        with atomic_write(path) as f:
+            f.write(json.dumps(content, indent=1) + "\n")
 
 
 def quartiles(seconds):

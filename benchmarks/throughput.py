@@ -43,9 +43,8 @@ def build_plain_step(model, settings):
 
 
 def main():
-    own, settings, device = read_arguments(
-        "Times training steps.", lambda parser: parser.add_argument(
-            "--steps", type=int, default=10, help="timed training steps of each mode"))
+    own, settings, device = read_arguments("Times training steps.", "steps", 10,
+                                           "timed training steps of each mode")
     settings.lr = 1e-6                              # on random images the weights should stay put
     data, batch_size = random_data(settings, device), settings.train_bs
     limits = measure_limits(sorted({mode.precision for mode in own.modes}), batch_size, device)

@@ -16,7 +16,7 @@ from sklearn.svm import SVC
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.data import load_data
-from utils.errors import run_command
+from utils.errors import BadInput, run_command
 from utils.settings import read_settings
 
 DATA_SEEDS = (0, 1, 2)
@@ -39,6 +39,8 @@ def main():
                            for x in (data.train_x[data.labelled], data.test_x))
         train_y = data.train_y[data.labelled].numpy()
         for name, build_classifier in CLASSIFIERS.items():
+            if getattr(build_classifier(), "n_neighbors", 0) > len(train_y):
+                raise BadInput(f"{name} needs more than {len(train_y)} labelled examples")
             predicted = build_classifier().fit(train_x, train_y).predict(test_x)
             errors[name].append(100 * np.mean(predicted != data.test_y.numpy()))
     print(f"Test error, %, of classifiers trained on the {len(data.labelled)} labelled examples of "

@@ -113,7 +113,8 @@ class ConditionalFlow(nn.Module):
     """h_phi of SCNF-GLOW: `ssl_l` levels of `ssl_k` conditional flow steps, separated by splits.
 
     The label enters as an embedding (K, 10) that all flow steps share. At the start it has ones on
-    the diagonal, and random unit vectors for the classes after the tenth. Raises ValueError if `dim` cannot be split into that many levels.
+    the diagonal, and random unit vectors for the classes after the tenth. Raises ValueError if
+    `dim` cannot be split into that many levels.
     """
 
     def __init__(self, dim: int, n_classes: int, options: SimpleNamespace):

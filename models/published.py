@@ -44,7 +44,7 @@ def from_published(model: SemiConditionalFlow, state: Mapping[str, Tensor]) -> d
     for ours, theirs in published_names(model).items():
         if theirs.endswith(".vec"):  # ours holds all reflections
             keys = [f"{theirs}_{i}" for i in range(len(own[ours]))]
-            if all(key in state for key in keys):
+            if all(key in state and state[key].shape == own[ours][0].shape for key in keys):
                 renamed[ours] = torch.stack([state.pop(key) for key in keys])
         elif theirs in state:
             value = state.pop(theirs)

@@ -1,13 +1,16 @@
 """Bad input: one line on stderr, exit code 2, and no run created."""
 
 import io
+import math
 
+import filelock
 import pytest
 import torch
 import torchvision
 from conftest import PROJECT, TINY, options, run_script, runs
 
 from models import build_model
+from utils.metrics import read_metrics
 
 CONFIGS = PROJECT / "configs"
 POINTS = {"data": "moons", "model": "toy", "ssl_dim": -1, "ssl_l": 1}
@@ -20,6 +23,20 @@ CASES = {
     "YAML that is no mapping": (["--config", "list.yaml"], "not a YAML mapping"),
     "unknown key": (["--config", "unknown.yaml"], "unknown setting epoch: did you mean epochs?"),
     "key with several values": (["--config", "several.yaml"], "lr takes one value"),
+    "a key twice": (["--config", "twice.yaml"], "twice.yaml is not YAML: it has lr twice"),
+    "YAML that is too deep": (["--config", "deep.yaml"], "deep.yaml is not YAML"),
+    "empty --pretrained": (options(pretrained=""), "--pretrained has an empty value"),
+    "empty --resume": (["--resume="], "--resume has an empty value"),
+    "resume with a name that is too long": (["--resume", 300 * "x"], "no run to resume"),
+    "name of 400 bytes": (options(name=100 * "\N{GRINNING FACE}"), "--name"),
+    "name with a line break": (options(name="a\nb"), "--name"),
+    "data in a path that is too long": (options(data="mnist", data_root=300 * "x"), "no MNIST in"),
+    "MNIST of an older torchvision": (options(data="mnist", data_root="older"),
+                                      "raw lacks train-images-idx3-ubyte"),
+    "a CPU with a number": (options(device="cpu:3"), "device must be"),
+    "weights that are not finite": (options(pretrained="nan.torch"), "not finite: base_h.logsigma"),
+    "complex weights": (options(pretrained="complex.torch"), "complex.torch holds no weights"),
+    "sparse weights": (options(pretrained="sparse.torch"), "sparse.torch holds no weights"),
     "unknown option": (options(sup_wieght=2),
                        "unknown setting --sup_wieght: did you mean --sup_weight?"),
     "abbreviated option": (["--epoch", "3"], "did you mean --epochs?"),
@@ -105,7 +122,7 @@ CASES = {
     "confidence of more than one": (options(confidence=1.5), "--confidence: must be at most"),
     "negative rotation": (options(aug_rotation=-2), "--aug_rotation: must be at least 0 or -1"),
     "averaged weights of a file that has none": (
-        options(pretrained="other.torch", weights="averaged"), "other.torch has no averaged weights"),
+        options(pretrained="other.torch", weights="averaged"), "has no averaged weights"),
     "averaged weights of no file": (options(weights="averaged"), "weights averaged is for"),
     "bfloat16 for points": (options(**POINTS, precision="bf16"), "precision bf16 is for images"),
     "negative micro_bs": (options(micro_bs=-1), "--micro_bs"),
@@ -115,8 +132,10 @@ if not torch.cuda.is_available():
     CASES["no GPU"] = (options(device="cuda"), "sees 0 GPUs")
 
 
-def no_network(*args, **kwargs):
-    raise RuntimeError("Error downloading")
+def no_network(root, **kwargs):
+    """MNIST on an offline machine; where an older torchvision's files lie it downloads nothing."""
+    if not (root / "MNIST" / "processed").exists():
+        raise RuntimeError("Error downloading")
 
 
 @pytest.fixture
@@ -127,6 +146,8 @@ def folder(tmp_path, monkeypatch):
     for name, text in {"bad.yaml": "lr: [1\nepochs: }", "list.yaml": "- lr",
                        "unknown.yaml": "epoch: 3", "several.yaml": "lr: [1, 2]",
                        "type.yaml": "seed: 1.5", "mine.yaml": mine,
+                       "twice.yaml": "lr: 1\nepochs: 3\nlr: 2",
+                       "deep.yaml": "lr: " + 3000 * "[" + 3000 * "]",
                        "text.torch": "not weights"}.items():
         (tmp_path / name).write_text(text)
     torch.save({"model": print}, tmp_path / "code.torch")
@@ -136,13 +157,19 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "short.torch").write_bytes(b"G")
     other = build_model({**TINY, "ssl_hd": 9}, (1, 8, 8), 10)
     torch.save(other.state_dict(), tmp_path / "other.torch")
+    own = build_model(TINY, (1, 8, 8), 10).state_dict()
+    for name, convert in {"nan": lambda v: v * math.nan, "complex": lambda v: v.cfloat(),
+                          "sparse": lambda v: v.to_sparse()}.items():
+        changed = {**own, "base_h.logsigma": convert(own["base_h.logsigma"])}
+        torch.save(changed, tmp_path / f"{name}.torch")
+    (tmp_path / "older" / "MNIST" / "processed").mkdir(parents=True)
     raw = tmp_path / "truncated" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     header = b"\x00\x00\x08\x03" + b"\x00\x00\xea\x60\x00\x00\x00\x1c\x00\x00\x00\x1c"
     for part in ("train", "t10k"):
         for kind in ("images-idx3", "labels-idx1"):
             (raw / f"{part}-{kind}-ubyte").write_bytes(header)
-    monkeypatch.setattr(torchvision.datasets, "MNIST", no_network)    # as on an offline machine
+    monkeypatch.setattr(torchvision.datasets, "MNIST", no_network)
     return tmp_path
 
 
@@ -154,6 +181,47 @@ def test_bad_input(name, folder, capsys):
     assert message in err and err.count("\n") == 1
     assert err.startswith("train-flow-ssl.py: error: ")
     assert not any(runs(folder, kind) for kind in ("runs", "fails", "tmp", "index"))
+
+
+@pytest.mark.parametrize("damage", [
+    lambda text: text.replace(",", ";"), lambda text: text[:-20].rsplit(",", 5)[0] + "\n",
+    lambda text: text.replace("epoch", "era"), lambda text: text.replace("1,", ",", 1),
+    lambda text: "", lambda text: None])
+def test_damaged_metrics_of_a_resumed_run(folder, capsys, damage):
+    """Nothing changes: a new metrics.csv without the earlier rows would be a loss."""
+    assert run_script(options(epochs=2)) == 0
+    run, = runs(folder)
+    text = damage((run / "metrics.csv").read_text())
+    if text is None:
+        (run / "metrics.csv").unlink()
+    else:
+        (run / "metrics.csv").write_text(text)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    capsys.readouterr()
+    assert run_script(["--resume", str(run)]) == 2
+    assert "metrics.csv" in (err := capsys.readouterr().err) and err.count("\n") == 1
+    assert runs(folder) == [run]
+    assert before == {path.name: path.read_bytes() for path in run.iterdir()}
+
+
+def test_metrics_that_a_spreadsheet_saved(folder):
+    assert run_script(options(epochs=1)) == 0
+    run, = runs(folder)
+    path = run / "metrics.csv"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert run_script(["--resume", str(run), "--epochs", "2"]) == 0
+    assert [row["epoch"] for row in read_metrics(path)] == [1, 2]
+
+
+def test_a_run_that_another_process_trains(folder, capsys):
+    assert run_script(options(epochs=1)) == 0
+    run, = runs(folder)
+    with filelock.FileLock(run / ".lock"):
+        capsys.readouterr()
+        assert run_script(["--resume", str(run), "--epochs", "2"]) == 2
+        assert "another process trains the run" in capsys.readouterr().err
+    assert run_script(["--resume", str(run), "--epochs", "2"]) == 0
+    assert not (run / ".lock").exists()
 
 
 def test_a_folder_that_cannot_be_written(folder, capsys, monkeypatch):
@@ -212,9 +280,19 @@ def test_what_the_environment_lacks(folder, monkeypatch, capsys):
     monkeypatch.setattr("training.device.shutil.which", lambda name: None)
     assert run_script(options(compile="on")) == 2
     assert "needs a C++ compiler" in capsys.readouterr().err
-    monkeypatch.setenv("WORLD_SIZE", "3")               # as torchrun --nproc_per_node 3 sets it
-    assert run_script(options(train_bs=64)) == 2
-    assert "train_bs 64 is not a multiple of the 3 processes" in capsys.readouterr().err
-    monkeypatch.setenv("WORLD_SIZE", "many")
-    assert run_script(options()) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    # As torchrun --nproc_per_node 3 sets them.
+    torchrun = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0",
+                "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    with monkeypatch.context() as patched:
+        for key, value in torchrun.items():
+            patched.setenv(key, value)
+        assert run_script(options(train_bs=64)) == 2
+        assert "train_bs 64 is not a multiple of the 3 processes" in capsys.readouterr().err
+    for wrong in ({"RANK": "1"}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "many"},
+                  {**torchrun, "RANK": "3"}, {**torchrun, "LOCAL_RANK": "3"}):
+        with monkeypatch.context() as patched:
+            for key, value in wrong.items():
+                patched.setenv(key, value)
+            assert run_script(options()) == 2
+            err = capsys.readouterr().err
+            assert err.count("\n") == 1 and "start with torchrun, or unset them" in err

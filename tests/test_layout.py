@@ -1,7 +1,9 @@
 """The layout of the project: imports run one way, and the script is short."""
 
 import ast
+import re
 import subprocess
+import sys
 from pathlib import PurePath
 
 import pytest
@@ -143,3 +145,24 @@ def test_every_tracked_file_is_checked():
     paths = map(PurePath, filter(None, done.stdout.split("\0")))
     tracked = {path for path in paths if (PROJECT / path).is_file()}
     assert tracked <= set(FILES) and {folder_of(path) for path in tracked} == set(MAY_IMPORT)
+
+
+# Names of packages that differ from those of their modules.
+PACKAGES = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow"}
+
+
+def test_every_imported_package_is_declared():
+    """In requirements.txt, or in requirements-dev.txt if only tests import it."""
+    declared = {}
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        lines = (PROJECT / name).read_text().splitlines()
+        declared[name] = {re.split(r"[<>=~! ]", line)[0].lower() for line in lines
+                          if line and not line.startswith(("#", "-"))}
+    for path in FILES:
+        allowed = declared["requirements.txt"]
+        if folder_of(path) == "tests":
+            allowed = allowed | declared["requirements-dev.txt"]
+        modules = imported_modules(path, ast.parse((PROJECT / path).read_text()))
+        names = {module.split(".")[0] for module in modules if owner(module, FILES) is None}
+        names -= {*sys.stdlib_module_names, ""}
+        assert {PACKAGES.get(name, name) for name in names} <= allowed, path

@@ -164,7 +164,8 @@ def test_initialize_normalises_what_every_actnorm_sees():
 @pytest.mark.usefixtures("float64")
 def test_initial_values_of_h_phi():
     """By hand, from z_f of the batch: the first ActNorm of each level, and what follows from it."""
-    model, x = build_model({**SMALL, "ssl_l": 1, "ssl_k": 1}, (1, 8, 8), 10), torch.rand(64, 1, 8, 8)
+    model = build_model({**SMALL, "ssl_l": 1, "ssl_k": 1}, (1, 8, 8), 10)
+    x = torch.rand(64, 1, 8, 8)
     model.initialize(x)
     _, z_f = model.split_latent(model.encode(x)[0])
     step, = model.h_phi.flow.levels[0]

@@ -186,6 +186,14 @@ def test_two_processes_print_one_message(tmp_path):
     assert bad.stderr.count("train-flow-ssl.py: error: supervised must be") == 1
 
 
+def test_two_processes_train_points_without_warnings(tmp_path):
+    """DistributedDataParallel warns if a gradient has other strides than its parameter."""
+    line = options(epochs=1, **POINTS, ssl_k=1, supervised=4, num_examples=128)
+    done = execute(tmp_path, [*torchrun(2, str(SCRIPT)), *line])
+    assert done.returncode == 0, done.stderr
+    assert "strides" not in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("benchmark", ["throughput", "evaluate"])
 def test_benchmarks(tmp_path, benchmark):
     count, images = {"throughput": ("--steps", 64), "evaluate": ("--batches", 180)}[benchmark]

@@ -1,9 +1,11 @@
 """The parser over exman's: what a config file may say, the directories of runs, how runs end."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -42,7 +44,8 @@ def test_numbers_and_words_to_which_yaml_gives_another_type():
     assert settings.name == "007"
 
 
-def test_empty_values_are_the_defaults():
+def test_empty_values_and_an_empty_file_are_the_defaults():
+    assert vars(read_file("# nothing\n"))["epochs"] == 500
     settings = read_file("name:\npretrained: ''\nsupervised: null\nresume:\n")
     assert settings.supervised == 100
     assert settings.name == settings.pretrained == settings.resume == ""
@@ -154,6 +157,30 @@ def test_resume_reads_the_run_s_settings(here):
         read_settings(["--resume", str(here / "elsewhere" / "runs" / run.name)])
 
 
+@pytest.mark.parametrize("given", ["images", "absolute"])
+def test_a_resumed_run_finds_its_data_from_another_folder(here, monkeypatch, given):
+    """params.yaml keeps a relative data_root, which is one to the folder of the start."""
+    (here / "images").mkdir()
+    data_root = str(here / "images") if given == "absolute" else given
+    parser, settings = read_settings([*options(), "--data_root", data_root])
+    run = parser.start_run(settings).run
+
+    def saved():
+        return yaml.safe_load((run / "params.yaml").read_text())["data_root"]
+    assert saved() == data_root
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    for _ in range(2):                      # the second time from what the first has saved
+        _, resumed = read_settings(["--resume", str(run)])
+        assert Path(resumed.data_root).resolve() == here / "images"
+        assert Run.resumed(resumed).run == run and saved() == data_root
+    (here / "elsewhere" / "other").mkdir()
+    _, resumed = read_settings(["--resume", str(run), "--data_root", "other"])
+    assert resumed.data_root == "other"
+    Run.resumed(resumed)
+    assert (here / saved()).resolve() == here / "elsewhere" / "other"
+
+
 def test_a_failed_run_goes_back_to_runs_when_resumed(here):
     parser, settings = read_settings(options())
     run = parser.start_run(settings)
@@ -166,6 +193,65 @@ def test_a_failed_run_goes_back_to_runs_when_resumed(here):
     assert not (again.run / "traceback.txt").exists()
     link, = (root(here) / "index").iterdir()
     assert yaml.safe_load(link.read_text())["threads"] == 1
+
+
+def test_a_failed_run_goes_back_to_where_it_was(here):
+    """A tmp run to tmp, without an entry in the index; and nothing is overwritten."""
+    parser, settings = read_settings([*options(), "--tmp"])
+    run = parser.start_run(settings)
+    with pytest.raises(RuntimeError):
+        with run:
+            raise RuntimeError("no")
+    failed = run.run
+    _, resumed = read_settings(["--resume", str(failed)])
+    place = root(here) / "tmp" / failed.name
+    place.mkdir()
+    with pytest.raises(BadInput, match="which exists"):
+        Run.resumed(resumed)
+    place.rmdir()
+    again = Run.resumed(resumed)
+    assert again.run == place and not any((root(here) / "index").iterdir())
+    failed.mkdir()                                          # a copy, made by hand
+    with pytest.raises(RuntimeError):
+        with again:
+            raise RuntimeError("again")
+    assert again.run.parent == root(here) / "fails" and again.run != failed
+    assert (again.run / "params.yaml").exists() and not any(failed.iterdir())
+
+
+def test_a_closed_pipe_is_no_failure_and_a_lost_directory_hides_none(here):
+    parser, settings = read_settings(options())
+    run = parser.start_run(settings)
+    with pytest.raises(BrokenPipeError):
+        with run:
+            raise BrokenPipeError
+    assert run.run.parent == root(here) / "runs"
+    lost = parser.start_run(settings)
+    with pytest.raises(RuntimeError, match="the first"):
+        with lost:
+            shutil.rmtree(lost.run)
+            raise RuntimeError("the first")
+
+
+def test_the_command_that_resumes_is_quoted(here):
+    parser, settings = read_settings(options(name="a b; ls"))
+    word = shlex.split(parser.start_run(settings).resume_command)[-1]
+    assert (here / word / "params.yaml").is_file()
+
+
+def test_uncommitted_changes_that_are_not_utf8(here, monkeypatch):
+    """They are kept in changes.diff byte by byte."""
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@y"]
+    repository = here / "repository"
+    repository.mkdir()
+    (repository / "f.txt").write_text("a\n")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *command], cwd=repository, check=True)
+    (repository / "f.txt").write_bytes(b"caf\xe9\n")
+    monkeypatch.setattr("utils.settings._git_worktree", lambda: str(repository))
+    parser, settings = read_settings(options())
+    run = parser.start_run(settings)
+    assert b"+caf\xe9" in (run.run / "changes.diff").read_bytes()
 
 
 def test_works_without_a_git_binary(here):

@@ -1,5 +1,6 @@
 """The loss, the schedule, the loop, evaluation; hidden labels, resumed, stopped and failed runs."""
 
+import contextlib
 import math
 import os
 import signal
@@ -118,6 +119,17 @@ def test_em_has_the_gradient_of_sgd_and_a_lower_value(batch):
     assert sgd.log_likelihood - em.log_likelihood == pytest.approx(entropy)
 
 
+def test_l_clf_of_large_log_likelihoods():
+    """log p(x) of an MNIST image is in the thousands, where float32 has steps of 2e-4."""
+    log_joint = 3500 + torch.tensor([[0.0, -9.0, -10.0], [-12.0, 0.0, -11.0]])
+    y = torch.tensor([0, 1])
+    terms, gradient = terms_and_gradient(log_joint, y, cl_weight=1e4)
+    exact = F.cross_entropy(log_joint.double(), y)
+    assert terms.cl_loss == pytest.approx(float(exact), rel=1e-4)
+    _, of_likelihood = terms_and_gradient(log_joint, y)
+    assert (gradient - of_likelihood).sum(1).abs().max() < 1e-3             # with weight 1e4
+
+
 def test_batches_without_labelled_or_without_unlabelled_rows(batch):
     log_joint, _ = batch
     for y in (torch.full((6,), -1), torch.arange(6) % 4):
@@ -205,7 +217,8 @@ def test_training_improves_the_density_and_the_labelled_accuracy(tmp_path, monke
 
 
 @pytest.mark.parametrize("changes", [
-    {"lr_schedule": "linear"}, {"ema": 0.9, "cons_weight": 1, "lr_schedule": "cosine", "warmup_steps": 6}, POINTS])
+    {"lr_schedule": "linear"},
+    {"ema": 0.9, "cons_weight": 1, "lr_schedule": "cosine", "warmup_steps": 6}, POINTS])
 def test_resumed_run_ends_as_one_never_stopped(tmp_path, monkeypatch, capsys, changes):
     monkeypatch.chdir(tmp_path)
     line = options(epochs=4, clip_gn=100, cl_weight=1, **changes)
@@ -239,27 +252,36 @@ def test_resumed_run_ends_as_one_never_stopped(tmp_path, monkeypatch, capsys, ch
     assert_same_metrics(whole, stopped)
 
 
+@pytest.fixture
+def stop_after(monkeypatch):
+    """stop_after(n): within this context a run stops after its n-th training step."""
+    @contextlib.contextmanager
+    def stop_after(n):
+        batches, sample_batch = [], SemiSupervisedData.sample_batch
+
+        def counted(self, *args, **kwargs):
+            batches.append(1)
+            return sample_batch(self, *args, **kwargs)
+
+        class Deadline(Stopping):
+            @property
+            def reason(self):                   # the first batch initialises the ActNorms
+                return "by the test" if len(batches) >= 1 + n else None
+        with monkeypatch.context() as patched:
+            patched.setattr(SemiSupervisedData, "sample_batch", counted)
+            patched.setattr("training.stopping.Stopping", Deadline)
+            yield
+    return stop_after
+
+
 @pytest.mark.parametrize("after", [3, 4])
 def test_a_run_stopped_within_an_epoch_continues_from_that_step(tmp_path, monkeypatch, capsys,
-                                                                after):
+                                                                stop_after, after):
     """Stopped in epoch 2, of four steps: before its last step, and before its evaluation."""
     monkeypatch.chdir(tmp_path)
     line = options(epochs=3, cl_weight=1)
     assert run_script(line) == 0
-    batches, sample_batch = [], SemiSupervisedData.sample_batch
-
-    def counted(self, *args, **kwargs):
-        batches.append(1)
-        return sample_batch(self, *args, **kwargs)
-
-    class Deadline(Stopping):
-        @property
-        def reason(self):
-            due = 1 + 4 + after                 # the first batch initialises the ActNorms
-            return "by the test" if len(batches) >= due else None
-    with monkeypatch.context() as patched:
-        patched.setattr(SemiSupervisedData, "sample_batch", counted)
-        patched.setattr("training.stopping.Stopping", Deadline)
+    with stop_after(4 + after):
         assert run_script(line) == 0
     whole, stopped = runs(tmp_path)
     out = capsys.readouterr().out
@@ -272,6 +294,39 @@ def test_a_run_stopped_within_an_epoch_continues_from_that_step(tmp_path, monkey
     assert f"Continuing after step {after} of 4 in epoch 2" in capsys.readouterr().out
     assert_same(*weights_of(whole, stopped))
     assert_same_metrics(whole, stopped)
+
+
+def test_the_weights_of_a_resumed_run_are_those_of_its_last_figures(tmp_path, monkeypatch, capsys,
+                                                                    stop_after):
+    """Stopped in epoch 3, it cannot end with epoch 2, whose figures are not of these weights."""
+    monkeypatch.chdir(tmp_path)
+    with stop_after(4 + 4 + 2):
+        assert run_script(options(epochs=4, lr_schedule="cosine", lr=0.1)) == 0
+    run, = runs(tmp_path)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    capsys.readouterr()
+    for epochs in (1, 2):
+        assert run_script(["--resume", str(run), "--epochs", str(epochs)]) == 2
+        err = capsys.readouterr().err
+        assert "is in epoch 3 already" in err and "3 or more" in err and err.count("\n") == 1
+    assert before == {path.name: path.read_bytes() for path in run.iterdir()}
+    assert run_script(["--resume", str(run), "--epochs", "3"]) == 0
+    assert "now follows the schedule of 3 epochs, not of 4" in capsys.readouterr().out
+    rows = read_metrics(run)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert run_script(options(pretrained=str(run / "model.torch"))) == 0
+    evaluated = float(capsys.readouterr().out.split("log p(x)")[1].split()[0])
+    assert evaluated == pytest.approx(rows[-1]["test_log_p"], abs=2e-3)
+
+
+def test_a_resumed_run_keeps_its_warm_up(tmp_path, monkeypatch, capsys, stop_after):
+    monkeypatch.chdir(tmp_path)
+    with stop_after(2):
+        assert run_script(options(epochs=4, lr_schedule="hat", lr_warmup=2)) == 0
+    run, = runs(tmp_path)
+    assert run_script(["--resume", str(run), "--epochs", "2"]) == 2
+    assert "lr_warmup 2 must be less than the 2 epochs" in capsys.readouterr().err
+    assert run_script(["--resume", str(run), "--epochs", "3"]) == 0
 
 
 def test_stopping_by_time_and_by_signal():
@@ -291,16 +346,72 @@ def interrupt(*args, **kwargs):
 
 
 def test_a_run_interrupted_after_its_last_epoch_can_be_completed(tmp_path, monkeypatch, capsys):
+    """Its weights are there before its pictures. Resuming a complete run draws these again."""
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr("utils.figures.plot_run", interrupt)
         assert run_script(options(epochs=1)) == 130
     run, = runs(tmp_path)
-    assert not (run / "model.torch").exists()
-    assert run_script(["--resume", str(run)]) == 0
-    assert (run / "model.torch").exists() and (run / "samples.png").exists()
-    assert len(read_metrics(run)) == 1
+    weights = (run / "model.torch").read_bytes()
+    assert not (run / "samples.png").exists()
+    for _ in range(2):
+        assert run_script(["--resume", str(run)]) == 0
+        assert (run / "model.torch").read_bytes() == weights
+        assert (run / "samples.png").exists() and len(read_metrics(run)) == 1
+        (run / "samples.png").unlink()
     assert_same(torch.load(run / "model.torch"), torch.load(run / "checkpoint.pt")["model"])
+
+
+def test_a_failure_in_drawing_costs_pictures_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def fail(*args):
+        raise RuntimeError("no ink")
+    monkeypatch.setattr("utils.figures.plot_samples", fail)
+    assert run_script(options(epochs=2)) == 0
+    run, = runs(tmp_path)
+    out, err = capsys.readouterr()
+    assert "The pictures could not be drawn (RuntimeError)" in (run / "log.txt").read_text()
+    assert "no ink" in err and "Test error" in out
+    assert (run / "model.torch").exists() and not (run / "samples.png").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full, a disk that is full")
+@pytest.mark.parametrize("victim", ["checkpoint.pt", "model.torch", "metrics.csv"])
+def test_a_full_disk_ends_the_run_with_one_line(tmp_path, monkeypatch, capsys, victim):
+    monkeypatch.chdir(tmp_path)
+    assert run_script(options(epochs=1)) == 0
+    run, = runs(tmp_path)
+    good = (run / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    (run / f"{victim}.partial").symlink_to("/dev/full")
+    assert run_script(["--resume", str(run), "--epochs", "2"]) == 1
+    err = capsys.readouterr().err
+    failed, = runs(tmp_path, "fails")
+    assert err.startswith("train-flow-ssl.py: error: No space left on device: ")
+    assert err.count("\n") == 1 and f"{victim}. The last good checkpoint is {failed}" in err
+    assert "OSError" in (failed / "traceback.txt").read_text()
+    if victim == "checkpoint.pt":
+        assert (failed / "checkpoint.pt").read_bytes() == good
+    assert not list(failed.glob("*.partial"))               # it would fill the disk
+    assert run_script(["--resume", str(failed), "--epochs", "2"]) == 0
+    assert len(read_metrics(run)) == 2 and (run / "model.torch").exists()
+
+
+def test_the_averaged_weights_of_a_checkpoint_can_be_evaluated(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_script(options(epochs=2, ema=0.8)) == 0
+    run, = runs(tmp_path)
+    row, evaluated = read_metrics(run)[-1], []
+    for weights in ("last", "averaged"):
+        capsys.readouterr()
+        assert run_script(options(pretrained=str(run / "checkpoint.pt"), weights=weights)) == 0
+        evaluated.append(float(capsys.readouterr().out.split("log p(x)")[1].split()[0]))
+    assert evaluated == pytest.approx([row["test_log_p"], row["ema_test_log_p"]], abs=2e-3)
+    assert abs(evaluated[0] - evaluated[1]) > 1
+    plain = options(pretrained=str(run / "model.torch"), weights="averaged")
+    assert run_script(plain) == 2
+    assert "model.torch has no averaged weights" in capsys.readouterr().err
 
 
 def test_an_interrupt_before_the_first_checkpoint_promises_nothing(tmp_path, monkeypatch, capsys):

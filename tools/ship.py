@@ -13,8 +13,9 @@ and on every 20th. Then writes
 with float32's to 0.02 points and 0.001; it says so if they do not.
 """
 
-import argparse
 import json
+import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -26,27 +27,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import build_model
 from models.networks import ResNet
-from training.checkpoint import load_file, save_atomically
+from training.checkpoint import load_file, load_weights, save_atomically
 from training.device import choose_speed, device_name, set_up_torch
 from training.evaluation import build_inference, evaluate
 from training.fast import FastLogJoint
 from training.processes import Processes
 from utils.data import load_data
-from utils.errors import BadInput, run_command, value_errors_as_bad_input
+from utils.errors import BadInput, OneLineParser, run_command, value_errors_as_bad_input
 from utils.files import PROJECT, atomic_write, sha256
 from utils.metrics import average_is_better, read_metrics
 from utils.settings import read_settings
 
 EVIDENCE = ("params.yaml", "metrics.csv", "log.txt", "labelled.txt", "curves.png", "samples.png",
-            "density.png", "traceback.txt")
+            "density.png", "traceback.txt", "changes.diff")
+# Settings on which the figures do not depend, apart from rounding.
+MAY_CHANGE = ("device", "threads", "data_root", "test_bs", "precision", "compile", "cuda_graph",
+              "micro_bs", "deterministic", "config_file")
 NOISE_SAMPLES = 3
 EVERY = 20              # every 20th test image, for quick checks
 TOLERANCES = {"error": 0.02, "bits_per_dim": 0.001, "log_p": 0.002}      # of half precision
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Ship the weights of a finished run.",
-                                     allow_abbrev=False)
+    parser = OneLineParser(description="Ship the weights of a finished run.", allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN_DIR")
     parser.add_argument("name", metavar="NAME", help="of the weights and of the folder of evidence")
     parser.add_argument("--half", action="store_true",
@@ -55,18 +58,28 @@ def main(argv=None):
                         help="the folder of pretrained/ and results/; default: the project")
     parser.add_argument("--commit", help="of the run, if its params.yaml does not have it")
     own, rest = parser.parse_known_args(argv)
+    check_name(own.name)
     missing = [name for name in ("params.yaml", "model.torch", "metrics.csv", "log.txt")
                if not (own.run / name).is_file()]
     if missing:
         raise BadInput(f"{own.run} is not the directory of a finished run: it has no "
                        f"{', '.join(missing)}")
-    _, settings = read_settings(["--config", str(own.run / "params.yaml"), *rest])
+    line = ["--config", str(own.run / "params.yaml")]
+    _, of_run = read_settings(line)
+    _, settings = read_settings([*line, *rest])
+    changed = [key for key, value in vars(settings).items()
+               if key not in MAY_CHANGE and value != vars(of_run)[key]]
+    if changed:
+        raise BadInput(f"a run is evaluated with its own {changed[0]}")
     device = set_up_torch(settings, Processes())
     data = load_data(settings, device)
     rows = read_metrics(own.run / "metrics.csv")
-    weights = load_file(own.run / "model.torch")
+    if not rows or not math.isfinite(seconds := sum(row["seconds"] for row in rows)):
+        raise BadInput(f"{own.run / 'metrics.csv'} has no rows, or none with seconds")
     with value_errors_as_bad_input():
         model = build_model(settings, data.shape, data.n_classes, data.class_probs).to(device)
+    load_weights(model, own.run / "model.torch")        # refuses what is not finite or does not fit
+    weights = load_file(own.run / "model.torch")
     figures, stored = evaluate_weights(model, weights, data, settings), "float32"
     print(f"stored in float32: {describe(figures)}")
     halved = to_half(weights, model)
@@ -87,7 +100,6 @@ def main(argv=None):
     path = pretrained / f"{own.name}.torch"
     save_atomically(weights, path)
     digest = sha256(path)
-    list_sum(pretrained / "SHA256SUMS", path.name, digest)
     copy_evidence(own.run, results)
     params = yaml.safe_load((own.run / "params.yaml").read_text())
     evaluation = {
@@ -95,17 +107,28 @@ def main(argv=None):
         "weights": "averaged" if average_is_better(rows[-1]) else "last",
         "parameters": sum(p.numel() for p in model.parameters()),
         "commit": own.commit or params.get("commit"), "changed": params.get("dirty"),
-        "training_seconds": round(sum(row["seconds"] for row in rows)),
+        "training_seconds": round(seconds),
         "evaluated_on": device_name(device), "torch": torch.__version__, **figures}
     with atomic_write(results / "evaluation.json") as f:
-        f.write(json.dumps(evaluation, indent=1) + "\n")
+        f.write(json.dumps(evaluation, indent=1, allow_nan=False) + "\n")
+    list_sum(pretrained / "SHA256SUMS", path.name, digest)      # last: now the weights ship
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, SHA-256 {digest}\nEvidence in {results}")
 
 
+def check_name(name):
+    """Raise BadInput if `name` cannot be that of weights and of a folder of evidence."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise BadInput(f"NAME must consist of letters, digits, '.', '_' and '-', not {name!r}")
+
+
 def copy_evidence(run, folder):
-    """Copy the files of EVIDENCE that the directory of a run has to `folder`."""
+    """Copy the files of EVIDENCE that the directory of a run has to `folder`.
+
+    What the folder has of another run goes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in EVIDENCE:
+        (folder / name).unlink(missing_ok=True)
         if (run / name).is_file():
             shutil.copy(run / name, folder / name)
 
@@ -141,7 +164,7 @@ def to_half(weights, model):
 
 def list_sum(path, name, digest):
     """Put the line of file `name` into SHA256SUMS, in the format of sha256sum."""
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = list(filter(None, path.read_text().splitlines())) if path.is_file() else []
     lines = [line for line in lines if line.split()[1] != name] + [f"{digest}  {name}"]
     with atomic_write(path) as f:
         f.write("\n".join(sorted(lines, key=lambda line: line.split()[1])) + "\n")

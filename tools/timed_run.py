@@ -9,9 +9,9 @@
 
 `start` installs the wheels of FOLDER, unpacks its data, trains a few epochs to measure what the run
 will spend its time on, and starts it in the background with as many epochs as fit (at most those of
-its settings), so that the learning rate schedule reaches its end. WORK holds what the commands need to
-know of each other. Every file in OUT is smaller than 16 MiB; `join` checks the SHA-256 of each, and
-writes results/NAME and pretrained/NAME.torch.
+its settings), so that the learning rate schedule reaches its end. WORK holds what the commands need
+to know of each other. Every file in OUT is smaller than 16 MiB; `join` checks the SHA-256 of each,
+and writes results/NAME and pretrained/NAME.torch.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import gzip
 import hashlib
 import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -35,11 +36,12 @@ from pathlib import Path
 TOOLS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TOOLS.parent), str(TOOLS)]
 
-from utils.errors import BadInput, run_command
+from utils.errors import BadInput, OneLineParser, run_command
 from utils.files import PROJECT, atomic_write, sha256
 
 # Modules that need packages are imported inside functions: `start` may have to install these first.
 
+PATH_OPTIONS = ("--config", "--data_root")
 PACKAGES = ("exman", "ConfigArgParse", "strconv", "inputimeout", "GitPython", "gitdb", "smmap")
 PART_BYTES = 15 * 2**20     # of the largest file in OUT
 # The measurement logs epochs 2, 4 and 5: two epochs with compilation, two without, one.
@@ -55,7 +57,9 @@ REHEARSAL = ["--config", str(PROJECT / "configs" / "digits.yaml"), "--device", "
 def prepare(folder, data_root=None, packages=PACKAGES):
     """Fill `folder` with the project at its commit, MNIST, gzipped, and wheels of `packages`."""
     folder.mkdir(parents=True, exist_ok=True)
-    commit = git("rev-parse", "HEAD") + (", changed" if git("status", "--porcelain") else "")
+    commit = git("rev-parse", "HEAD")
+    if git("status", "--porcelain", "--untracked-files=no"):
+        print("Uncommitted changes stay at home: the project is taken as it was committed")
     (folder / "commit.txt").write_text(commit + "\n")
     git("archive", "-o", str(folder.resolve() / "project.tar.gz"), "HEAD")
     if data_root:
@@ -84,6 +88,8 @@ def start(work, folder, minutes, settings):
     deadline = time.time() + 60 * minutes
     if (work / "state.json").exists():
         raise BadInput(f"{work} has a run already: watch or finish it, or use another folder")
+    if not folder.is_dir():
+        raise BadInput(f"there is no folder {folder}: `prepare` makes it")
     work.mkdir(parents=True, exist_ok=True)
     wheels = sorted(map(str, (folder / "wheels").glob("*.whl")))
     if wheels:
@@ -102,6 +108,8 @@ def start(work, folder, minutes, settings):
     if any(raw.iterdir()):
         settings = [*settings, "--data_root", str(raw.parent.parent)]
 
+    with contextlib.chdir(work):                             # where the parser makes its folders
+        wanted = read_settings(settings)[1]
     script = [sys.executable, str(PROJECT / "train-flow-ssl.py"), *settings]
     probe_start = time.time()
     output = command([*script, "--tmp", *PROBE, "--lr_schedule", "no"], "training a few epochs",
@@ -110,14 +118,17 @@ def start(work, folder, minutes, settings):
                           read_metrics(newest(work, "tmp") / "metrics.csv")],
                          time.time() - probe_start)
     left = deadline - time.time() - 60 * MARGIN
-    with contextlib.chdir(work):                             # where the parser makes its folders
-        wanted = read_settings(settings)[1]
+    if wanted.tmp:
+        raise BadInput("a timed run cannot be a --tmp run")
     epochs = wanted.epochs
     while epochs > 1 and cost.seconds(epochs, wanted.log_each) > left * (1 - SPARE):
         epochs -= 1
     if epochs < 2:                      # the last epoch of most schedules has learning rate zero
         raise BadInput(f"an epoch takes {cost.epoch:.0f} s, the start {cost.start:.0f} s, and "
                        f"{max(left, 0):.0f} s are left for training")
+    if wanted.lr_schedule == "hat" and wanted.lr_warmup >= epochs:
+        raise BadInput(f"lr_warmup {wanted.lr_warmup} does not fit into the {epochs} epochs for "
+                       "which there is time")
     line = [*script, "--epochs", str(epochs), "--time_limit", f"{left / 60 + 1:.2f}"]
     # The shell waits for the run and records its exit code, whichever processes are gone by then.
     shell = ('"$@" > run.log 2>&1 & echo $! > pid; wait $!; '
@@ -168,13 +179,13 @@ class Cost:
 def with_absolute_paths(settings):
     """The command line `settings` with the values of --config and --data_root made absolute."""
     words = [part for word in settings
-             for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    return [str(Path(word).resolve()) if before in ("--config", "--data_root") else word
+             for part in (word.split("=", 1) if word.startswith(PATH_OPTIONS) else [word])]
+    return [str(Path(word).resolve()) if before in PATH_OPTIONS else word
             for before, word in zip(["", *words], words)]
 
 
 def command(line, what, **options):
-    """Run a command -> its output. If it fails, prints the end of its output and raises BadInput."""
+    """Run a command -> its output. If it fails, print the end of that and raise BadInput."""
     try:
         done = subprocess.run(line, capture_output=True, text=True, **options)
     except subprocess.TimeoutExpired as error:
@@ -207,13 +218,21 @@ def show_traceback(work):
 def how_it_ended(work, state):
     """None while the run goes on, else a description. If its processes are gone, it has ended."""
     path = work / "exit_code"
-    if not path.exists() and alive(state["wrapper"]):
+    if not path.exists() and (alive(state["wrapper"]) or alive(trainer(work))):
         return None
     code = path.read_text().strip() if path.exists() else "unknown: its processes are gone"
     return f"exit code {code}: {last_line((work / 'run.log').read_text())}"
 
 
+def trainer(work):
+    """The process that trains, a child of the shell that waits for it; None before it starts."""
+    path = work / "pid"
+    return int(path.read_text() or 0) or None if path.exists() else None
+
+
 def alive(pid):
+    if pid is None:
+        return False
     try:
         os.kill(pid, 0)
         stat = Path(f"/proc/{pid}/stat").read_text()
@@ -271,14 +290,16 @@ def finish(work, name, out):
 
     from training.checkpoint import load_file, save_atomically
 
+    ship.check_name(name)
     state = read_state(work)
     patience, signalled = time.time() + GRACE, False
     while not how_it_ended(work, state):
         if not signalled:                           # a second SIGTERM could kill it as it stops
             # There is no process, or no pid yet, just before its end and just after its start.
-            with contextlib.suppress(ProcessLookupError, FileNotFoundError, ValueError):
-                os.kill(int((work / "pid").read_text()), signal.SIGTERM)
-                signalled = True
+            with contextlib.suppress(ProcessLookupError):
+                if pid := trainer(work):
+                    os.kill(pid, signal.SIGTERM)
+                    signalled = True
         if time.time() > patience:
             raise BadInput(f"the run in {work} has not stopped within {GRACE} s of SIGTERM")
         time.sleep(0.2)
@@ -336,6 +357,7 @@ def join(out, to=PROJECT):
     if not (out / "manifest.json").is_file():
         raise BadInput(f"{out} has no manifest.json: `finish` did not write it")
     manifest = json.loads((out / "manifest.json").read_text())
+    ship.check_name(manifest["name"])
     results = to / "results" / manifest["name"]
     folder = to / "pretrained" if manifest["complete"] else results
     weights = folder / (manifest["weights"] or "none")
@@ -354,7 +376,8 @@ def join(out, to=PROJECT):
         tar.extractall(results.parent, filter="data")
     if content:
         weights.parent.mkdir(parents=True, exist_ok=True)
-        weights.write_bytes(content)
+        with atomic_write(weights, "wb") as f:
+            f.write(content)
         print(weights)
     if manifest["complete"]:
         ship.list_sum(weights.parent / "SHA256SUMS", weights.name, manifest["sha256"])
@@ -390,8 +413,8 @@ def main(argv=None):
     settings = []
     if "--" in argv:
         argv, settings = argv[:argv.index("--")], argv[argv.index("--") + 1:]
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true",
                         help="rehearse every command on the CPU, with a small flow on digits")
     commands = parser.add_subparsers(dest="command")
@@ -403,7 +426,8 @@ def main(argv=None):
     one = commands.add_parser("start", epilog="After --: the settings of the run.")
     one.add_argument("work", type=Path)
     one.add_argument("--folder", type=Path, required=True, help="what `prepare` filled")
-    one.add_argument("--minutes", type=float, required=True, help="until the machine is gone")
+    one.add_argument("--minutes", type=float, required=True,
+                     help="until the machine is gone")
     one = commands.add_parser("watch")
     one.add_argument("work", type=Path)
     one.add_argument("--seconds", type=float, default=540)
@@ -420,6 +444,10 @@ def main(argv=None):
     elif own.command == "prepare":
         prepare(own.folder, own.data_root, own.packages)
     elif own.command == "start":
+        if not 0 < own.minutes < math.inf:
+            raise BadInput(f"--minutes must be a positive number, not {own.minutes}")
+        if not settings:
+            raise BadInput("put the settings of the run after --, such as -- --config config.yaml")
         start(own.work, own.folder, own.minutes, settings)
     elif own.command == "watch":
         watch(own.work, own.seconds)

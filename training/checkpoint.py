@@ -17,6 +17,7 @@ from models.published import from_published, is_published
 from utils import Settings
 from utils.errors import BadInput, value_errors_as_bad_input
 from utils.files import PROJECT, atomic_write, sha256
+from utils.metrics import read_metrics
 from utils.settings import RESUMABLE
 
 from .objective import Terms
@@ -29,18 +30,21 @@ CHECKPOINT_KEYS = {"format", "model", "average", "optimizer", "epoch", "step", "
                    "generator", "rng", "settings"}
 
 
-def load_weights(model: SemiConditionalFlow, path: str | Path, averaged: bool = False) -> None:
+def load_weights(model: SemiConditionalFlow, path: str | Path, averaged: bool = False) -> str:
     """Load weights into `model`, in place and cast to its types, from the file at `path`.
 
     The file is a run's `model.torch` or `checkpoint.pt`, or a state dict of the authors' code, with
     or without the prefix `module.` and masks. averaged: load the moving average of the weights,
-    which the checkpoint of a run with ema has beside the last ones. Raises BadInput if the file is
-    missing, is none of these, has no average, or holds another architecture; the message then names
-    the first differences.
+    which the checkpoint of a run with ema has beside the last ones. -> which of the two the weights
+    are, or "" if the file has no choice. Raises BadInput if the file is missing, is none of these,
+    has no average, holds values that are not finite, or another architecture; the message then
+    names the first differences.
     """
     content = load_file(path)
     state = as_state_dict(content.get("model", content), path)
+    which = "last" if content.get("average") else ""
     if averaged:
+        which = "averaged"
         if not content.get("average"):
             raise BadInput(f"{path} has no averaged weights: they are in the checkpoint.pt of a "
                            "run with ema")
@@ -49,7 +53,11 @@ def load_weights(model: SemiConditionalFlow, path: str | Path, averaged: bool = 
         with value_errors_as_bad_input():
             state = from_published(model, state)
     check_architecture(model, state, path)
+    not_finite = [key for key, value in state.items() if not value.isfinite().all()]
+    if not_finite:
+        raise BadInput(f"{path} has values that are not finite: {not_finite[0]}")
     model.load_state_dict(state, strict=False)
+    return which
 
 
 def shipped_weights(config_file: str | None) -> Path:
@@ -66,7 +74,7 @@ def shipped_weights(config_file: str | None) -> Path:
                        "run's model.torch to --pretrained")
     sums = PRETRAINED / "SHA256SUMS"
     lines = sums.read_text().splitlines() if sums.is_file() else []
-    expected = {name: digest for digest, name in map(str.split, lines)}.get(path.name)
+    expected = {name: digest for digest, name in map(str.split, filter(None, lines))}.get(path.name)
     found = sha256(path)
     if found != expected:
         raise BadInput(f"{path} is damaged, or not the file that ships: "
@@ -78,20 +86,27 @@ def load_checkpoint(path: Path, model: SemiConditionalFlow, settings: Settings) 
     """The content of a run's checkpoint.pt.
 
     Raises BadInput if it is not a checkpoint of a run of `model`, has another format, is of a run
-    with other settings than `settings`, apart from those that may change, or has begun more epochs.
+    with other settings than `settings`, apart from those that may change, has begun more epochs, or
+    lacks metrics.
     """
     checkpoint = load_file(path)
     written = checkpoint.get("format", 1 if "optimizer" in checkpoint else None)
     if written not in (None, CHECKPOINT_FORMAT):
         raise BadInput(f"{path} has format {written}, and this version reads format "
                        f"{CHECKPOINT_FORMAT}: continue the run with the commit in its params.yaml")
-    if set(checkpoint) != CHECKPOINT_KEYS or set(checkpoint["sums"]) != set(Terms._fields):
+    if (set(checkpoint) != CHECKPOINT_KEYS or "log_p_y" not in checkpoint["model"]
+            or shapes_of(checkpoint["sums"]) != dict.fromkeys(Terms._fields, ())):
         raise BadInput(f"{path} is not a checkpoint of a run")
     check_architecture(model, as_state_dict(checkpoint["model"], path), path)
     done = checkpoint["epoch"] + (checkpoint["step"] > 0)
     if settings.epochs < done:
         raise BadInput(f"the run in {path.parent} is in epoch {done} already: its epochs can be "
                        f"{done} or more, not {settings.epochs}")
+    rows = read_metrics(path.with_name("metrics.csv"))
+    finished = checkpoint["epoch"] == settings.epochs
+    if finished and settings.epochs not in [row["epoch"] for row in rows]:
+        raise BadInput(f"the metrics.csv of {path.parent} lacks its last epoch: restore it, or "
+                       "resume with more epochs")
     changed = [key for key, value in checkpoint["settings"].items()
                if key not in RESUMABLE and vars(settings).get(key) != value]
     if changed:
@@ -106,15 +121,21 @@ def load_checkpoint(path: Path, model: SemiConditionalFlow, settings: Settings) 
     return checkpoint
 
 
-def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """{name: shape}."""
+def shapes_of(tensors: Any) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of a mapping of names to tensors; {"": ()} of anything else."""
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        return {"": ()}
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def as_state_dict(state: Any, path: str | Path) -> dict[str, Tensor]:
-    """`state`, from the file at `path`, if it maps names to tensors. Otherwise raises BadInput."""
+    """`state`, from the file at `path`, if it maps names to tensors of real numbers.
+
+    Otherwise raises BadInput.
+    """
     if not isinstance(state, dict) or not state or not all(
-            isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
+            isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided
+            and not value.is_meta and not value.is_complex() for key, value in state.items()):
         raise BadInput(f"{path} holds no weights: expected a mapping of names to tensors")
     return state
 
@@ -210,7 +231,8 @@ def get_rng_state() -> dict[str, Any]:
     state: Any = np.random.get_state()
     kind, keys, *rest = state
     return {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest),
-            "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []}
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
@@ -219,5 +241,5 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

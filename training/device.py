@@ -50,7 +50,7 @@ def set_up_torch(settings: Settings, processes: Processes) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if device is None or device.type not in ("cpu", "cuda") or name.startswith("cpu:"):
         raise BadInput(f"device must be auto, cpu, cuda or cuda:N, not {name}")
     if device.type == "cuda":
         if (device.index or 0) >= n_gpus:

@@ -46,8 +46,8 @@ class FastLogJoint(nn.Module):
     `model` must be on its device and stay there. `micro_batch_size` is the number of rows for which
     one pass is efficient: micro_bs if positive, else what fits a CPU's caches, or any number on a
     GPU. `named_model_parameters` has the parameters with their names in `model`. `cuda_graph` tells
-    those who call it whether to capture their calls as CUDA graphs. Raises ValueError for another precision, and
-    for bf16 if `model` is one of points.
+    those who call it whether to capture their calls as CUDA graphs. Raises ValueError for another
+    precision, and for bf16 if `model` is one of points or in double precision.
     """
 
     def __init__(self, model: SemiConditionalFlow, precision: str = "fp32", compile: bool = False,
@@ -57,6 +57,8 @@ class FastLogJoint(nn.Module):
             raise ValueError(f"precision must be fp32, tf32 or bf16, not {precision}")
         if precision == "bf16" and not model.image:
             raise ValueError("precision bf16 is for images: log p(x) of points would be coarse")
+        if precision == "bf16" and model.log_p_y.dtype != torch.float32:
+            raise ValueError("precision bf16 is for a model in float32")
         self.cuda_graph = cuda_graph
         shapes, largest = _trace_shapes(model)
         fitting = sys.maxsize if model.log_p_y.is_cuda else max(MICRO_BATCH_BYTES // largest, 1)

@@ -22,7 +22,14 @@ from .stopping import Stopping
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot continue; the message is one line."""
+    """Training cannot continue; the message is one line.
+
+    of_all: whether all processes raise it at the same time.
+    """
+
+    def __init__(self, message: str, of_all: bool = True):
+        super().__init__(message)
+        self.of_all = of_all
 
 
 @dataclass

@@ -20,7 +20,7 @@ class Processes:
     """
 
     def __init__(self) -> None:
-        """Read torchrun's environment variables. Raises BadInput if they are not numbers."""
+        """Read torchrun's environment variables. Raises BadInput if they make no sense."""
         try:
             self.rank, self.size, self.local_rank, self.local_size = (
                 int(os.environ.get(key, value)) for key, value in
@@ -28,6 +28,10 @@ class Processes:
         except ValueError:
             raise BadInput("RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE are not numbers: "
                            "start with torchrun, or unset them") from None
+        complete = self.size == 1 or {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+        if not (complete and 0 <= self.rank < self.size and 0 <= self.local_rank < self.local_size):
+            raise BadInput("RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE do not fit together: "
+                           "start with torchrun, or unset them")
         self.connected = False
 
     @property
@@ -90,6 +94,18 @@ class Processes:
         finally:
             if self.is_main:
                 self.barrier()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A block whose BadInput in some process is raised in all, so that the main one tells."""
+        error = None
+        try:
+            yield
+        except BadInput as raised:
+            error = str(raised)
+        error = self.first(error)
+        if error is not None:
+            raise BadInput(error)
 
     def close(self) -> None:
         """Destroy the process group, after everything that still refers to it."""

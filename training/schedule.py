@@ -10,8 +10,8 @@ def learning_rate(epoch: int, step: int, steps_per_epoch: int,
     """The learning rate of training step `step` of epoch `epoch`, both counted from 1.
 
     settings: lr, lr_schedule, lr_warmup, epochs, and warmup_steps, which multiplies any schedule by
-    a linear warm-up. As published, `linear` is set once an epoch and counted from 1: the last epoch
-    trains with learning rate zero.
+    a linear warm-up. As published, `linear` is set once an epoch and counted from 1, as is `hat`:
+    the last epoch trains with learning rate zero.
     """
     steps = (epoch - 1) * steps_per_epoch + step  # of the run, with this one
     lr = settings.lr

@@ -46,8 +46,6 @@ class TrainingStep:
         self.optimizer = torch.optim.Adamax([self.vector], lr=self.lr,
                                             weight_decay=settings.weight_decay,
                                             foreach=True, capturable=self.vector.is_cuda)
-        self.average = self.vector.detach().clone() if settings.ema else None
-        self._update_average = get_ema_multi_avg_fn(settings.ema)
         self.log_joint: nn.Module = log_joint
         if processes.size > 1:
             # All processes start with the main one's parameters; buffers never change. The option
@@ -61,6 +59,9 @@ class TrainingStep:
             torch._dynamo.config.optimize_ddp = False
             no_sync: dict[str, Any] = {sync_buffers: False}
             self.log_joint = DistributedDataParallel(log_joint, **no_sync)
+        # After DistributedDataParallel, which may have changed the parameters.
+        self.average = self.vector.detach().clone() if settings.ema else None
+        self._update_average = get_ema_multi_avg_fn(settings.ema)
         self.captured = Captured(self._run) if log_joint.cuda_graph else None
 
     def __call__(self, x: Tensor, y: Tensor, augmented: Tensor | None = None) -> Tensor:
@@ -86,6 +87,11 @@ class TrainingStep:
                                   log_joints[1] if augmented else None, batch_y=y)
                 (terms.loss * self.processes.size).backward()  # DistributedDataParallel averages
             batch_terms = batch_terms + torch.stack(terms).detach()
+        self._update()
+        return batch_terms
+
+    def _update(self) -> None:
+        """Adamax and the moving average, with the gradients of the parameters."""
         gradients: list[Any] = [p.grad for p in self.parameters]
         torch.cat([part for grad, padding in zip(gradients, self.padding)
                    for part in (_in_memory_order(grad), *padding)], out=self.vector.grad)
@@ -94,7 +100,6 @@ class TrainingStep:
         self.optimizer.step()
         if self.average is not None:
             self._update_average([self.average], [self.vector.detach()], None)
-        return batch_terms
 
     def _gradient_sync(self, now: bool) -> contextlib.AbstractContextManager:
         """Processes exchange gradients once, with the last micro-batch."""

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import io
 import math
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,12 +155,14 @@ def augment(images: Tensor, largest: Augmentation, generator: torch.Generator) -
 def load_data(settings: Settings, device: str | torch.device = "cpu") -> SemiSupervisedData:
     """The dataset that settings.data names, on `device`.
 
-    settings: data, data_root, num_examples, data_seed, supervised, ema, aug_rotation, aug_scaling,
-    aug_shift. With ema, a tenth of the unlabelled training examples, at most MAX_HELD_OUT, is held
-    out. Raises BadInput if the files cannot be had or the settings ask for more examples than there
-    are.
+    settings: data, data_root, num_examples, data_seed, supervised, ema, cons_weight, aug_rotation,
+    aug_scaling, aug_shift. With ema, a tenth of the unlabelled training examples, at most
+    MAX_HELD_OUT, is held out. Raises BadInput if the files cannot be had, the settings ask for more
+    examples than there are, or points for augmentation.
     """
     dataset = DATASETS[settings.data]
+    if settings.cons_weight and not dataset.augmentation:
+        raise BadInput(f"cons_weight needs images, for augmentation; {settings.data} has points")
     train_x, train_y, test_x, test_y = dataset.load(settings)
     if settings.num_examples > len(train_x):
         raise BadInput(f"num_examples {settings.num_examples} is more than the {len(train_x)} "
@@ -217,8 +220,13 @@ def _load_mnist(settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     raw = root / "MNIST" / "raw"
     names = [f"{part}-{kind}-ubyte" for part in ("train", "t10k")
              for kind in ("images-idx3", "labels-idx1")]
-    if not all((raw / name).is_file() for name in names):
+    def missing() -> list[str]:
+        return [name for name in names if not os.path.isfile(raw / name)]
+    if missing():
         _download_mnist(root, raw, names)
+    if missing():       # torchvision downloads nothing where files of its older versions lie
+        raise BadInput(f"{raw} lacks {', '.join(missing())}: put the four files there, or remove "
+                       f"{raw.parent} to have them downloaded")
     arrays = []
     for name in names:
         n = mnist.n_train if name.startswith("train") else mnist.n_test

@@ -1,9 +1,11 @@
 """How a command tells its user what is wrong: one line on stderr, exit code 2."""
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 
 class BadInput(ValueError):
@@ -29,10 +31,22 @@ def one_line(error: Exception) -> str:
     return str(error)
 
 
+def exit_with(program: str, message: str) -> NoReturn:
+    """Print `message` as one line on stderr and exit with code 2."""
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser that prints one line for bad input, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        exit_with(self.prog, message)
+
+
 def run_command(main: Callable[[], object]) -> None:
     """Run `main`; if it raises BadInput, print the message and exit with code 2."""
     try:
         main()
     except BadInput as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        exit_with(Path(sys.argv[0]).name, str(error))

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from models import SemiConditionalFlow
 
 from .data import SemiSupervisedData
+from .files import atomic_write
 from .metrics import Row
 
 CLASS_COLOURS = ["#1f77b4", "#d62728"]   # of points
@@ -66,7 +67,7 @@ def plot_curves(rows: list[Row], path: Path) -> None:
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=100)
+    save(figure, path)
 
 
 def plot_samples(model: SemiConditionalFlow, path: Path, seed: int) -> None:
@@ -97,7 +98,13 @@ def plot_samples(model: SemiConditionalFlow, path: Path, seed: int) -> None:
             axes.scatter(*x[:, j, :, 0, 0].numpy().T, s=4, color=CLASS_COLOURS[j])
             axes.set_title(f"x ~ p(x | y = {j})")
             axes.set_aspect("equal")
-    figure.savefig(path, dpi=100)
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write `figure` as a PNG file: the old picture stays whole until the new one is."""
+    with atomic_write(path, "wb") as f:
+        figure.savefig(f, dpi=100, format="png")
 
 
 @torch.no_grad()
@@ -133,4 +140,4 @@ def plot_density(model: SemiConditionalFlow, data: SemiSupervisedData, path: Pat
     for axes in (density, regions):
         axes.scatter(*points[labelled].T, s=60, c=y, cmap=ListedColormap(CLASS_COLOURS),
                      edgecolors="black", linewidths=1.2)
-    figure.savefig(path, dpi=100)
+    save(figure, path)

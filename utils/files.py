@@ -15,8 +15,10 @@ def atomic_write(path: str | Path, mode: str = "w", **options: Any) -> Iterator[
     """Open a file for writing that replaces `path`, atomically, when the block ends.
 
     Readers see either the old file or the new one, never a part. An error leaves `path` as it was;
-    an OSError, such as that of a full disk, names `path`. options: as for `open`.
+    an OSError, such as that of a full disk, names `path`. If `path` is a link, the file that it
+    points to is replaced. options: as for `open`.
     """
+    path = os.path.realpath(path)
     partial = f"{path}.partial"
     try:
         with open(partial, mode, **options) as f:
@@ -28,7 +30,7 @@ def atomic_write(path: str | Path, mode: str = "w", **options: Any) -> Iterator[
         with contextlib.suppress(OSError):
             os.unlink(partial)
         if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            raise OSError(error.errno, error.strerror, path) from error
         raise
 
 

@@ -19,11 +19,12 @@ class MetricsLog:
     """The rows of the CSV file `path`, with the columns of COLUMNS:
 
     epoch; the means over the epoch's batches of the loss, the log-likelihood term (nats), L_clf
-    (nats), the consistency term (nats) and the share of unlabelled rows that it counts as
-    confident; the accuracy on labelled rows (0 to 1); log p(x) (nats), accuracy and bits/dim of the
-    test set; log p(x) of the held-out training examples; the same four of the averaged weights; the
-    learning rate; the seconds since the previous row, of training, evaluation, checkpoints and
-    pictures. What does not apply (bits/dim of points, averages without ema) is NaN.
+    (nats; 0 in a batch without labelled rows), the consistency term (nats) and the share of
+    unlabelled rows that it counts as confident; the accuracy on labelled rows (0 to 1); log p(x)
+    (nats), accuracy and bits/dim of the test set; log p(x) of the held-out training examples; the
+    same four of the averaged weights; the learning rate; the seconds since the previous row, of
+    training, evaluation, checkpoints and pictures. What does not apply (bits/dim of points,
+    averages without ema) is NaN.
     """
 
     def __init__(self, path: str | Path, up_to_epoch: int = 0):
@@ -33,11 +34,9 @@ class MetricsLog:
         self._write()
 
     def append(self, row: Mapping[str, float]) -> None:
-        """Add `row`, keyed by COLUMNS (missing values become NaN), to the file; print its line."""
-        full = {key: row.get(key, math.nan) for key in COLUMNS}
-        self.rows.append(full)
+        """Add `row`, keyed by COLUMNS (missing values become NaN), to the file."""
+        self.rows.append({key: row.get(key, math.nan) for key in COLUMNS})
         self._write()
-        print(line(full))
 
     def _write(self) -> None:
         with atomic_write(self.path, newline="") as f:
@@ -53,7 +52,7 @@ def read_metrics(path: str | Path) -> list[Row]:
     if not Path(path).exists():
         return []
     try:
-        with open(path, newline="") as f:
+        with open(path, newline="", encoding="utf-8-sig") as f:    # as spreadsheets save it
             rows = [{key: float(row.get(key, math.nan)) for key in COLUMNS}
                     for row in csv.DictReader(f)]
     except (ValueError, TypeError, csv.Error):

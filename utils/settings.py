@@ -8,27 +8,31 @@ everything has been checked.
 import argparse
 import contextlib
 import difflib
+import itertools
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 # exman imports GitPython, which without this refuses to import where there is no git binary.
 os.environ["GIT_PYTHON_REFRESH"] = "quiet"
 
 import configargparse
 import exman.parser
+import filelock
 import yaml
 from exman import ExParser
 
 from models import MODEL_CHOICES, MODEL_OPTIONS
 
 from .data import DATASETS
-from .errors import BadInput
+from .errors import BadInput, exit_with
 from .files import PROJECT, atomic_write
 
 UNUSED_PUBLISHED_KEYS = ("k", "hid_dim", "logits", "lr_gamma", "lr_steps", "sup_ohe", "status")
@@ -36,7 +40,7 @@ EXMAN_KEYS = ("root", "time", "id", "commit", "dirty")  # what exman adds to a r
 RESUMABLE = ("device", "threads", "data_root", "log_each", "epochs", "deterministic", "precision",
              "compile", "cuda_graph", "micro_bs", "time_limit", "config_file", "resume",
              "git_dirty", "draws", "weights")
-TRACEBACK_FILE = "traceback.txt"
+TRACEBACK_FILE, LOCK_FILE = "traceback.txt", ".lock"
 SHIPPED = "shipped"  # the value of a bare --pretrained
 
 
@@ -82,9 +86,9 @@ def _boolean(text: str) -> bool:
 
 
 def _name(text: str) -> str:
-    if Path(text).name != text or len(text) > 100:
+    if Path(text).name != text or len(os.fsencode(text)) > 100 or not text.isprintable():
         raise argparse.ArgumentTypeError(
-            f"must be a valid suffix of a directory name, of at most 100 characters, not {text!r}")
+            f"must be a valid suffix of a directory name, of at most 100 bytes, not {text!r}")
     return text
 
 
@@ -219,10 +223,9 @@ class SettingsParser(ExParser):
         self._config_file_parser = _ConfigFile(self)
         self._checked: argparse.Namespace | None = None
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """Print one line on stderr and exit with code 2."""
-        print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
-        raise SystemExit(2)
+        exit_with(self.prog, message)
 
     def read(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """The settings that `argv` and its config file give, each checked by itself.
@@ -230,6 +233,9 @@ class SettingsParser(ExParser):
         No run is created.
         """
         argv = list(sys.argv[1:] if argv is None else argv)
+        for option in ("--pretrained", "--resume"):     # an empty value would mean: train
+            if f"{option}=" in argv or (option, "") in itertools.pairwise(argv):
+                self.error(f"{option} has an empty value")
         settings = self._parse(argv)
         if settings.resume:
             settings = self._settings_to_resume(settings.resume, argv)
@@ -262,12 +268,13 @@ class SettingsParser(ExParser):
         Raises BadInput for changes of settings that are not in RESUMABLE.
         """
         params = Path(run_dir) / exman.parser.PARAMS_FILE
-        if not params.is_file():
+        if not os.path.isfile(params):      # False where Path.is_file would raise
             raise BadInput(f"no run to resume in {run_dir}: it has no {params.name}")
         root = Path(run_dir).resolve().parent.parent
         if not all((root / folder).is_dir() for folder in self.RESERVED_DIRECTORIES):
             raise BadInput(f"{run_dir} is not in a folder of runs: move it to {self.runs}")
         base = vars(self._parse(["--config", str(params)]))
+        del base["config_file"]             # as a default, it would be read again
         data_root = _relative_to(base["data_root"], _started_in(run_dir), Path.cwd())
         if Path(data_root).exists():            # else the run has moved away from its data
             base["data_root"] = data_root
@@ -304,9 +311,24 @@ class SettingsParser(ExParser):
         finally:
             self._checked = None
 
+    def dump_git_diff(self, diff_file: Path) -> None:
+        """Write the uncommitted changes. They may have bytes that are not UTF-8."""
+        diff_file.write_text(self.repo.git.diff(self.repo.head), errors="surrogateescape")
+
+
+class _WithoutDuplicates(yaml.BaseLoader):
+    """A loader that refuses a mapping with the same key twice, of which YAML's keeps the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = [key for i, key in enumerate(keys) if key in keys[:i] and isinstance(key, str)]
+        if twice:
+            raise yaml.YAMLError(f"it has {twice[0]} twice")
+        return super().construct_mapping(node, deep)
+
 
 class _ConfigFile(configargparse.YAMLConfigFileParser):
-    """Reads a YAML mapping of known keys to scalars or lists.
+    """Reads a YAML mapping of known keys, each at most once, to scalars or lists.
 
     Each value is passed on as text to the type of its option, so that `no` is a word and `3e-4` a
     number.
@@ -319,9 +341,11 @@ class _ConfigFile(configargparse.YAMLConfigFileParser):
     def parse(self, stream: IO[str]) -> dict[str, Any]:
         error = configargparse.ConfigFileParserException
         try:
-            content = yaml.load(stream, Loader=yaml.BaseLoader)
-        except (yaml.YAMLError, UnicodeDecodeError) as e:
+            content = yaml.load(stream, Loader=_WithoutDuplicates)
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
             raise error(f"{stream.name} is not YAML: {e}") from None
+        if content in (None, ""):           # all settings have their defaults
+            return {}
         if not isinstance(content, dict):
             raise error(f"{stream.name} is not a YAML mapping of settings to values")
         known = [action.dest for action in self.parser._actions if action.dest != "help"]
@@ -342,11 +366,20 @@ class _ConfigFile(configargparse.YAMLConfigFileParser):
 class Run(exman.parser.SafeExperiment):
     """The directory of a run, as a context: what is printed also goes to its log.txt.
 
-    An error moves the directory to `fails`, with the traceback; an interrupt, or an exit with code
-    0, leaves it where it is. `run` is its path.
+    An error moves the directory to `fails`, with the traceback; an interrupt, a closed pipe or an
+    exit with code 0 leaves it where it is. `run` is its path. A lock keeps other processes out of
+    it until the end of the context, or of the process: BadInput is raised if there is one already.
     """
 
     run: Path
+
+    def __init__(self, root: Path, run: Path):
+        super().__init__(root, run)
+        self.lock_of_run = filelock.FileLock(run / LOCK_FILE)
+        try:
+            self.lock_of_run.acquire(blocking=False)
+        except filelock.Timeout:
+            raise BadInput(f"another process trains the run in {run}") from None
 
     @property
     def symlink(self) -> Path:
@@ -356,20 +389,25 @@ class Run(exman.parser.SafeExperiment):
     @property
     def resume_command(self) -> str:
         """The command line that continues the run."""
-        return f"python {sys.argv[0]} --resume {os.path.relpath(self.run)}"
+        return f"python {sys.argv[0]} --resume {shlex.quote(os.path.relpath(self.run))}"
 
     @classmethod
     def resumed(cls, settings: argparse.Namespace) -> "Run":
-        """The run in settings.resume, moved back to `runs` if it had failed.
+        """The run in settings.resume, moved back to `runs`, or `tmp`, if it had failed.
 
-        Its params.yaml is updated to `settings`.
+        Its params.yaml is updated to `settings`. Raises BadInput if the place is taken.
         """
         directory = Path(settings.resume).resolve()
         run = cls(directory.parent.parent, directory)
         if directory.parent == run.fails:
-            run.run = Path(shutil.move(directory, run.runs / directory.name))
+            place = (run.tmp if settings.tmp else run.runs) / directory.name
+            if place.exists():
+                raise BadInput(f"{directory} cannot go back to {place}, which exists: remove one")
+            run.run = directory.rename(place)
             (run.run / TRACEBACK_FILE).unlink(missing_ok=True)
-            run.symlink.symlink_to(Path("..", "runs", run.run.name, exman.parser.PARAMS_FILE))
+            if not settings.tmp:
+                run.symlink.unlink(missing_ok=True)
+                run.symlink.symlink_to(Path("..", "runs", place.name, exman.parser.PARAMS_FILE))
         path = run.run / exman.parser.PARAMS_FILE
         params = yaml.safe_load(path.read_text())
         params.update({key: value for key, value in vars(settings).items()
@@ -382,15 +420,23 @@ class Run(exman.parser.SafeExperiment):
 
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
         super().__exit__(None, None, None)  # ends exman's log.txt; the rest is decided here
-        if exc_type is None or issubclass(exc_type, KeyboardInterrupt) or (
-                issubclass(exc_type, SystemExit) and exc_val.code in (None, 0)):
-            return
+        failed = exc_type is not None and not issubclass(
+            exc_type, KeyboardInterrupt | BrokenPipeError) and not (
+            issubclass(exc_type, SystemExit) and exc_val.code in (None, 0))
         # A full disk, or a directory that has gone, must not hide the error that ended the run.
         with contextlib.suppress(OSError):
-            self.run = Path(shutil.move(self.run, self.fails / self.run.name))
-            self.symlink.unlink(missing_ok=True)
-            trace = "".join(traceback.format_exception(exc_type, exc_val, exc_tb))
-            (self.run / TRACEBACK_FILE).write_text(trace)
+            (self.run / LOCK_FILE).unlink(missing_ok=True)
+            if failed:
+                self._move_to_fails("".join(traceback.format_exception(exc_type, exc_val, exc_tb)))
+        self.lock_of_run.release()
+
+    def _move_to_fails(self, trace: str) -> None:
+        place = self.fails / self.run.name
+        if place.exists():                  # a copy of the run as it failed before
+            place = self.fails / f"{self.run.name}-{time.strftime('%Y-%m-%d-%H-%M-%S')}"
+        self.run = self.run.rename(place)
+        self.symlink.unlink(missing_ok=True)
+        (self.run / TRACEBACK_FILE).write_text(trace)
 
 
 def _started_in(run_dir: str) -> Path:
