@@ -1,5 +1,6 @@
 """The script in a process of its own, as a user runs it: from the settings to samples.png."""
 
+import importlib
 import json
 import re
 import signal
@@ -8,12 +9,13 @@ import sys
 
 import pytest
 import torch
-from conftest import PROJECT, SCRIPT, TINY, execute, options
+from conftest import PROJECT, SCRIPT, TINY, execute, options, runs
 from PIL import Image
 
 from models import build_model
 from models.published import published_names
 from training.checkpoint import load_weights
+from utils.errors import BadInput
 from utils.metrics import read_metrics
 
 COMMAND = [sys.executable, str(SCRIPT)]
@@ -32,7 +34,7 @@ def start_in_background(folder, *argv):
 
 
 def run_of(folder):
-    run, = (folder / "logs" / "exman-train-flow-ssl.py" / "runs").iterdir()
+    run, = runs(folder)
     return run
 
 
@@ -188,10 +190,56 @@ def test_two_processes_print_one_message(tmp_path):
 
 def test_two_processes_train_points_without_warnings(tmp_path):
     """DistributedDataParallel warns if a gradient has other strides than its parameter."""
-    line = options(epochs=1, **POINTS, ssl_k=1, supervised=4, num_examples=128)
-    done = execute(tmp_path, [*torchrun(2, str(SCRIPT)), *line])
+    # In a file, because torchrun takes --l for an abbreviation of its own options.
+    settings = {**TINY, **POINTS, "epochs": 1, "ssl_k": 1, "supervised": 4, "num_examples": 128}
+    (tmp_path / "c.yaml").write_text("".join(f"{key}: {v}\n" for key, v in settings.items()))
+    done = execute(tmp_path, [*torchrun(2, str(SCRIPT)), "--config", "c.yaml"])
     assert done.returncode == 0, done.stderr
     assert "strides" not in done.stderr, done.stderr
+
+
+FAULTS = """import os, runpy, sys, time
+
+sys.path.insert(0, {project!r})
+import utils.data
+from utils.errors import BadInput
+from utils.settings import Run
+
+load_data, move = utils.data.load_data, Run._move_to_fails
+
+
+def failing(settings, device):                  # in the second process only
+    if os.environ["RANK"] == "1":
+        raise BadInput("no data here")
+    return load_data(settings, device)
+
+
+def slow(self, trace):                          # as on a slow disk
+    time.sleep(5)
+    move(self, trace)
+
+
+if os.environ["FAULT"] == "data":
+    utils.data.load_data = failing
+else:
+    Run._move_to_fails = slow
+sys.argv[0] = {script!r}
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_fault_in_one_of_two_processes_is_told_once(tmp_path):
+    """Bad input of the other process; and a failed run is moved before torchrun ends the rest."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(FAULTS.format(project=str(PROJECT), script=str(SCRIPT)))
+    command = torchrun(2, str(driver))
+    bad = execute(tmp_path, [*command, *options(epochs=1)], FAULT="data")
+    assert bad.returncode != 0 and bad.stderr.count("error: no data here") == 1
+    assert not runs(tmp_path) and not runs(tmp_path, "index")
+    failed = execute(tmp_path, [*command, *options(epochs=2, lr=1e30)], FAULT="disk")
+    assert failed.returncode != 0 and failed.stderr.count("is not finite") == 1
+    assert not runs(tmp_path) and (runs(tmp_path, "fails")[0] / "traceback.txt").exists()
 
 
 @pytest.mark.parametrize("benchmark", ["throughput", "evaluate"])
@@ -211,6 +259,32 @@ def test_benchmarks(tmp_path, benchmark):
     assert "limit: convolution fp32" in done.stdout and "plain" in done.stdout
     bad = execute(tmp_path, [*command, "--modes", "fp8"])
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "no mode fp8" in bad.stderr
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (["--steps", "0"], "steps must be at least 1"), (["--json", "nowhere/x"], "no folder nowhere"),
+    (["--data", "moons", "--cons_weight", "1"], "cons_weight needs images"),
+    (["--data", "moons", "--modes", "bf16"], "moons has points")])
+def test_wrong_arguments_of_benchmarks(tmp_path, monkeypatch, wrong, message):
+    """They are told before anything is measured."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(PROJECT / "benchmarks")
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *wrong])
+    measure = importlib.import_module("measure")
+    with pytest.raises(BadInput, match=message):
+        measure.read_arguments("Times.", "steps", 10, "steps")
+
+
+def test_benchmark_of_the_parts(tmp_path):
+    command = [sys.executable, str(PROJECT / "benchmarks" / "ablation.py"),
+               *options(cons_weight=1, micro_bs=32), "--rounds", "2", "--json", "out.json"]
+    done = execute(tmp_path, command)
+    assert done.returncode == 0, done.stderr
+    all_parts, *others = json.loads((tmp_path / "out.json").read_text())["modes"]
+    assert all_parts["without"] == "-" and all_parts["ms"] > 0
+    names = [row["without"] for row in others]
+    assert names == ["dense product for a tiny image", "micro-batches", "parameters as one vector"]
+    assert all(row["low"] <= row["gain"] <= row["high"] for row in others)
 
 
 def test_shipped_weights_of_the_quick_start(tmp_path):

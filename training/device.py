@@ -1,6 +1,7 @@
 """Where and how a run computes: device, threads, determinism, precision, compilation."""
 
 import os
+import platform
 import shutil
 import sysconfig
 import warnings
@@ -79,6 +80,9 @@ def choose_speed(settings: Settings, device: torch.device, processes: Processes)
         raise BadInput(f"precision bf16 is for images, and {settings.data} has points: use fp32")
     if precision == "tf32" and not gpu:
         raise BadInput("precision tf32 needs a GPU: use fp32 or bf16 on a CPU")
+    if precision == "bf16" and not gpu and _emulates_bf16():
+        print("This CPU has no instructions for bf16, which is slow here: --precision fp32 is "
+              "faster")
     # With bf16, TF32 is for the networks' first layers.
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     can_compile = _can_compile()
@@ -101,6 +105,12 @@ def choose_speed(settings: Settings, device: torch.device, processes: Processes)
     cuda_graph = settings.cuda_graph == "on" or (
         settings.cuda_graph == "auto" and pays_off and processes.size == 1)
     return Speed(precision, compiled, cuda_graph, settings.micro_bs)
+
+
+def _emulates_bf16() -> bool:
+    """Whether this is an x86 CPU without arithmetic in bfloat16."""
+    has_it = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    return platform.machine().lower() in ("x86_64", "amd64") and not has_it()
 
 
 def _can_compile() -> bool:
