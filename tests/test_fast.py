@@ -231,6 +231,26 @@ def test_points_are_not_rounded():
     assert choose_speed(settings, gpu, Processes()).precision == "fp32"
 
 
+def test_a_gpu_without_a_compiler_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("training.device._can_compile", lambda: False)
+    settings = SimpleNamespace(data="digits", precision="fp32", compile="auto", cuda_graph="off",
+                               pretrained="", deterministic=False, micro_bs=0)
+    assert not choose_speed(settings, torch.device("cuda"), Processes()).compile
+    out = capsys.readouterr().out
+    assert "Not compiled" in out and "Python's header files" in out and out.count("\n") == 1
+    choose_speed(settings, torch.device("cpu"), Processes())
+    assert not capsys.readouterr().out
+
+
+def test_a_cpu_that_emulates_bfloat16_says_so(monkeypatch, capsys):
+    settings = SimpleNamespace(data="digits", precision="bf16", compile="auto", cuda_graph="off",
+                               pretrained="", deterministic=False, micro_bs=0)
+    for emulates in (True, False):
+        monkeypatch.setattr("training.device._emulates_bf16", lambda e=emulates: e)
+        choose_speed(settings, torch.device("cpu"), Processes())
+        assert ("has no instructions for bf16" in capsys.readouterr().out) == emulates
+
+
 def make_step(settings, model, micro_bs, **speed):
     log_joint = FastLogJoint(model, micro_bs=micro_bs, **speed)
     return TrainingStep(log_joint, settings, Processes())

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import math
 import os
 import re
 import signal
@@ -10,8 +11,9 @@ import sys
 
 import pytest
 import torch
-from conftest import PROJECT, SCRIPT, execute, options
+from conftest import PROJECT, SCRIPT, execute, options, run_script, runs
 
+from utils.errors import BadInput
 from utils.metrics import read_metrics
 
 TOOLS = PROJECT / "tools"
@@ -24,7 +26,7 @@ def test_shipping_a_run(tmp_path):
     """
     trained = execute(tmp_path, [sys.executable, str(SCRIPT), *options(epochs=2, lr=5e-3)])
     assert trained.returncode == 0, trained.stderr
-    run, = (tmp_path / "logs" / "exman-train-flow-ssl.py" / "runs").iterdir()
+    run, = runs(tmp_path)
     ship = [sys.executable, str(TOOLS / "ship.py")]
     done = execute(tmp_path, [*ship, str(run), "tiny", "--half", "--to", "home", "--commit", "abc"])
     assert done.returncode == 0, done.stderr
@@ -117,6 +119,110 @@ def test_a_timed_run_that_is_cut_off_keeps_its_evidence(tmp_path, capsys, timed_
     assert torch.load(evidence / "cut.partial.torch") and not (home / "pretrained").exists()
     with pytest.raises(timed_run.BadInput, match="no run was started"):
         timed_run.watch(tmp_path, 1)
+
+
+def test_what_a_run_spends_its_time_on(timed_run):
+    """From three rows: two epochs with compilation (30 s), two without, one; log_each 2."""
+    start, epoch, evaluation = 12.0, 6.0, 1.5
+    rows = [30 + 2 * epoch + evaluation, 2 * epoch + evaluation, epoch + evaluation]
+    cost = timed_run.Cost.of_probe(rows, total=start + sum(rows))
+    assert (cost.start, cost.epoch, cost.evaluation) == pytest.approx((42, 6, 1.5))
+    assert cost.seconds(100, 10) == pytest.approx(42 + 600 + 15)
+    assert cost.seconds(101, 10) == pytest.approx(42 + 606 + 16.5)
+    noisy = timed_run.Cost.of_probe([2.0, 1.0, 1.1], total=5)               # of short epochs
+    assert noisy.epoch > 0 and noisy.evaluation >= 0 and noisy.start >= 0
+
+
+def test_a_failure_of_the_first_epochs_brings_home_its_traceback(tmp_path, capfd, timed_run):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(timed_run.BadInput, match=r"exit code 1: .* is not finite") as raised:
+        timed_run.start(tmp_path / "work", folder, 60, [*timed_run.REHEARSAL, "--lr", "1e30"])
+    assert str(raised.value).count("\n") == 0
+    err = capfd.readouterr().err
+    assert "Traceback (most recent call last)" in err and "in train_epoch" in err
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """A folder with a finished run, and what `start` and the run leave in it."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    assert run_script(options(epochs=2)) == 0
+    state = {"deadline": 0, "epochs": 2, "wrapper": 2**22 + 1, "examples": 200, "commit": "abc"}
+    (work / "state.json").write_text(json.dumps(state))
+    (work / "exit_code").write_text("0\n")
+    (work / "run.log").write_text("end")
+    return work
+
+
+def test_the_evaluation_of_a_timed_run_compiles_nothing(finished, monkeypatch, timed_run):
+    run, = runs(finished)
+    params = (run / "params.yaml").read_text()
+    (run / "params.yaml").write_text(params.replace("compile: auto", "compile: 'on'"))
+    monkeypatch.setattr("training.device._can_compile", lambda: False)     # it would be an error
+    for name in ("a/b", "../evil", "", "good/"):
+        with pytest.raises(timed_run.BadInput, match="NAME must"):
+            timed_run.finish(finished, name, finished / "out")
+    assert timed_run.finish(finished, "x", finished / "out")
+    timed_run.join(finished / "out", finished / "home")
+    assert (finished / "home" / "pretrained" / "x.torch").exists()
+
+
+@pytest.mark.parametrize("rest, message", [
+    (["my run"], "NAME must consist of"), (["x", "--seed", "3"], "with its own seed"),
+    (["x", "--supervised", "50"], "with its own supervised")])
+def test_what_cannot_be_shipped(finished, timed_run, rest, message):
+    ship, (run,) = timed_run.importlib.import_module("ship"), runs(finished)
+    with pytest.raises(BadInput, match=message):
+        ship.main([str(run), *rest, "--to", "home"])
+    assert not (finished / "home").exists()
+
+
+@pytest.mark.parametrize("damage, message", [
+    ("weights", "not finite"), ("architecture", "another architecture"), ("metrics", "no rows")])
+def test_a_damaged_run_is_not_shipped(finished, timed_run, damage, message):
+    ship, (run,) = timed_run.importlib.import_module("ship"), runs(finished)
+    state = torch.load(run / "model.torch")
+    if damage == "weights":
+        torch.save({**state, "log_p_y": state["log_p_y"] * math.nan}, run / "model.torch")
+    elif damage == "architecture":
+        torch.save({**state, "log_p_y": torch.zeros(3)}, run / "model.torch")
+    else:
+        header = (run / "metrics.csv").read_text().splitlines()[0]
+        (run / "metrics.csv").write_text(header + "\n")
+    with pytest.raises(BadInput, match=message):
+        ship.main([str(run), "x", "--to", "home"])
+    assert not (finished / "home").exists()
+
+
+def test_evidence_is_of_one_run(finished, timed_run):
+    ship, (run,) = timed_run.importlib.import_module("ship"), runs(finished)
+    (finished / "home").mkdir()
+    for name in ("density.png", "log.txt"):                     # of an earlier run of this name
+        (finished / "home" / name).write_text("of another run")
+    ship.copy_evidence(run, finished / "home")
+    assert not (finished / "home" / "density.png").exists()
+    assert (finished / "home" / "log.txt").read_bytes() == (run / "log.txt").read_bytes()
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["start", "w", "--folder", ".", "--minutes", "9"], "put the settings of the run after --"),
+    (["start", "w", "--folder", "typo", "--minutes", "9", "--", "--lr", "1"], "no folder typo"),
+    (["start", "w", "--folder", ".", "--minutes", "inf", "--", "--lr", "1"], "--minutes must be"),
+    (["start", "w", "--folder", ".", "--minutes", "9", "--", "--tmp"], "--tmp run"),
+    (["watch", "nowhere"], "no run was started"), (["join", "nowhere"], "has no manifest.json")])
+def test_bad_input_of_a_timed_run(tmp_path, monkeypatch, timed_run, argv, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(timed_run.BadInput, match=message):
+        timed_run.main(argv)
+
+
+def test_wrong_options_of_tools_are_one_line(capsys, timed_run):
+    with pytest.raises(SystemExit) as end:
+        timed_run.main(["watch", "w", "--seconds", "abc"])
+    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_timed_run_needs_time(tmp_path, timed_run):

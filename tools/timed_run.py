@@ -110,6 +110,8 @@ def start(work, folder, minutes, settings):
 
     with contextlib.chdir(work):                             # where the parser makes its folders
         wanted = read_settings(settings)[1]
+    if wanted.tmp:
+        raise BadInput("a timed run cannot be a --tmp run")
     script = [sys.executable, str(PROJECT / "train-flow-ssl.py"), *settings]
     probe_start = time.time()
     output = command([*script, "--tmp", *PROBE, "--lr_schedule", "no"], "training a few epochs",
@@ -118,12 +120,10 @@ def start(work, folder, minutes, settings):
                           read_metrics(newest(work, "tmp") / "metrics.csv")],
                          time.time() - probe_start)
     left = deadline - time.time() - 60 * MARGIN
-    if wanted.tmp:
-        raise BadInput("a timed run cannot be a --tmp run")
     epochs = wanted.epochs
-    while epochs > 1 and cost.seconds(epochs, wanted.log_each) > left * (1 - SPARE):
+    while epochs and cost.seconds(epochs, wanted.log_each) > left * (1 - SPARE):
         epochs -= 1
-    if epochs < 2:                      # the last epoch of most schedules has learning rate zero
+    if epochs < min(2, wanted.epochs):  # the last epoch of most schedules has learning rate zero
         raise BadInput(f"an epoch takes {cost.epoch:.0f} s, the start {cost.start:.0f} s, and "
                        f"{max(left, 0):.0f} s are left for training")
     if wanted.lr_schedule == "hat" and wanted.lr_warmup >= epochs:
