@@ -432,6 +432,7 @@ class Backend:
         return graph.forward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, precision", [("digits, full", "fp32"), ("digits, full", "bf16"),
                                              ("digits, qr", "fp32"), ("points", "fp32")])
 def test_compiled_parts_are_whole_graphs_that_equal_parts_share(monkeypatch, name, precision):
@@ -456,6 +457,7 @@ def test_compiled_parts_are_whole_graphs_that_equal_parts_share(monkeypatch, nam
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_compiled_run(tmp_path, monkeypatch, capsys):
     """Compiled by Inductor, as on a GPU, a run ends with the weights of the plain run."""
     monkeypatch.chdir(tmp_path)

@@ -18,6 +18,7 @@ from training.checkpoint import load_weights
 from utils.errors import BadInput
 from utils.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
 COMMAND = [sys.executable, str(SCRIPT)]
 FILES = {"params.yaml", "log.txt", "metrics.csv", "checkpoint.pt", "model.torch", "samples.png",
          "curves.png", "labelled.txt"}
@@ -228,7 +229,6 @@ runpy.run_path({script!r}, run_name="__main__")
 """
 
 
-@pytest.mark.slow
 def test_a_fault_in_one_of_two_processes_is_told_once(tmp_path):
     """Bad input of the other process; and a failed run is moved before torchrun ends the rest."""
     driver = tmp_path / "driver.py"

@@ -19,6 +19,7 @@ from utils.metrics import read_metrics
 TOOLS = PROJECT / "tools"
 
 
+@pytest.mark.slow
 def test_shipping_a_run(tmp_path):
     """ship.py writes weights, their SHA-256 and evidence.
 
@@ -52,6 +53,7 @@ def test_shipping_a_run(tmp_path):
     assert "not the directory of a finished run" in bad.stderr
 
 
+@pytest.mark.slow
 def test_rehearsal_of_a_timed_run(tmp_path):
     command = [sys.executable, str(TOOLS / "timed_run.py"), "--dry-run"]
     done = execute(tmp_path, command, timeout=600)
@@ -90,6 +92,7 @@ def test_parts_are_joined_and_checked(tmp_path, monkeypatch, timed_run):
     assert not (tmp_path / "elsewhere").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["stopped", "killed"])
 def test_a_timed_run_that_is_cut_off_keeps_its_evidence(tmp_path, capsys, timed_run, end):
     folder, work, out, home = (tmp_path / name for name in ("folder", "work", "out", "home"))
@@ -133,6 +136,7 @@ def test_what_a_run_spends_its_time_on(timed_run):
     assert noisy.epoch > 0 and noisy.evaluation >= 0 and noisy.start >= 0
 
 
+@pytest.mark.slow
 def test_a_failure_of_the_first_epochs_brings_home_its_traceback(tmp_path, capfd, timed_run):
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -225,6 +229,7 @@ def test_wrong_options_of_tools_are_one_line(capsys, timed_run):
     assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_timed_run_needs_time(tmp_path, timed_run):
     folder = tmp_path / "folder"
     timed_run.prepare(folder, packages=())

@@ -421,6 +421,7 @@ def test_sigterm_while_the_run_ends_does_not_cut_it_off(tmp_path, monkeypatch, c
     assert "Test error" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"cons_weight": 1, "ema": 0.9}])
 def test_training_in_bfloat16_on_a_cpu(tmp_path, monkeypatch, capsys, changes):
     """It follows float32, and a run continues with the same bits."""
