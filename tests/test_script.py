@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,9 +185,10 @@ def test_two_processes_print_one_message(tmp_path):
     assert stopped.returncode == 0, stopped.stderr
     assert stopped.stdout.count("by its time limit") == 1
     assert stopped.stdout.count(" after ") == 1 and run_of(tmp_path)
-    bad = execute(tmp_path, [*command, *options(supervised=9)])
-    assert bad.returncode != 0
-    assert bad.stderr.count("train-flow-ssl.py: error: supervised must be") == 1
+    for wrong, message in (({"supervised": 9}, "supervised must be"), ({"lr": -1}, "argument --lr")):
+        bad = execute(tmp_path, [*command, *options(**wrong)])
+        assert bad.returncode != 0
+        assert bad.stderr.count(f"train-flow-ssl.py: error: {message}") == 1
 
 
 def test_two_processes_train_points_without_warnings(tmp_path):
@@ -273,6 +275,14 @@ def test_wrong_arguments_of_benchmarks(tmp_path, monkeypatch, wrong, message):
     measure = importlib.import_module("measure")
     with pytest.raises(BadInput, match=message):
         measure.read_arguments("Times.", "steps", 10, "steps")
+
+
+def test_benchmarks_fill_large_batches(monkeypatch):
+    monkeypatch.syspath_prepend(PROJECT / "benchmarks")
+    measure = importlib.import_module("measure")
+    settings = SimpleNamespace(data="digits", train_bs=3000, test_bs=5000)
+    data = measure.random_data(settings, "cpu")
+    assert len(data.train_x) >= 3000 and len(data.test_x) >= 5000
 
 
 def test_benchmark_of_the_parts(tmp_path):

@@ -32,7 +32,7 @@ from exman import ExParser
 from models import MODEL_CHOICES, MODEL_OPTIONS
 
 from .data import DATASETS
-from .errors import BadInput, exit_with
+from .errors import BadInput
 from .files import PROJECT, atomic_write
 
 UNUSED_PUBLISHED_KEYS = ("k", "hid_dim", "logits", "lr_gamma", "lr_steps", "sup_ohe", "status")
@@ -48,8 +48,7 @@ def read_settings(argv: Sequence[str] | None = None) -> tuple["SettingsParser", 
     """Parse the command line `argv` (sys.argv[1:] if None) -> (parser, settings).
 
     settings: a namespace with every option. Nothing is written except exman's empty folders. A
-    value that is wrong by itself ends the program with one line on stderr and exit code 2; BadInput
-    is raised for values that are wrong in combination.
+    value that is wrong, by itself or beside others, raises BadInput.
     """
     root = Path.cwd() / "logs" / "exman-train-flow-ssl.py"
     try:
@@ -224,8 +223,8 @@ class SettingsParser(ExParser):
         self._checked: argparse.Namespace | None = None
 
     def error(self, message: str) -> NoReturn:
-        """Print one line on stderr and exit with code 2."""
-        exit_with(self.prog, message)
+        """Raise BadInput, which of several processes only the main one prints."""
+        raise BadInput(" ".join(message.split()))
 
     def read(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """The settings that `argv` and its config file give, each checked by itself.
