@@ -114,6 +114,26 @@ def test_the_readme_s_baselines_agree_with_results():
         assert row["digits: error, %"] == f"{float(mean_error):.1f}"
 
 
+ABLATIONS = {"config.yaml": "config-fp32", "mnist-small, float32": "mnist-small-fp32",
+             "mnist-small, bfloat16": "mnist-small-bf16", "digits": "digits",
+             "digits, consistency": "digits-consistency", "digits, bfloat16": "digits-bf16",
+             "moons": "moons", "circles": "circles"}
+
+
+def test_the_gains_of_the_fast_path_agree_with_results():
+    rows = table("results/README.md", "part of `training/fast.py` and `step.py`")
+    for heading, name in ABLATIONS.items():
+        path = PROJECT / "results" / "speed" / "ablation" / f"{name}.json"
+        all_parts, *others = json.loads(path.read_text())["modes"]
+        gains = {row["without"]: f"{row['gain']:.1f}" for row in others}
+        *parts, _, total = rows
+        assert total[heading] == f"{all_parts['ms']:,.0f}"
+        for row in parts:
+            part = next(iter(row.values())).split(" (")[0]
+            assert row[heading] == gains.pop(part, "-")
+        assert not gains
+
+
 def test_the_table_of_the_paper_has_no_number_without_a_run():
     for row in table("README.md", "model"):
         here = row["error, % (here)"], row["bits/dim (here)"]

@@ -85,7 +85,9 @@ def _boolean(text: str) -> bool:
 
 
 def _name(text: str) -> str:
-    if Path(text).name != text or len(os.fsencode(text)) > 100 or not text.isprintable():
+    # A config file's null would be read as no value.
+    if (Path(text).name != text or len(os.fsencode(text)) > 100 or not text.isprintable()
+            or text in ("null", "~")):
         raise argparse.ArgumentTypeError(
             f"must be a valid suffix of a directory name, of at most 100 bytes, not {text!r}")
     return text
