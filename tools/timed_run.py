@@ -389,7 +389,7 @@ def rehearse():
     with tempfile.TemporaryDirectory() as temporary:
         here = Path(temporary)
         prepare(here / "folder", packages=())
-        start(here / "work", here / "folder", MARGIN + 1, REHEARSAL)
+        start(here / "work", here / "folder", MARGIN + 0.75, REHEARSAL)
         while not watch(here / "work", 10, interval=5):
             pass
         complete = finish(here / "work", "digits", here / "out")
