@@ -205,7 +205,7 @@ FAULTS = """import os, runpy, sys, time
 
 sys.path.insert(0, {project!r})
 import utils.data
-from utils.errors import run_command
+from utils.errors import BadInput
 from utils.settings import Run
 
 load_data, move = utils.data.load_data, Run._move_to_fails
