@@ -181,10 +181,11 @@ def cli():
         with contextlib.redirect_stdout(sys.stdout if processes.is_main else None):
             main(processes)
     except (BadInput, TrainingFailed, OSError) as error:
-        if not processes or processes.is_main:
-            print(f"train-flow-ssl.py: error: {one_line(error)}", file=sys.stderr)
-        if getattr(error, "of_all", False):
-            processes.barrier()     # torchrun ends the others as soon as one has failed
+        message = f"train-flow-ssl.py: error: {one_line(error)}"
+        if processes:
+            processes.report(message, of_all=getattr(error, "of_all", False))
+        else:
+            print(message, file=sys.stderr)
         return 1 if isinstance(error, TrainingFailed) else 2
     except KeyboardInterrupt:
         return 130

@@ -3,6 +3,8 @@
 import contextlib
 import gc
 import os
+import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from utils.errors import BadInput
+
+
+MAIN_SECONDS = 20       # how long the other processes wait for the main one's message
 
 
 class Processes:
@@ -106,6 +111,20 @@ class Processes:
         error = self.first(error)
         if error is not None:
             raise BadInput(error)
+
+    def report(self, message: str, of_all: bool) -> None:
+        """Print an error on stderr, from the main process if it has it too.
+
+        torchrun ends all processes as soon as one ends, so the others have to wait for the main
+        one. of_all: whether all processes are here, and can meet; otherwise the others wait for
+        MAIN_SECONDS, which the end of the main one cuts short.
+        """
+        if not self.is_main and not of_all:
+            time.sleep(MAIN_SECONDS)
+        if self.is_main or not of_all:
+            print(message, file=sys.stderr, flush=True)
+        if of_all:
+            self.barrier()
 
     def close(self) -> None:
         """Destroy the process group, after everything that still refers to it."""
