@@ -184,7 +184,11 @@ def test_two_processes_print_one_message(tmp_path):
     stopped = execute(tmp_path, [*command, *options(epochs=10_000), "--time_limit", "0.03"])
     assert stopped.returncode == 0, stopped.stderr
     assert stopped.stdout.count("by its time limit") == 1
-    assert stopped.stdout.count(" after ") == 1 and run_of(tmp_path)
+    step, epoch = re.search(r" after (?:step (\d+) of 4 in )?epoch (\d+); to continue",
+                            stopped.stdout).groups()
+    checkpoint = torch.load(run_of(tmp_path) / "checkpoint.pt")
+    assert checkpoint["step"] == int(step or 0)
+    assert checkpoint["epoch"] == int(epoch) - (step is not None)
     for wrong, message in (({"supervised": 9}, "supervised must"), ({"lr": -1}, "argument --lr")):
         bad = execute(tmp_path, [*command, *options(**wrong)])
         assert bad.returncode != 0

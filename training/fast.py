@@ -22,7 +22,7 @@ NETWORKS = {CheckerboardCoupling: ("net",), ChannelCoupling: ("net1", "net2")}
 TINY_CONV = 2**14
 # Graphs that torch.compile may make of a function: one per shape, with and without gradient.
 COMPILED_GRAPHS = 256
-# Of the largest activation on a CPU: larger ones cost page faults and cache misses.
+# Of the largest activation on a CPU: larger micro-batches take more memory and hardly less time.
 MICRO_BATCH_BYTES = 2**24
 
 

@@ -183,7 +183,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("threads", _number(int, 0, 4096), 0, "CPU threads; 0: PyTorch's choice")
     add("precision", str, "auto",
         "precision of the couplings' networks; tf32: of their convolutions, on a GPU; auto: bf16 "
-        "on a GPU that supports it, else fp32", choices=("auto", "fp32", "tf32", "bf16"))
+        "for images on a GPU that supports it, else fp32", choices=("auto", "fp32", "tf32", "bf16"))
     add("compile", str, "auto", "torch.compile for training and evaluation; auto: on a GPU",
         choices=("auto", "off", "on"))
     add("cuda_graph", str, "auto",
