@@ -31,8 +31,10 @@ def start(folder, *argv):
 
 
 def start_in_background(folder, *argv):
+    def heed_ctrl_c():      # a shell has its background jobs ignore it, and theirs inherit that
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen([*COMMAND, *argv], cwd=folder, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+                            stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c)
 
 
 def run_of(folder):
