@@ -2,6 +2,7 @@
 
 import copy
 import math
+import resource
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from models import build_model
 from models.bijections import ActNorm
 from models.conv1x1 import CONVS, FullConv, log_abs_det, over_channels
 from models.networks import Conv3x3
-from training.checkpoint import CheckpointWriter, load_weights
+from training.checkpoint import CheckpointWriter, load_weights, save_atomically
 from training.device import choose_speed
 from training.evaluation import build_inference
 from training.fast import FastLogJoint, _TinyConv3x3, _trace_shapes
@@ -482,6 +483,20 @@ def test_a_checkpoint_holds_the_weights_of_its_time_and_errors_are_raised(tmp_pa
     with pytest.raises(FileNotFoundError, match=r"nowhere/c\.pt"):
         with CheckpointWriter(tmp_path / "nowhere" / "c.pt", settings) as writer:
             writer.write({"a": tensor})
+
+
+def test_a_disk_that_fills_up_within_a_file(tmp_path):
+    """torch.save turns the OSError into a RuntimeError; the old file stays whole."""
+    save_atomically({"a": torch.zeros(3)}, tmp_path / "c.pt")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*c\.pt"):
+            save_atomically({"a": torch.zeros(10**6)}, tmp_path / "c.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len(torch.load(tmp_path / "c.pt")["a"]) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["c.pt"]
 
 
 # The other tests need a GPU: run them by `python -m pytest -m gpu`.

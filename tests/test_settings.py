@@ -174,6 +174,11 @@ def test_a_resumed_run_finds_its_data_from_another_folder(here, monkeypatch, giv
         _, resumed = read_settings(["--resume", str(run)])
         assert Path(resumed.data_root).resolve() == here / "images"
         assert Run.resumed(resumed).run == run and saved() == data_root
+    (here / "latest").symlink_to(run)
+    _, resumed = read_settings(["--resume", str(here / "latest")])
+    assert Path(resumed.data_root).resolve() == here / "images"
+    Run.resumed(resumed)
+    assert saved() == data_root
     (here / "elsewhere" / "other").mkdir()
     _, resumed = read_settings(["--resume", str(run), "--data_root", "other"])
     assert resumed.data_root == "other"

@@ -45,7 +45,7 @@ PATH_OPTIONS = ("--config", "--data_root")
 PACKAGES = ("exman", "ConfigArgParse", "strconv", "inputimeout", "GitPython", "gitdb", "smmap")
 PART_BYTES = 15 * 2**20     # of the largest file in OUT
 # The measurement logs epochs 2, 4 and 5: two epochs with compilation, two without, one.
-PROBE = ("--epochs", "5", "--log_each", "2")
+PROBE = ("--epochs", "5", "--log_each", "2", "--time_limit", "0")
 SPARE = 0.03                # share of the training time kept for slow epochs
 SHOWN_LINES = 60            # of the output of a command that failed
 MARGIN = 3                  # minutes kept for evaluation and packing; the run may use one of them

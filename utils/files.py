@@ -29,8 +29,11 @@ def atomic_write(path: str | Path, mode: str = "w", **options: Any) -> Iterator[
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(partial)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, path) from error
+        cause: BaseException | None = error
+        while cause and not (isinstance(cause, OSError) and cause.errno):
+            cause = cause.__context__       # torch.save hides the error of a disk that fills up
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, cause.strerror, path) from error
         raise
 
 

@@ -243,7 +243,8 @@ class SettingsParser(ExParser):
         if settings.lr_schedule == "hat" and settings.lr_warmup >= settings.epochs:
             self.error(f"lr_warmup {settings.lr_warmup} must be less than "
                        f"the {settings.epochs} epochs")
-        if settings.epochs == 1 and settings.lr_schedule in ("linear", "hat"):
+        if (settings.epochs == 1 and settings.lr_schedule in ("linear", "hat")
+                and not settings.pretrained):
             self.error(f"with lr_schedule {settings.lr_schedule} the last epoch has learning rate "
                        "zero, so a single one would change nothing: use more epochs, or "
                        "lr_schedule cosine or no")
@@ -442,7 +443,10 @@ class Run(exman.parser.SafeExperiment):
 
 def _started_in(run_dir: str) -> Path:
     """The folder in which the run in `run_dir` was started: FOLDER/logs/NAME/runs/ID-DATE."""
-    parents = Path(os.path.abspath(run_dir)).parents
+    path = Path(os.path.abspath(run_dir))
+    if path.is_symlink():                   # to the run; `logs` itself may be a link, too
+        path = path.resolve()
+    parents = path.parents
     return parents[min(3, len(parents) - 1)]
 
 
