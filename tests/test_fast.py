@@ -222,13 +222,14 @@ def test_bfloat16_in_the_networks_only():
     assert all(name in low for name in dtypes if name.endswith(layers))
 
 
-def test_points_are_not_rounded():
+def test_points_are_not_rounded(monkeypatch):
     """In bfloat16 log p(x, y) of single points would be off by up to 0.1 nats."""
     with pytest.raises(ValueError, match="bf16 is for images"):
         FastLogJoint(random_model("points")[0], "bf16")
     settings = SimpleNamespace(data="moons", precision="auto", compile="off", cuda_graph="off",
                                pretrained="", deterministic=False, micro_bs=0)
     gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
     assert choose_speed(settings, gpu, Processes()).precision == "fp32"
 
 

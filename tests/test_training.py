@@ -611,7 +611,7 @@ def test_the_paper_s_run_trains_and_evaluates(tmp_path, monkeypatch, mnist_root)
     monkeypatch.chdir(tmp_path)
     _, settings = read_settings(["--config", str(PROJECT / "config.yaml"),
                                  "--data_root", str(mnist_root), "--device", "cpu",
-                                 "--train_bs", "32"])
+                                 "--train_bs", "32", "--micro_bs", "16"])
     data, processes = load_data(settings), Processes()
     test = data.test_x, data.test_y = data.test_x[:40], data.test_y[:40]
     torch.manual_seed(0)
@@ -619,7 +619,7 @@ def test_the_paper_s_run_trains_and_evaluates(tmp_path, monkeypatch, mnist_root)
     generator = torch.Generator().manual_seed(0)
     model.initialize(data.sample_batch(256, 1 / 3, generator)[0])
     log_joint = FastLogJoint(model, *choose_speed(settings, data.device, processes))
-    assert log_joint.micro_batch_size == 64
+    assert log_joint.micro_batch_size == 16
     state = TrainingState.create(model, log_joint, data, generator, settings, processes)
     assert state.steps_per_epoch == 1875
     state.steps_per_epoch = 2
