@@ -40,7 +40,7 @@ from training.stopping import Stopping
 from utils.data import load_data
 from utils.errors import BadInput, one_line, value_errors_as_bad_input
 from utils.figures import plot_run
-from utils.metrics import MetricsLog, average_is_better, line
+from utils.metrics import MetricsLog, average_is_better, line, result
 from utils.settings import SHIPPED, Run, read_settings
 
 SECONDS_BETWEEN_PLOTS = 300     # during training
@@ -60,7 +60,8 @@ def main(processes):
         data = load_data(settings, device)
     torch.manual_seed(settings.seed)
     with value_errors_as_bad_input():
-        model = build_model(settings, data.shape, data.n_classes, data.class_probs).to(device)
+        model = build_model(settings, data.shape, data.n_classes, data.class_probs,
+                            data.grey_levels).to(device)
 
     if settings.pretrained:
         shipped = settings.pretrained == SHIPPED
@@ -104,7 +105,8 @@ def train(model, data, settings, speed, processes, stopping, run_dir, checkpoint
     generator = torch.Generator(data.device).manual_seed(settings.seed)
     if not checkpoint:
         labelled_prob = data.labelled_prob(settings.sup_sample_weight)
-        model.initialize(data.sample_batch(settings.train_bs, labelled_prob, generator)[0])
+        x, _ = data.sample_batch(settings.train_bs, labelled_prob, generator)
+        model.initialize(x, data.train_x)
     log_joint = FastLogJoint(model, *speed)
     state = TrainingState.create(model, log_joint, data, generator, settings, processes)
     evaluation = RunEvaluation(log_joint, data, settings, processes)
@@ -141,10 +143,7 @@ def train(model, data, settings, speed, processes, stopping, run_dir, checkpoint
             if state.epoch % settings.log_each and state.epoch != settings.epochs:
                 continue
             start = time.perf_counter()
-            row.update(epoch=state.epoch, **evaluation())
-            if settings.ema:
-                with state.training_step.averaged():
-                    row.update({f"ema_{key}": value for key, value in evaluation().items()})
+            row.update(epoch=state.epoch, **evaluation(state.training_step, state.epoch))
             steps, logged = state.steps_per_epoch, time.perf_counter()
             row["lr"] = learning_rate(state.epoch, steps, steps, settings)
             row["seconds"], state.seconds = state.seconds + logged - start, 0.0
@@ -159,16 +158,10 @@ def train(model, data, settings, speed, processes, stopping, run_dir, checkpoint
             state.seconds = time.perf_counter() - logged    # of the next row
 
     if processes.is_main:
-        last, which = log.rows[-1], ""
-        averaged = average_is_better(last)
-        if settings.ema:
-            which = (f" of the {'averaged' if averaged else 'last'} weights, which have the higher "
-                     "held-out likelihood")
-        with state.training_step.averaged() if averaged else contextlib.nullcontext():
+        with state.training_step.averaged(average_is_better(log.rows[-1])):
             save_atomically(copy_to_cpu(model.state_dict()), weights)
             plot_run(model, data, log.rows, run_dir, settings.seed)
-        error = 1 - last["ema_test_acc" if averaged else "test_acc"]
-        print(f"Test error{which}: {error:.2%}; weights, curves and samples are in "
+        print(f"{result(log.rows[-1])}; weights, curves and samples are in "
               f"{os.path.relpath(run_dir)}")
     return None
 

@@ -119,9 +119,10 @@ def fresh_model(settings, data):
     """An initialised model; its networks' last layers are not zero, as after some training."""
     torch.manual_seed(settings.seed)
     with value_errors_as_bad_input():
-        model = build_model(settings, data.shape, data.n_classes).to(data.device)
+        model = build_model(settings, data.shape, data.n_classes,
+                            grey_levels=data.grey_levels).to(data.device)
     noise = torch.Generator(data.device).manual_seed(0)
-    model.initialize(data.dequantize(data.train_x[:256], noise))
+    model.initialize(data.dequantize(data.train_x[:256], noise), data.train_x)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("last.weight"):

@@ -8,33 +8,37 @@ from typing import Any
 
 from .architectures import FLOWS, HEADS
 from .conv1x1 import CONVS
+from .pixels import PIXELS
 from .scnf import SemiConditionalFlow
 
 # The options that describe a model, with the defaults of the paper's MNIST run.
 MODEL_OPTIONS: dict[str, Any] = {
-    "model": "mnist-masked", "conv": "full", "hh_factors": 2, "l": 8, "width": 0, "n_blocks": 0,
+    "model": "mnist-masked", "pixels": "logit", "width": 0, "n_blocks": 0,
+    "conv": "full", "hh_factors": 2, "l": 8,
     "ssl_model": "cond-flow", "ssl_dim": 196, "ssl_l": 2, "ssl_k": 4, "ssl_hd": 256,
     "ssl_conv": "full", "ssl_hh": 2,
 }
-MODEL_CHOICES = {"model": tuple(FLOWS), "conv": tuple(CONVS), "ssl_conv": tuple(CONVS),
-                 "ssl_model": tuple(HEADS)}
+MODEL_CHOICES = {"model": tuple(FLOWS), "pixels": tuple(PIXELS), "conv": tuple(CONVS),
+                 "ssl_conv": tuple(CONVS), "ssl_model": tuple(HEADS)}
 
 __all__ = ["MODEL_CHOICES", "MODEL_OPTIONS", "SemiConditionalFlow", "build_model"]
 
 
 def build_model(settings: Mapping[str, Any] | SimpleNamespace | argparse.Namespace,
                 data_shape: Sequence[int], n_classes: int,
-                class_probs: Sequence[float] | None = None) -> SemiConditionalFlow:
-    """Build the semi-conditional flow that `settings` describes, with ActNorms not yet initialised.
+                class_probs: Sequence[float] | None = None,
+                grey_levels: int | None = None) -> SemiConditionalFlow:
+    """Build the semi-conditional flow that `settings` describes, not yet initialised.
 
     settings: a mapping or namespace with the keys of MODEL_OPTIONS; missing keys have their
     defaults; ssl_nclasses, if given, must agree with n_classes; all other keys are ignored.
     data_shape: (C, H, W), or (2, 1, 1) for points. class_probs: p(y), K numbers, or None for
-    uniform. Raises ValueError if these do not fit together.
+    uniform. grey_levels: of the images, 256 for MNIST; only pixels marginal needs it. Raises
+    ValueError if these do not fit together.
     """
     given = settings if isinstance(settings, Mapping) else vars(settings)
     values = {key: given.get(key, default) for key, default in MODEL_OPTIONS.items()}
-    options = SimpleNamespace(**values)
+    options = SimpleNamespace(**values, grey_levels=grey_levels)
     for key, choices in MODEL_CHOICES.items():
         if getattr(options, key) not in choices:
             raise ValueError(f"unknown {key} {getattr(options, key)!r}: "

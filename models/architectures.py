@@ -17,7 +17,6 @@ from .bijections import (
     ChannelCoupling,
     CheckerboardCoupling,
     ConditionalFlowStep,
-    Logit,
     MultiScale,
     Shape,
     Split,
@@ -26,6 +25,7 @@ from .bijections import (
 )
 from .conv1x1 import invertible_conv
 from .networks import resnet1x1, resnet3x3, toy_network
+from .pixels import PIXELS
 
 EMBEDDING_DIM = 10    # of a label, in h_phi
 
@@ -39,7 +39,8 @@ def masked_glow(shape: Shape, options: SimpleNamespace, width: int, n_blocks: in
     pixels: it is z_f if `ssl_dim` is its size. With `squeeze_first` the first squeeze precedes the
     first couplings, which then work on a quarter of the pixels.
 
-    Raises ValueError if the sides of the images are not multiples of 4, at least 8.
+    Raises ValueError if the sides of the images are not multiples of 4, at least 8, or if
+    options.pixels needs options.grey_levels, the number of grey levels, and that is None.
     """
     c, h, w = shape
     if h % 4 or w % 4 or min(h, w) < 8:
@@ -65,7 +66,7 @@ def masked_glow(shape: Shape, options: SimpleNamespace, width: int, n_blocks: in
     else:
         first = [*checkerboard(c, full), Squeeze()]
     return MultiScale(shape, [
-        Logit(),
+        PIXELS[options.pixels](shape, options.grey_levels),
         # C x H x W, and from the squeeze on 4C x H/2 x W/2
         *first, *channel(4 * c),
         Split(),
@@ -85,6 +86,8 @@ def toy_flow(shape: Shape, options: SimpleNamespace) -> MultiScale:
     if tuple(shape) != (2, 1, 1):
         raise ValueError("model toy needs points of shape (2, 1, 1), "
                          f"not data of shape {tuple(shape)}")
+    if options.pixels != "logit":
+        raise ValueError(f"pixels {options.pixels} is for images, and model toy for points")
     return MultiScale(shape, [layer for _ in range(options.l) for layer in (
         invertible_conv(options.conv, 2, options.hh_factors),
         ChannelCoupling(toy_network(1, 2), toy_network(1, 2)),

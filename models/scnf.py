@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .architectures import ConditionalFlow, ConditionalShift
 from .bases import DiagonalGaussian
 from .bijections import ActNorm, MultiScale
+from .pixels import MarginalGaussian
 
 
 class SemiConditionalFlow(nn.Module):
@@ -102,12 +103,19 @@ class SemiConditionalFlow(nn.Module):
         return x.clamp(0, 1) if self.image else x
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
-        """Initialise the ActNorms that are not initialised yet, from a batch x (B, C, H, W).
+    def initialize(self, x: Tensor, images: Tensor | None = None) -> None:
+        """Set what depends on the data, once, before training.
 
-        To be called once, before training. Each ActNorm is set from its own input, in the order of
-        the forward pass; those of h_phi see every sample with every label.
+        x: a batch (B, C, H, W), for the ActNorms that are not initialised yet. Each is set from its
+        own input, in the order of the forward pass; those of h_phi see every sample with every
+        label. images: the training images (N, C, H, W), as integer grey levels; pixels marginal is
+        fitted to them. Raises ValueError if it lacks them.
         """
+        for part in self.modules():
+            if isinstance(part, MarginalGaussian):
+                if images is None:
+                    raise ValueError("pixels marginal is fitted to the training images: give them")
+                part.fit(images)
         acts = [m for m in self.modules() if isinstance(m, ActNorm) and not m.initialized]
         hooks = [act.register_forward_pre_hook(lambda act, args: act.initialize(args[0]))
                  for act in acts]

@@ -14,7 +14,6 @@ from models.bijections import (
     ChannelCoupling,
     CheckerboardCoupling,
     ConditionalFlowStep,
-    Logit,
     MultiScale,
     Split,
     Squeeze,
@@ -22,6 +21,7 @@ from models.bijections import (
 )
 from models.conv1x1 import CONVS, invertible_conv
 from models.networks import _reflect_pad_by_slices, reflect_pad, resnet1x1, resnet3x3, toy_network
+from models.pixels import Logit, MarginalGaussian
 
 pytestmark = pytest.mark.usefixtures("float64")
 B = 3

@@ -42,7 +42,7 @@ EVIDENCE = ("params.yaml", "metrics.csv", "log.txt", "labelled.txt", "curves.png
             "density.png", "traceback.txt", "changes.diff")
 # Settings on which the figures do not depend, apart from rounding.
 MAY_CHANGE = ("device", "threads", "data_root", "test_bs", "precision", "compile", "cuda_graph",
-              "micro_bs", "deterministic", "config_file")
+              "micro_bs", "deterministic", "config_file", "test")
 NOISE_SAMPLES = 3
 EVERY = 20              # every 20th test image, for quick checks
 TOLERANCES = {"error": 0.02, "bits_per_dim": 0.001, "log_p": 0.002}      # of half precision
@@ -77,7 +77,8 @@ def main(argv=None):
     if not rows or not math.isfinite(seconds := sum(row["seconds"] for row in rows)):
         raise BadInput(f"{own.run / 'metrics.csv'} has no rows, or none with seconds")
     with value_errors_as_bad_input():
-        model = build_model(settings, data.shape, data.n_classes, data.class_probs).to(device)
+        model = build_model(settings, data.shape, data.n_classes, data.class_probs,
+                            data.grey_levels).to(device)
     load_weights(model, own.run / "model.torch")        # refuses what is not finite or does not fit
     weights = load_file(own.run / "model.torch")
     figures, stored = evaluate_weights(model, weights, data, settings), "float32"

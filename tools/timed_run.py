@@ -261,7 +261,7 @@ def watch(work, seconds, interval=30.0):
 
 def progress(work, state):
     """One line: epoch, pace, how long the run will still take, how much time is left."""
-    from utils.metrics import read_metrics
+    from utils.metrics import read_metrics, result
 
     left = state["deadline"] - time.time()
     run = newest(work, "runs")
@@ -277,7 +277,7 @@ def progress(work, state):
         to_go = max((epochs - epoch) * pace - (time.time() - path.stat().st_mtime), 0)
     too_little = ", TOO LITTLE" if to_go > left - 60 * (MARGIN - 1) else ""
     return (f"epoch {epoch:.0f} of {epochs}, {state['examples'] / pace:,.0f} images/s, "
-            f"loss {last['train_loss']:.2f}, test error {100 * (1 - last['test_acc']):.2f} %; "
+            f"loss {last['train_loss']:.2f}; {result(last)}; "
             f"ends in {to_go / 60:.1f} min, {left / 60:.1f} min left{too_little}")
 
 

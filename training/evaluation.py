@@ -1,6 +1,5 @@
 """Log-likelihood and accuracy on a set of examples."""
 
-import math
 import time
 from collections.abc import Callable
 
@@ -10,11 +9,13 @@ from torch import Tensor
 
 from utils import Settings
 from utils.data import Examples, SemiSupervisedData
+from utils.metrics import average_is_better
 
 from .cuda_graph import Captured
 from .device import device_name
 from .fast import FastLogJoint
 from .processes import Processes
+from .step import TrainingStep
 
 Inference = Callable[[Tensor], Tensor]      # x (B, C, H, W) -> log p(x, y) (B, K)
 
@@ -58,51 +59,60 @@ def evaluate(infer: Inference, data: SemiSupervisedData, examples: Examples, bat
 
 
 class RunEvaluation:
-    """The evaluation of a run's weights on its test set and its held-out examples.
+    """The evaluation of a run on its validation and test examples.
 
-    evaluation() -> test_log_p, test_acc, test_bpd, held_out_log_p; the last is NaN if no examples
-    are held out. settings: test_bs, seed.
+    evaluation(training_step, epoch) -> val_log_p, val_acc, val_bpd, if there are validation
+    examples; the same with the prefix ema_, of the averaged weights, if there are such; and
+    test_log_p, test_acc, test_bpd of the weights that the run would keep after that epoch. With
+    validation examples the test set is evaluated after the last epoch only, and with settings.test
+    false never. settings: epochs, ema, test, test_bs, seed.
     """
 
     def __init__(self, log_joint: FastLogJoint, data: SemiSupervisedData,
                  settings: Settings, processes: Processes):
         self.data, self.settings, self.processes = data, settings, processes
-        self.infer_test = build_inference(log_joint)
-        self.infer_held_out = build_inference(log_joint)
+        self.infer = {name: build_inference(log_joint) for name in ("val", "test")}
 
-    def __call__(self) -> dict[str, float]:
-        data = self.data
-        log_p, accuracy = self._evaluate(self.infer_test, (data.test_x, data.test_y))
-        held_out_log_p = math.nan
-        if len(data.held_out):
-            held_out = data.train_x[data.held_out], data.train_y[data.held_out]
-            held_out_log_p, _ = self._evaluate(self.infer_held_out, held_out)
-        return {"test_log_p": log_p, "test_acc": accuracy, "test_bpd": data.bits_per_dim(log_p),
-                "held_out_log_p": held_out_log_p}
+    def __call__(self, training_step: TrainingStep, epoch: int) -> dict[str, float]:
+        has_validation, row = len(self.data.val_x) > 0, {}
+        if has_validation:
+            row = self._evaluate("val", self.data.val_x, self.data.val_y)
+        if has_validation and self.settings.ema:
+            with training_step.averaged():
+                averaged = self._evaluate("val", self.data.val_x, self.data.val_y)
+            row.update({f"ema_{key}": value for key, value in averaged.items()})
+        if self.settings.test and (epoch == self.settings.epochs or not has_validation):
+            with training_step.averaged(average_is_better(row)):
+                row.update(self._evaluate("test", self.data.test_x, self.data.test_y))
+        return row
 
-    def _evaluate(self, infer: Inference, examples: Examples) -> tuple[float, float]:
-        return evaluate(infer, self.data, examples, self.settings.test_bs, self.settings.seed,
-                        self.processes)
+    def _evaluate(self, name: str, *examples: Tensor) -> dict[str, float]:
+        log_p, accuracy = evaluate(self.infer[name], self.data, (examples[0], examples[1]),
+                                   self.settings.test_bs, self.settings.seed, self.processes)
+        return {f"{name}_log_p": log_p, f"{name}_acc": accuracy,
+                f"{name}_bpd": self.data.bits_per_dim(log_p)}
 
 
 def print_evaluation(log_joint: FastLogJoint, data: SemiSupervisedData,
                      settings: Settings, processes: Processes) -> None:
-    """Print error and likelihood on the test set.
+    """Print error and likelihood on the test set; with settings.test false, on the validation set.
 
     Each is the mean over settings.draws samples of the dequantisation noise; the values follow it.
     """
     start = time.perf_counter()
-    infer, test = build_inference(log_joint), (data.test_x, data.test_y)
+    infer, name, examples = build_inference(log_joint), "Test", (data.test_x, data.test_y)
+    if not settings.test:
+        name, examples = "Validation", (data.val_x, data.val_y)
     log_p, accuracy = np.transpose([
-        evaluate(infer, data, test, settings.test_bs, settings.seed + i, processes)
+        evaluate(infer, data, examples, settings.test_bs, settings.seed + i, processes)
         for i in range(settings.draws)])
 
     def mean(values: np.ndarray, digits: int, unit: str = "") -> str:
         each = f" ({', '.join(f'{v:.{digits}f}' for v in values)})" if len(values) > 1 else ""
         return f"{np.mean(values):.{digits}f}{unit}{each}"
-    print(f"Test set     {len(data.test_x)} examples of {settings.data}, "
+    print(f"{name + ' set':12} {len(examples[0])} examples of {settings.data}, "
           f"{time.perf_counter() - start:.1f} s on {device_name(data.device)}")
-    print(f"Test error   {mean(100 * (1 - accuracy), 2, '%')}")
+    print(f"{name + ' error':12} {mean(100 * (1 - accuracy), 2, '%')}")
     print(f"log p(x)     {mean(log_p, 3, ' nats')}")
     if data.grey_levels:
         print(f"bits/dim     {mean(data.bits_per_dim(log_p), 4)}")

@@ -109,8 +109,11 @@ class TrainingStep:
 
     @contextlib.contextmanager
     @torch.no_grad()
-    def averaged(self) -> Iterator[None]:
-        """A context in which the parameters have the values of their moving average."""
+    def averaged(self, when: bool = True) -> Iterator[None]:
+        """A context in which, if `when`, the parameters have the values of their moving average."""
+        if not when:
+            yield
+            return
         assert self.average is not None, "there is no average without settings.ema"
         own = self.vector.clone()
         self.vector.copy_(self.average)

@@ -5,7 +5,7 @@ import http.client
 import io
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from . import Settings
 from .errors import BadInput
 
-MAX_HELD_OUT = 1000
 MOONS_NOISE, CIRCLES_NOISE, CIRCLES_FACTOR = 0.1, 0.05, 0.5
 
 Examples = tuple[Tensor, Tensor]        # x (N, C, H, W), y (N,)
@@ -41,25 +40,24 @@ class SemiSupervisedData:
     as floats (grey_levels is then None). train_y, test_y: classes (N,). labelled: indices of the
     training examples whose labels are shown, at least one of each class; the other training labels
     are not stored. labelled_ids: the indices of the same examples in the full training set, if
-    train_x is a part of it. held_out: indices of unlabelled examples that no batch contains, for
-    comparing weights. augmentation: of the copies that `sample_batch` makes.
+    train_x is a part of it. val_x, val_y: validation examples, which are not in train_x; none if
+    `validation` is None. augmentation: of the copies that `sample_batch` makes.
     """
 
     def __init__(self, train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor,
                  labelled: Tensor, grey_levels: int | None, device: str | torch.device = "cpu",
-                 labelled_ids: Tensor | None = None, held_out: Iterable[int] = (),
+                 labelled_ids: Tensor | None = None, validation: Examples | None = None,
                  augmentation: Augmentation | None = None):
         self.n_classes = int(train_y[labelled].max()) + 1
         self.labelled = labelled.to(device)
         self.labelled_ids = labelled if labelled_ids is None else labelled_ids
         is_labelled = torch.zeros(len(train_y), dtype=torch.bool)
         is_labelled[labelled] = True
-        held_out_ids = torch.as_tensor(held_out, dtype=torch.long)
-        self.held_out = held_out_ids.to(device)
-        is_unlabelled = (~is_labelled).index_fill(0, held_out_ids, False)
-        self.unlabelled = is_unlabelled.nonzero()[:, 0].to(device)
+        self.unlabelled = (~is_labelled).nonzero()[:, 0].to(device)
         self.train_x, self.train_y = train_x.to(device), train_y.where(is_labelled, -1).to(device)
         self.test_x, self.test_y = test_x.to(device), test_y.to(device)
+        val_x, val_y = validation or (train_x[:0], train_y[:0])
+        self.val_x, self.val_y = val_x.to(device), val_y.to(device)
         self.grey_levels, self.augmentation = grey_levels, augmentation
         self.device = torch.device(device)
 
@@ -155,37 +153,47 @@ def augment(images: Tensor, largest: Augmentation, generator: torch.Generator) -
 def load_data(settings: Settings, device: str | torch.device = "cpu") -> SemiSupervisedData:
     """The dataset that settings.data names, on `device`.
 
-    settings: data, data_root, num_examples, data_seed, supervised, ema, cons_weight, aug_rotation,
-    aug_scaling, aug_shift. With ema, a tenth of the unlabelled training examples, at most
-    MAX_HELD_OUT, is held out. Raises BadInput if the files cannot be had, the settings ask for more
-    examples than there are, or points for augmentation.
+    settings: data, data_root, validation, num_examples, data_seed, supervised, cons_weight,
+    aug_rotation, aug_scaling, aug_shift. The validation images are the same whatever the seeds.
+    Raises BadInput if the files cannot be had, the settings ask for more examples than there are,
+    or points for augmentation.
     """
     dataset = DATASETS[settings.data]
     if settings.cons_weight and not dataset.augmentation:
         raise BadInput(f"cons_weight needs images, for augmentation; {settings.data} has points")
     train_x, train_y, test_x, test_y = dataset.load(settings)
-    if settings.num_examples > len(train_x):
-        raise BadInput(f"num_examples {settings.num_examples} is more than the {len(train_x)} "
-                       f"training examples of {settings.data}")
+    kept, validation = np.arange(len(train_x)), None
+    if settings.validation:
+        kept, set_aside = _split(train_y, settings.validation, dataset)
+        validation = train_x[set_aside], train_y[set_aside]
+    if settings.num_examples > len(kept):
+        others = f" beside the {settings.validation} for validation" if validation else ""
+        raise BadInput(f"num_examples {settings.num_examples} is more than the {len(kept)} "
+                       f"training examples of {settings.data}{others}")
     rng = np.random.default_rng(settings.data_seed)
-    kept = torch.arange(len(train_x))
     if settings.num_examples != -1:
-        kept = torch.from_numpy(np.sort(rng.permutation(len(train_x))[:settings.num_examples]))
-        train_x, train_y = train_x[kept], train_y[kept]
+        kept = kept[np.sort(rng.permutation(len(kept))[:settings.num_examples])]
+    train_x, train_y = train_x[kept], train_y[kept]
     labelled = torch.from_numpy(
         choose_labelled(train_y.numpy(), dataset.n_classes, settings.supervised, rng))
-    held_out: Iterable[int] = ()
-    if settings.ema:
-        unlabelled = np.setdiff1d(np.arange(len(train_y)), labelled)
-        if len(unlabelled) < 10:
-            raise BadInput("ema holds out unlabelled examples to judge the averaged weights, and "
-                           "there are fewer than 10: use ema 0")
-        held_out = rng.permutation(unlabelled)[:min(MAX_HELD_OUT, len(unlabelled) // 10)]
     augmentation = dataset.augmentation and Augmentation(*(
         default if (given := getattr(settings, f"aug_{name}")) == -1 else given
         for name, default in dataset.augmentation._asdict().items()))
     return SemiSupervisedData(train_x, train_y, test_x, test_y, labelled, dataset.grey_levels,
-                              device, kept[labelled], held_out, augmentation)
+                              device, torch.from_numpy(kept)[labelled], validation, augmentation)
+
+
+def _split(y: Tensor, n: int, dataset: "Dataset") -> tuple[np.ndarray, np.ndarray]:
+    """The sorted indices of the training examples that remain, and of `n` for validation.
+
+    y: the classes of all. The choice is stratified, and always the same. Raises BadInput if a part
+    would have fewer examples than there are classes.
+    """
+    if not dataset.n_classes <= n <= len(y) - dataset.n_classes:
+        raise BadInput(f"validation must be at least one for each of the {dataset.n_classes} "
+                       f"classes, and leave as many of the {len(y)} training examples, not {n}")
+    parts = train_test_split(np.arange(len(y)), test_size=n, stratify=y, random_state=0)
+    return np.sort(parts[0]), np.sort(parts[1])
 
 
 def choose_labelled(y: np.ndarray, n_classes: int, supervised: int,
@@ -271,7 +279,7 @@ def _load_digits(settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _load_points(settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Two moons or two circles, generated from data_seed."""
+    """Two moons or two circles, generated from data_seed; those for validation come on top."""
     def make(n: int, seed: int) -> Examples:
         if settings.data == "moons":
             x, y = make_moons(n, noise=MOONS_NOISE, random_state=seed)
@@ -281,6 +289,7 @@ def _load_points(settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return x.to(torch.get_default_dtype())[:, :, None, None], y
     points = DATASETS[settings.data]
     n = points.n_train if settings.num_examples == -1 else settings.num_examples
+    n += settings.validation
     return *make(n, 2 * settings.data_seed), *make(points.n_test, 2 * settings.data_seed + 1)
 
 

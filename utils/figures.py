@@ -51,17 +51,16 @@ def plot_curves(rows: list[Row], path: Path) -> None:
     curve(loss, "train_loss", "training")
     loss.set_ylabel("loss, nats")
     curve(error, "labelled_acc", "training, labelled", error_percent)
-    curve(error, "test_acc", "test", error_percent)
-    averaged = bool(rows) and np.isfinite(rows[-1]["ema_test_log_p"])
-    if averaged:
-        curve(error, "ema_test_acc", "test, averaged weights", error_percent)
+    shown = [(key, label) for key, label in (("val", "validation"), ("test", "test"),
+                                             ("ema_val", "validation, averaged weights"))
+             if any(np.isfinite(row[f"{key}_log_p"]) for row in rows)]
+    for key, label in shown:
+        curve(error, f"{key}_acc", label, error_percent)
     error.set_ylabel("error, %")
     error.set_ylim(bottom=0)
-    images = bool(rows) and np.isfinite(rows[-1]["test_bpd"])
-    key = "test_bpd" if images else "test_log_p"
-    curve(likelihood, key, "test")
-    if averaged:
-        curve(likelihood, f"ema_{key}", "test, averaged weights")
+    images = any(np.isfinite(row[f"{key}_bpd"]) for row in rows for key, _ in shown)
+    for key, label in shown:
+        curve(likelihood, f"{key}_{'bpd' if images else 'log_p'}", label)
     likelihood.set_ylabel("bits/dim" if images else "log p(x), nats")
     for axes in (loss, error, likelihood):
         axes.set_xlabel("epoch")

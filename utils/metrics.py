@@ -11,8 +11,8 @@ from .files import atomic_write
 Row = dict[str, float]
 
 COLUMNS = ("epoch", "train_loss", "log_likelihood", "cl_loss", "cons_loss", "confident",
-           "labelled_acc", "test_log_p", "test_acc", "test_bpd", "held_out_log_p",
-           "ema_test_log_p", "ema_test_acc", "ema_test_bpd", "ema_held_out_log_p", "lr", "seconds")
+           "labelled_acc", "val_log_p", "val_acc", "val_bpd", "ema_val_log_p", "ema_val_acc",
+           "ema_val_bpd", "test_log_p", "test_acc", "test_bpd", "lr", "seconds")
 
 
 class MetricsLog:
@@ -21,10 +21,10 @@ class MetricsLog:
     epoch; the means over the epoch's batches of the loss, the log-likelihood term (nats), L_clf
     (nats; 0 in a batch without labelled rows), the consistency term (nats) and the share of
     unlabelled rows that it counts as confident; the accuracy on labelled rows (0 to 1); log p(x)
-    (nats), accuracy and bits/dim of the test set; log p(x) of the held-out training examples; the
-    same four of the averaged weights; the learning rate; the seconds since the previous row, of
-    training, evaluation, checkpoints and pictures. What does not apply (bits/dim of points,
-    averages without ema) is NaN.
+    (nats), accuracy and bits/dim of the validation set; the same three of the averaged weights; the
+    same three of the test set, with the weights that the run would keep; the learning rate; the
+    seconds since the previous row, of training, evaluation, checkpoints and pictures. What does not
+    apply (bits/dim of points, averages without ema) is NaN.
     """
 
     def __init__(self, path: str | Path, up_to_epoch: int = 0):
@@ -62,20 +62,31 @@ def read_metrics(path: str | Path) -> list[Row]:
     return rows
 
 
-def average_is_better(row: Row) -> bool:
-    """Whether the averaged weights have the higher held-out likelihood; False without ema."""
-    return row["ema_held_out_log_p"] > row["held_out_log_p"]
+def average_is_better(row: Mapping[str, float]) -> bool:
+    """Whether the averaged weights have the higher validation likelihood; False without ema."""
+    return row.get("ema_val_log_p", math.nan) > row.get("val_log_p", math.nan)
 
 
 def line(row: Row) -> str:
     """The terminal's line for a row."""
-    bpd = "" if math.isnan(row["test_bpd"]) else f"  bits/dim {row['test_bpd']:.4f}"
-    average = "" if math.isnan(row["ema_test_log_p"]) else (
-        f"averaged: log p {row['ema_test_log_p']:9.3f}" +
-        (f"  bits/dim {row['ema_test_bpd']:.4f}" if bpd else "") +
-        f"  acc {row['ema_test_acc']:7.2%} | ")
-    return (f"epoch {row['epoch']:4.0f}  loss {row['train_loss']:9.3f}  "
-            f"log-lik {row['log_likelihood']:9.3f}  "
-            f"L_clf {row['cl_loss']:.4f}  acc {row['labelled_acc']:7.2%} | "
-            f"test log p {row['test_log_p']:9.3f}{bpd}  acc {row['test_acc']:7.2%} | {average}"
-            f"lr {row['lr']:.2e}  {row['seconds']:.1f} s")
+    parts = [f"epoch {row['epoch']:4.0f}  loss {row['train_loss']:9.3f}  "
+             f"log-lik {row['log_likelihood']:9.3f}  "
+             f"L_clf {row['cl_loss']:.4f}  acc {row['labelled_acc']:7.2%}"]
+    for name, key in (("val", "val"), ("averaged: val", "ema_val"), ("test", "test")):
+        if not math.isnan(row[f"{key}_log_p"]):
+            bpd = row[f"{key}_bpd"]
+            parts.append(f"{name} log p {row[f'{key}_log_p']:9.3f}"
+                         + ("" if math.isnan(bpd) else f"  bits/dim {bpd:.4f}")
+                         + f"  acc {row[f'{key}_acc']:7.2%}")
+    return " | ".join([*parts, f"lr {row['lr']:.2e}  {row['seconds']:.1f} s"])
+
+
+def result(row: Row) -> str:
+    """The error of the weights that a run keeps, from its last row, in words."""
+    averaged, which = average_is_better(row), ""
+    if not math.isnan(row["ema_val_log_p"]):
+        which = (f" of the {'averaged' if averaged else 'last'} weights, which have the higher "
+                 "validation likelihood")
+    if math.isnan(row["test_acc"]):
+        return f"Validation error{which}: {1 - row['ema_val_acc' if averaged else 'val_acc']:.2%}"
+    return f"Test error{which}: {1 - row['test_acc']:.2%}"

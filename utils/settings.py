@@ -39,7 +39,7 @@ UNUSED_PUBLISHED_KEYS = ("k", "hid_dim", "logits", "lr_gamma", "lr_steps", "sup_
 EXMAN_KEYS = ("root", "time", "id", "commit", "dirty")  # what exman adds to a run's params.yaml
 RESUMABLE = ("device", "threads", "data_root", "log_each", "epochs", "deterministic", "precision",
              "compile", "cuda_graph", "micro_bs", "time_limit", "config_file", "resume",
-             "git_dirty", "draws", "weights")
+             "git_dirty", "draws", "weights", "test")
 TRACEBACK_FILE, LOCK_FILE = "traceback.txt", ".lock"
 SHIPPED = "shipped"  # the value of a bare --pretrained
 
@@ -110,6 +110,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("data_seed", seed, 0,
         "seed that selects the labelled examples, num_examples, and the points of moons and "
         "circles")
+    add("validation", whole, 0,
+        "training examples that are set aside, always the same ones, to choose settings and "
+        "weights by; the test set is then evaluated after the last epoch only")
+    add("test", _boolean, True,
+        "evaluate the test set; false: while settings are chosen by the validation examples",
+        metavar="true|false")
     add("supervised", _number(int, 1, large, also=(-1,)), 100, "labelled examples; -1: all")
     add("sup_sample_weight", _number(float, 0, 1e30, open_below=True, also=(-1,)), 0.5,
         "w: a row of a batch is labelled with probability w / (1 + w); -1: the share of labelled "
@@ -128,12 +134,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("weight_decay", at_least_zero, 1e-5, "L2 penalty of Adamax")
     add("clip_gn", at_least_zero, 0.0, "clip the gradient to this norm; 0: no clipping")
     add("ema", _number(float, 0, 1 - 1e-9), 0.0,
-        "decay of an exponential moving average of the weights, evaluated beside the last ones; "
-        "0: none")
+        "decay of an exponential moving average of the weights; the run keeps it, or the last "
+        "weights, whichever has the higher validation likelihood; 0: none")
     add("log_each", positive, 2, "epochs between evaluations, log lines and checkpoints")
 
     for name, kind, text in (
             ("model", str, "architecture of f_w"),
+            ("pixels", str,
+             "its first layer, for images: logit, or marginal: each pixel's values are transformed "
+             "to a Gaussian by their distribution in the training images"),
             ("width", whole,
              "channels of the networks of f_w, except toy's; 0: the model's default"),
             ("n_blocks", whole, "residual blocks of these networks; 0: the model's default"),
@@ -248,6 +257,11 @@ class SettingsParser(ExParser):
             self.error(f"with lr_schedule {settings.lr_schedule} the last epoch has learning rate "
                        "zero, so a single one would change nothing: use more epochs, or "
                        "lr_schedule cosine or no")
+        if not settings.validation and not settings.test:
+            self.error("test false needs validation examples: --validation N")
+        if settings.ema and not settings.validation and not settings.pretrained:
+            self.error("ema needs validation examples, to choose between the last and the averaged "
+                       "weights: --validation N")
         if settings.weights == "averaged" and not settings.pretrained:
             self.error("weights averaged is for --pretrained RUN_DIR/checkpoint.pt")
         return settings
