@@ -106,8 +106,15 @@ CASES = {
     "negative cons_weight": (options(cons_weight=-1), "--cons_weight"),
     "consistency of points": (options(**POINTS, cons_weight=1), "cons_weight needs images"),
     "an average that never changes": (options(ema=1), "--ema: must be at most"),
-    "an average without examples to judge it": (options(ema=0.9, supervised=-1),
-                                                "ema holds out unlabelled examples"),
+    "an average without examples to judge it": (options(ema=0.9), "ema needs validation examples"),
+    "nothing to evaluate": (options(test="false"), "test false needs validation examples"),
+    "fewer validation examples than classes": (
+        options(validation=9), "validation must be at least one for each of the 10 classes"),
+    "all examples for validation": (options(validation=1430), "leave as many of the 1437"),
+    "more examples than validation leaves": (
+        options(validation=1300, num_examples=200), "more than the 137 training examples of digits "
+        "beside the 1300 for validation"),
+    "pixels of points": (options(**POINTS, pixels="marginal"), "pixels marginal is for images"),
     "negative warm-up": (options(warmup_steps=-1), "--warmup_steps"),
     "no draws": (options(draws=0), "--draws: must be at least 1"),
     "negative width": (options(width=-1), "--width"),
@@ -245,7 +252,7 @@ def test_mismatched_weights_name_the_first_three(folder, capsys):
 
 
 def test_damaged_checkpoint(folder, capsys):
-    assert run_script(options(epochs=1, ema=0.5)) == 0
+    assert run_script(options(epochs=1, ema=0.5, validation=100)) == 0
     run, = runs(folder)
     whole = (run / "checkpoint.pt").read_bytes()
     (run / "checkpoint.pt").write_bytes(whole[:len(whole) // 2])

@@ -3,9 +3,10 @@
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from conftest import randomize
+from conftest import load_tiny, randomize
 from torch.nn import functional as F
 
 from models import build_model
@@ -21,7 +22,7 @@ from models.bijections import (
 )
 from models.conv1x1 import CONVS, invertible_conv
 from models.networks import _reflect_pad_by_slices, reflect_pad, resnet1x1, resnet3x3, toy_network
-from models.pixels import Logit, MarginalGaussian
+from models.pixels import EVEN_SHARE, LARGEST_SHARE, PSEUDO_COUNTS, Logit, MarginalGaussian
 
 pytestmark = pytest.mark.usefixtures("float64")
 B = 3
@@ -49,9 +50,24 @@ def h_phi(**settings):
     return build_model({"model": "digits-masked", "ssl_dim": 6, **settings}, (1, 8, 8), 4).h_phi
 
 
+def grey_images(n, shape, levels):
+    """n images, two thirds of whose values are black; one pixel always is."""
+    images = torch.randint(levels, (n, *shape))
+    images[torch.rand(images.shape) < 2 / 3] = 0
+    images[:, 0, 0, 0] = 0
+    return images
+
+
+def marginal_gaussian(shape=(2, 4, 4), levels=17):
+    f = MarginalGaussian(shape, levels)
+    f.fit(grey_images(50, shape, levels))
+    return f
+
+
 BIJECTIONS = {
     # name: (how to make it, shape of x)
     "logit": (Logit, (2, 4, 4)),
+    "marginal": (marginal_gaussian, (2, 4, 4)),
     "squeeze": (Squeeze, (3, 4, 6)),
     "actnorm": (lambda: ActNorm(4), (4, 2, 3)),
     "actnorm of vectors": (lambda: ActNorm(6), (6,)),
@@ -140,6 +156,93 @@ def test_logit_is_the_formula():
     z, _ = Logit()(torch.tensor([[0.0, 0.25, 1.0]]))
     squashed = [0.025, 0.25 * 0.95 + 0.025, 0.975]
     assert z[0].tolist() == pytest.approx([math.log(p / (1 - p)) for p in squashed])
+
+
+def test_marginal_gaussian_is_the_formula():
+    """The distribution function of each pixel, interpolated between its values at grey levels."""
+    torch.manual_seed(0)
+    f, x = marginal_gaussian(), torch.rand(20, 2, 4, 4)
+    z, ldj = f(x)
+    total = torch.zeros(20)
+    for j, p in enumerate(f.p):
+        edges = torch.cat((torch.zeros(1), p.cumsum(0)))
+        own, at = x.flatten(1)[:, j], torch.arange(18) / 17
+        cdf = torch.from_numpy(np.interp(own, at, edges))
+        expected = torch.distributions.Normal(0.0, 1.0)
+        torch.testing.assert_close(z.flatten(1)[:, j], expected.icdf(cdf))
+        density = 17 * p[(17 * own).long()]
+        total += density.log() - expected.log_prob(z.flatten(1)[:, j])
+    torch.testing.assert_close(ldj, total)
+
+
+def test_marginal_densities_integrate_to_one():
+    """phi(z) dz/dx of every pixel: a midpoint rule is exact for a piecewise constant density."""
+    torch.manual_seed(0)
+    f = marginal_gaussian((1, 1, 3), 5)
+    x = (torch.arange(500) + 0.5) / 500
+    normal = torch.distributions.Normal(0.0, 1.0)
+    for j in range(3):
+        one_varies = torch.full((500, 1, 1, 3), 0.5)
+        one_varies[:, 0, 0, j] = x
+        z, ldj = f(one_varies)
+        others = [k for k in range(3) if k != j]
+        fixed = (5 * f.p[others, 2]).log().sum() - normal.log_prob(z[:, 0, 0, others]).sum(1)
+        log_density = ldj - fixed + normal.log_prob(z[:, 0, 0, j])
+        assert log_density.exp().mean() == pytest.approx(1, abs=1e-12)
+
+
+def test_marginal_gaussian_is_fitted_to_the_images():
+    torch.manual_seed(0)
+    images = grey_images(2000, (1, 2, 2), 4)
+    f = MarginalGaussian((1, 2, 2), 4)
+    assert torch.equal(f.p, torch.full((4, 4), 1 / 4))
+    f.fit(images)
+    assert f.p.sum(1).tolist() == pytest.approx([1] * 4, abs=1e-12)
+    assert f.p[0, 0] == LARGEST_SHARE and f.p[0].min() > 0.001  # no level is impossible
+    counts = torch.stack([(images.flatten(1) == v).sum(0) for v in range(4)], 1)
+    of_all = counts[:, 1:].sum(0) + 1
+    prior = (1 - EVEN_SHARE) * of_all / of_all.sum() + EVEN_SHARE / 3
+    for p, n in zip(f.p[1:], counts[1:]):
+        assert p[0] == pytest.approx((n[0] + 1) / 2002)
+        others = (n[1:] + 2000 * PSEUDO_COUNTS * prior) / (n[1:].sum() + 2000 * PSEUDO_COUNTS)
+        torch.testing.assert_close(p[1:], (1 - p[0]) * others)
+    z, _ = f((images + torch.rand(images.shape)) / 4)
+    values = z.flatten(1)[:, 1:]            # the first pixel's probabilities are those of the cap
+    assert values.mean(0).abs().max() < 0.1 and (values.std(0) - 1).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+def test_marginal_gaussian_resolves_the_grey_levels_of_mnist(mnist_root, dtype, tolerance):
+    torch.manual_seed(0)
+    data = load_tiny(data="mnist", data_root=str(mnist_root), num_examples=-1)
+    f = MarginalGaussian(data.shape, 256).to(dtype)
+    f.fit(data.train_x)
+    assert f.p.max() == torch.tensor(LARGEST_SHARE, dtype=dtype)
+    x = ((data.test_x[:1000] + torch.rand(1000, *data.shape)) / 256).to(dtype)
+    z, ldj = f(x)
+    assert z.dtype == ldj.dtype == dtype
+    assert 256 * (f.inverse(z) - x).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_marginal_gaussian_is_finite_at_the_edges_of_grey_levels(dtype):
+    torch.manual_seed(0)
+    f = marginal_gaussian().to(dtype)
+    for v in range(18):
+        x = torch.full((1, 2, 4, 4), v / 17, dtype=dtype)
+        z, ldj = f(x)
+        assert z.isfinite().all() and ldj.isfinite() and z.abs().max() < 10
+        assert 17 * (f.inverse(z) - x).abs().max() < 1e-4
+    for z, edge in ((-50, 0), (50, 1)):
+        assert (f.inverse(torch.full((1, 2, 4, 4), z, dtype=dtype)) == edge).all()
+
+
+@pytest.mark.parametrize("value", [-1e-6, 1 + 1e-6, math.nan])
+def test_marginal_gaussian_refuses_what_is_no_image(value):
+    x = torch.rand(3, 2, 4, 4)
+    x[1, 1, 2, 3] = value
+    with pytest.raises(ValueError, match=r"values outside \[0, 1\]"):
+        marginal_gaussian()(x)
 
 
 def test_actnorm_initialisation():

@@ -170,16 +170,35 @@ def test_rotation_does_not_shear_images_that_are_not_square():
     assert both.abs().max() < 0.3
 
 
-def test_held_out_examples_are_in_no_batch():
-    data = load_tiny(**DIGITS, ema=0.9)
-    held_out, others = data.held_out.tolist(), data.unlabelled.tolist() + data.labelled.tolist()
-    assert len(held_out) == 133 and not set(held_out) & set(others)
-    assert torch.equal(data.held_out, load_tiny(**DIGITS, ema=0.9).held_out)
-    assert len(load_tiny(**DIGITS).held_out) == 0
-    assert torch.equal(data.labelled, load_tiny(**DIGITS).labelled)
-    assert len(data.held_out) + len(data.unlabelled) + len(data.labelled) == 1437
-    with pytest.raises(BadInput, match="ema holds out unlabelled examples"):
-        load_tiny(supervised=-1, ema=0.9)
+@pytest.mark.parametrize("changes", [{"data": "digits", "validation": 143},
+                                     {"data": "moons", "validation": 50, "supervised": 10}])
+def test_validation_examples_are_in_no_batch(changes):
+    changes = {**DIGITS, **changes}
+    data, n = load_tiny(**changes), changes["validation"]
+    total = 1437 if changes["data"] == "digits" else 1000 + n
+    assert len(data.val_x) == len(data.val_y) == n and len(data.train_x) == total - n
+    assert len(data.labelled) + len(data.unlabelled) == total - n
+    train = {tuple(x.tolist()) for x in data.train_x.flatten(1)}
+    assert not train & {tuple(x.tolist()) for x in data.val_x.flatten(1)}
+    assert torch.bincount(data.val_y).min() >= 0.9 * n / data.n_classes     # stratified
+    assert len(load_tiny(**{**changes, "validation": 0}).val_x) == 0
+
+
+def test_validation_images_do_not_depend_on_the_seeds():
+    data, other = (load_tiny(**{**DIGITS, "validation": 143, **changes})
+                   for changes in ({}, {"data_seed": 3, "num_examples": 300, "supervised": 20}))
+    assert torch.equal(data.val_x, other.val_x) and torch.equal(data.val_y, other.val_y)
+    assert not torch.equal(data.labelled_ids[:20], other.labelled_ids)
+    full = load_tiny(**DIGITS)
+    for one in (data, other):               # of the whole training set
+        assert torch.equal(full.train_x[one.labelled_ids], one.train_x[one.labelled])
+
+
+def test_the_validation_images_of_mnist(mnist_root):
+    data = load_tiny(data="mnist", data_root=str(mnist_root), **DIGITS, validation=5000)
+    assert (len(data.train_x), len(data.val_x), len(data.test_x)) == (55000, 5000, 10000)
+    counts = torch.bincount(data.val_y)
+    assert counts.min() > 440 and counts.max() < 570
 
 
 def test_dequantisation():

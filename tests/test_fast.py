@@ -33,7 +33,8 @@ from utils.settings import read_settings
 POINTS = {"model": "toy", "ssl_dim": 2, "ssl_l": 1, "ssl_k": 2, "ssl_hd": 8, "l": 3}
 IMAGES = {**{f"digits, {conv}": {**TINY, "conv": conv, "ssl_conv": conv} for conv in CONVS},
           "squeezed first": {**TINY, "model": "mnist-small", "width": 8},
-          "digits, cond-shift": {**TINY, "ssl_model": "cond-shift"}}
+          "digits, cond-shift": {**TINY, "ssl_model": "cond-shift"},
+          "digits, marginal": {**TINY, "pixels": "marginal"}}
 MODELS = {**{name: (settings, (1, 8, 8)) for name, settings in IMAGES.items()},
           "points": (POINTS, (2, 1, 1))}
 
@@ -41,7 +42,7 @@ MODELS = {**{name: (settings, (1, 8, 8)) for name, settings in IMAGES.items()},
 def random_model(name="digits, full", device="cpu"):
     """-> a model with random parameters, and a batch for it."""
     settings, shape = MODELS[name]
-    model = randomize(build_model(settings, shape, 4)).to(device)
+    model = randomize(build_model(settings, shape, 4, grey_levels=17)).to(device)
     x = torch.rand(6, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     return model, x
 

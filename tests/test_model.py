@@ -242,3 +242,22 @@ def test_settings_that_do_not_fit(changes, shape, message):
 def test_class_probs_that_do_not_fit(probs):
     with pytest.raises(ValueError, match="class_probs"):
         build_model(SMALL, (1, 8, 8), 10, probs)
+
+
+def test_pixels_marginal_needs_the_grey_levels_and_the_training_images():
+    settings = {**SMALL, "pixels": "marginal"}
+    with pytest.raises(ValueError, match="needs the number of grey levels"):
+        build_model(settings, (1, 8, 8), 10)
+    model = build_model(settings, (1, 8, 8), 10, grey_levels=17)
+    x = torch.rand(64, 1, 8, 8)
+    with pytest.raises(ValueError, match="fitted to the training images"):
+        model.initialize(x)
+    images = (17 * x).to(torch.uint8)
+    model.initialize(x, images)
+    again = build_model(settings, (1, 8, 8), 10, grey_levels=17)
+    again.load_state_dict(model.state_dict())               # the marginals are among the weights
+    assert torch.equal(again.log_joint(x), model.log_joint(x))
+    assert not torch.allclose(again.encode(x)[0], build_model(
+        settings, (1, 8, 8), 10, grey_levels=17).encode(x)[0])
+    samples = again.sample(torch.arange(10))
+    assert samples.min() >= 0 and samples.max() <= 1

@@ -146,7 +146,7 @@ def test_two_processes_train_as_one(tmp_path, dtype, tolerance):
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER.format(project=str(PROJECT), script=str(SCRIPT), dtype=dtype))
     line = options(epochs=1, num_examples=192, lr_schedule="no", micro_bs=20, cl_weight=1,
-                   clip_gn=500, cons_weight=1, ema=0.9)
+                   clip_gn=500, cons_weight=1, ema=0.9, validation=100)
 
     def train(name, n, argv, **environment):
         folder = tmp_path / name

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from models import build_model
 from training.device import choose_speed
-from training.evaluation import RunEvaluation, build_inference, evaluate
+from training.evaluation import build_inference, evaluate
 from training.fast import FastLogJoint
 from training.loop import TrainingState, train_epoch
 from training.objective import Terms, objective
@@ -218,13 +218,14 @@ def test_training_improves_the_density_and_the_labelled_accuracy(tmp_path, monke
 
 @pytest.mark.parametrize("changes", [
     {"lr_schedule": "linear"},
-    {"ema": 0.9, "cons_weight": 1, "lr_schedule": "cosine", "warmup_steps": 6}, POINTS])
+    {"ema": 0.9, "validation": 100, "cons_weight": 1, "lr_schedule": "cosine", "warmup_steps": 6,
+     "pixels": "marginal"}, POINTS])
 def test_resumed_run_ends_as_one_never_stopped(tmp_path, monkeypatch, capsys, changes):
     monkeypatch.chdir(tmp_path)
     line = options(epochs=4, clip_gn=100, cl_weight=1, **changes)
     assert run_script(line) == 0
 
-    calls, per_epoch = [], 4 if "ema" in changes else 1
+    calls, per_epoch = [], 2 if "ema" in changes else 1
 
     def interrupted(*args):                     # in epoch 3, before its checkpoint
         calls.append(1)
@@ -422,7 +423,7 @@ def test_sigterm_while_the_run_ends_does_not_cut_it_off(tmp_path, monkeypatch, c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"cons_weight": 1, "ema": 0.9}])
+@pytest.mark.parametrize("changes", [{}, {"cons_weight": 1, "ema": 0.9, "validation": 100}])
 def test_training_in_bfloat16_on_a_cpu(tmp_path, monkeypatch, capsys, changes):
     """It follows float32, and a run continues with the same bits."""
     monkeypatch.chdir(tmp_path)
@@ -431,7 +432,7 @@ def test_training_in_bfloat16_on_a_cpu(tmp_path, monkeypatch, capsys, changes):
     assert run_script([*line, "--precision", "bf16"]) == 0
     assert "training steps per epoch; bf16" in capsys.readouterr().out
     plain, low = map(read_metrics, runs(tmp_path))
-    for key in ("train_loss", "test_log_p"):
+    for key in ("train_loss", "val_log_p" if "ema" in changes else "test_log_p"):
         values = [[row[key] for row in rows] for rows in (plain, low)]
         progress = abs(values[0][-1] - values[0][0])
         assert progress > 1 and values[0] != values[1]
@@ -444,14 +445,17 @@ def test_training_in_bfloat16_on_a_cpu(tmp_path, monkeypatch, capsys, changes):
 
 def test_the_averaged_weights_of_a_checkpoint_can_be_evaluated(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run_script(options(epochs=2, ema=0.8)) == 0
+    assert run_script(options(epochs=2, ema=0.8, validation=100)) == 0
     run, = runs(tmp_path)
     row, evaluated = read_metrics(run)[-1], []
     for weights in ("last", "averaged"):
         capsys.readouterr()
-        assert run_script(options(pretrained=str(run / "checkpoint.pt"), weights=weights)) == 0
-        evaluated.append(float(capsys.readouterr().out.split("log p(x)")[1].split()[0]))
-    assert evaluated == pytest.approx([row["test_log_p"], row["ema_test_log_p"]], abs=2e-3)
+        assert run_script(options(pretrained=str(run / "checkpoint.pt"), weights=weights,
+                                  validation=100, test="false")) == 0
+        out = capsys.readouterr().out
+        assert "Validation set 100 examples" in out and "Test" not in out
+        evaluated.append(float(out.split("log p(x)")[1].split()[0]))
+    assert evaluated == pytest.approx([row["val_log_p"], row["ema_val_log_p"]], abs=2e-3)
     assert abs(evaluated[0] - evaluated[1]) > 1
     plain = options(pretrained=str(run / "model.torch"), weights="averaged")
     assert run_script(plain) == 2
@@ -532,25 +536,60 @@ def test_non_finite_values_end_the_run_and_keep_the_last_good_checkpoint(
 
 
 @pytest.mark.parametrize("better", ["last", "averaged"])
-def test_the_weights_with_the_higher_held_out_likelihood_are_kept(tmp_path, monkeypatch, capsys,
-                                                                  better):
-    """Whatever their accuracy on the test set is."""
+def test_the_weights_with_the_higher_validation_likelihood_are_kept(tmp_path, monkeypatch, capsys,
+                                                                    better):
+    """Whatever their accuracy is; and the test set is evaluated with these."""
     monkeypatch.chdir(tmp_path)
-    evaluation, calls = RunEvaluation.__call__, []
+    calls = []
 
-    def changed(self):                          # first of the last weights, then of the averaged
-        calls.append(1)
+    def changed(*args):     # validation with the last weights, then the averaged ones; the test set
+        log_p, accuracy = evaluate(*args)
+        calls.append(log_p)
         higher = (len(calls) == 2) == (better == "averaged")
-        return {**evaluation(self), "held_out_log_p": float(higher), "test_acc": float(not higher)}
-    monkeypatch.setattr("training.evaluation.RunEvaluation.__call__", changed)
-    assert run_script(options(epochs=1, ema=0.5, lr_schedule="no")) == 0
+        return (log_p, accuracy) if len(calls) == 3 else (float(higher), float(not higher))
+    monkeypatch.setattr("training.evaluation.evaluate", changed)
+    line = options(epochs=1, ema=0.5, validation=100)
+    assert run_script(line) == 0
     assert f"Test error of the {better} weights" in capsys.readouterr().out
     run, = runs(tmp_path)
     kept, checkpoint = torch.load(run / "model.torch"), torch.load(run / "checkpoint.pt")
-    last = checkpoint["model"]
+    row, last = read_metrics(run)[-1], checkpoint["model"]
+    assert len(calls) == 3 and row["test_log_p"] == pytest.approx(calls[2], rel=1e-6)
+    monkeypatch.setattr("training.evaluation.evaluate", evaluate)
+    assert run_script([*line, "--pretrained", str(run / "model.torch")]) == 0
+    evaluated = float(capsys.readouterr().out.split("log p(x)")[1].split()[0])
+    assert evaluated == pytest.approx(row["test_log_p"], abs=2e-3)
     assert (better == "last") == all(torch.equal(kept[key], last[key]) for key in kept)
     if better == "averaged":
         assert_same({key: kept[key] for key in checkpoint["average"]}, checkpoint["average"])
+
+
+@pytest.mark.parametrize("changes, evaluated", [
+    ({"validation": 0}, ["test", "test", "test"]),
+    ({"validation": 100}, ["val", "val", "val", "test"]),
+    ({"validation": 100, "ema": 0.5}, ["val", "val", "val", "val", "val", "val", "test"]),
+    ({"validation": 100, "test": "false"}, ["val", "val", "val"])])
+def test_with_validation_examples_the_test_set_is_evaluated_once(tmp_path, monkeypatch, capsys,
+                                                                 changes, evaluated):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def recorded(infer, data, examples, *args):
+        calls.append("test" if examples[0] is data.test_x else "val")
+        assert examples[0] is (data.test_x if calls[-1] == "test" else data.val_x)
+        return evaluate(infer, data, examples, *args)
+    monkeypatch.setattr("training.evaluation.evaluate", recorded)
+    assert run_script(options(epochs=3, **changes)) == 0
+    assert calls == evaluated
+    rows = read_metrics(runs(tmp_path)[0])
+    for key in ("val", "ema_val", "test"):
+        known = [math.isfinite(row[f"{key}_acc"]) for row in rows]
+        assert known == [math.isfinite(row[f"{key}_bpd"]) for row in rows]
+        assert known == {
+            "val": [changes["validation"] > 0] * 3, "ema_val": ["ema" in changes] * 3,
+            "test": [not changes["validation"]] * 2 + ["test" not in changes]}[key]
+    name = "Validation" if "test" in changes else "Test"
+    assert f"{name} error" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_evaluation_is_exact_and_repeatable():
@@ -587,6 +626,7 @@ def test_the_small_run_on_mnist_end_to_end(tmp_path, monkeypatch, capsys, mnist_
     def smaller(settings, device):
         data = full(settings, device)
         data.test_x, data.test_y = data.test_x[:60], data.test_y[:60]
+        data.val_x, data.val_y = data.val_x[:60], data.val_y[:60]
         return data
     monkeypatch.setattr("utils.data.load_data", smaller)
     line = ["--config", str(PROJECT / "configs" / "mnist-small.yaml"), "--device", "cpu",
@@ -597,7 +637,7 @@ def test_the_small_run_on_mnist_end_to_end(tmp_path, monkeypatch, capsys, mnist_
     assert run_script(["--resume", str(run), "--time_limit", "0"]) == 0
     assert "Test error of the" in capsys.readouterr().out
     row, = read_metrics(run)
-    assert 5 < row["test_bpd"] < 15 and 5 < row["ema_test_bpd"] < 15
+    assert all(5 < row[key] < 15 for key in ("test_bpd", "val_bpd", "ema_val_bpd"))
     assert 0 <= row["confident"] <= 1 and row["cl_loss"] > 0
     assert len((run / "labelled.txt").read_text().split()) == 100
     assert run_script([*line, "--pretrained", str(run / "checkpoint.pt")]) == 0
