@@ -319,7 +319,7 @@ def test_scores_of_micro_batches_are_those_of_the_batch():
     torch.testing.assert_close(infer(x), model.log_joint(x), rtol=1e-5, atol=1e-4)
 
 
-def test_micro_batches_fit_the_caches_of_a_cpu():
+def test_micro_batches_take_little_memory_on_a_cpu():
     model = build_model({}, (1, 28, 28), 10)
     _, largest = _trace_shapes(model)
     assert largest == 64 * 28 * 28 * 4 and FastLogJoint(model).micro_batch_size == 64
@@ -375,7 +375,7 @@ def test_the_optimizer_s_state_is_that_of_adamax_by_parameter(tmp_path, monkeypa
 def test_moving_average_of_the_weights(tmp_path, monkeypatch):
     """It is that of torch's AveragedModel, visible only in its context, and part of the state."""
     monkeypatch.chdir(tmp_path)
-    _, settings = read_settings(options(ema=0.7))
+    _, settings = read_settings(options(ema=0.7, validation=100))
     data = load_tiny()
     model = randomize(build_model(settings, data.shape, 10))
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.7))
@@ -399,7 +399,7 @@ def test_moving_average_of_the_weights(tmp_path, monkeypatch):
 def test_nothing_is_read_from_the_device_during_an_epoch(tmp_path, monkeypatch):
     """The steps call no .item() and the like, except in torch.optim on a CPU; the end calls few."""
     monkeypatch.chdir(tmp_path)
-    _, settings = read_settings(options(clip_gn=10, cl_weight=1, cons_weight=1, ema=0.9,
+    _, settings = read_settings(options(clip_gn=10, cl_weight=1, cons_weight=1, ema=0.9, validation=100,
                                         warmup_steps=4, lr_schedule="cosine"))
     data, reads = load_tiny(), []
     model = randomize(build_model(settings, data.shape, 10))
@@ -547,7 +547,8 @@ def test_fidelity_of_the_paper_s_model_on_a_gpu(compiled, monkeypatch):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_captured_steps_are_the_plain_ones_on_a_gpu(tmp_path, monkeypatch, precision, compiled):
     monkeypatch.chdir(tmp_path)
-    _, settings = read_settings(options(cl_weight=1, cons_weight=30, clip_gn=100, ema=0.7))
+    _, settings = read_settings(options(cl_weight=1, cons_weight=30, clip_gn=100, ema=0.7,
+                                        validation=100))
     data, results = load_tiny(), []
     for cuda_graph in (True, False):
         model = randomize(build_model(settings, data.shape, 10)).cuda()
@@ -586,7 +587,7 @@ def test_the_paper_s_step_is_captured_on_a_gpu(tmp_path, monkeypatch):
 def test_no_step_waits_for_the_gpu(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, settings = read_settings(options(cl_weight=1, clip_gn=100, ssl_alg="em", sup_weight=2,
-                                        cons_weight=1, ema=0.9))
+                                        cons_weight=1, ema=0.9, validation=100))
     data = load_data(settings, "cuda")
     for cuda_graph in (False, True):
         model = randomize(build_model(settings, data.shape, 10)).cuda()

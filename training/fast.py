@@ -44,10 +44,11 @@ class FastLogJoint(nn.Module):
       Equal ones share a graph, so that a deep flow compiles in little more time than a shallow one.
 
     `model` must be on its device and stay there. `micro_batch_size` is the number of rows for which
-    one pass is efficient: micro_bs if positive, else what fits a CPU's caches, or any number on a
-    GPU. `named_model_parameters` has the parameters with their names in `model`. `cuda_graph` tells
-    those who call it whether to capture their calls as CUDA graphs. Raises ValueError for another
-    precision, and for bf16 if `model` is one of points or in double precision.
+    one pass is efficient: micro_bs if positive, else what takes little memory on a CPU, or any
+    number on a GPU. `named_model_parameters` has the parameters with their names in `model`.
+    `cuda_graph` tells those who call it whether to capture their calls as CUDA graphs. Raises
+    ValueError for another precision, and for bf16 if `model` is one of points or in double
+    precision.
     """
 
     def __init__(self, model: SemiConditionalFlow, precision: str = "fp32", compile: bool = False,

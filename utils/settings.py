@@ -200,7 +200,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "off", "on"))
     add("micro_bs", whole, 0,
         "micro-batch size: a training step accumulates gradients over micro-batches of so many "
-        "rows; 0: what fits a CPU's caches, on a GPU the whole batch")
+        "rows; 0: chosen to save memory on a CPU, on a GPU the whole batch")
     add("time_limit", at_least_zero, 0.0,
         "minutes after which to stop with a checkpoint; 0: no limit")
     add("deterministic", _boolean, False, "use deterministic algorithms only",
