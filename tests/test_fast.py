@@ -399,8 +399,8 @@ def test_moving_average_of_the_weights(tmp_path, monkeypatch):
 def test_nothing_is_read_from_the_device_during_an_epoch(tmp_path, monkeypatch):
     """The steps call no .item() and the like, except in torch.optim on a CPU; the end calls few."""
     monkeypatch.chdir(tmp_path)
-    _, settings = read_settings(options(clip_gn=10, cl_weight=1, cons_weight=1, ema=0.9, validation=100,
-                                        warmup_steps=4, lr_schedule="cosine"))
+    _, settings = read_settings(options(clip_gn=10, cl_weight=1, cons_weight=1, ema=0.9,
+                                        validation=100, warmup_steps=4, lr_schedule="cosine"))
     data, reads = load_tiny(), []
     model = randomize(build_model(settings, data.shape, 10))
     log_joint = FastLogJoint(model, micro_bs=64)
