@@ -105,7 +105,7 @@ def test_a_timed_run_that_is_cut_off_keeps_its_evidence(tmp_path, capsys, timed_
     while not (lines := re.findall(r"epoch \d+ of \d+, .*", capsys.readouterr().out)):
         assert not timed_run.watch(work, 1)
     assert re.fullmatch(
-        r"epoch \d+ of \d+, [\d,]+ images/s, loss -?\d+\.\d\d, test error \d+\.\d\d %; "
+        r"epoch \d+ of \d+, [\d,]+ images/s, loss -?\d+\.\d\d; Test error: \d+\.\d\d%; "
         r"ends in \d+\.\d min, \d+\.\d min left.*", lines[-1])
     if end == "killed":                         # with the shell that would record its exit code
         state = timed_run.read_state(work)
