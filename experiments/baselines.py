@@ -1,52 +1,305 @@
-"""Supervised classifiers on the labelled examples alone, to compare semi-supervised runs with.
+"""What else learns from the same labelled images: the comparison of the flow with other methods.
 
-    python experiments/baselines.py --config configs/digits.yaml
+    python experiments/baselines.py --config configs/digits.yaml [--seeds 0 1 2]
+        [--methods NAME ...] [--save FILE.json] [options of train-flow-ssl.py]
 
-Trains scikit-learn's k-nearest neighbours and support vector machines on the labelled examples that
-the config's runs have with data_seed 0, 1 and 2, and prints the test error of each.
+Each method gets the labelled examples that the config's run has with this data_seed, and the
+unlabelled ones if it can use them. Settings of scikit-learn's methods are chosen, from the grids in
+METHODS, by the error on the validation examples; the networks' settings are fixed
+(`neural_baselines.py`). The test examples are classified once, by the method chosen. Of a config
+without validation examples the first setting of each grid is used.
+
+Prints a table, and with --save writes a JSON file with all of it: errors in %, seconds of fitting
+and of classifying the test examples (without the search), the chosen settings.
 """
 
+import itertools
+import json
 import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import sklearn
+import torch
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.semi_supervised import LabelPropagation, LabelSpreading, SelfTrainingClassifier
 from sklearn.svm import SVC
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from neural_baselines import fit_fixmatch, fit_m1_m2
+
+from training.device import set_up_torch
+from training.processes import Processes
 from utils.data import load_data
-from utils.errors import BadInput, run_command
+from utils.errors import BadInput, OneLineParser, run_command
+from utils.files import atomic_write
 from utils.settings import read_settings
 
-DATA_SEEDS = (0, 1, 2)
-CLASSIFIERS = {
-    "1-nearest neighbour": lambda: KNeighborsClassifier(1),
-    "5-nearest neighbours": lambda: KNeighborsClassifier(5),
-    "SVM, linear, C 10": lambda: SVC(kernel="linear", C=10),
-    "SVM, RBF, C 10": lambda: SVC(C=10),
+MAX_UNLABELLED = 10_000     # of methods whose time or memory grows as the square of the examples
+CALIBRATION_FOLDS = 5
+SPREADING_ITERATIONS = 100
+
+
+class Arrays(NamedTuple):
+    """The data as scikit-learn wants them: rows x, images with grey levels from 0 to 1; classes.
+
+    The first rows of train_x are the labelled ones, which have train_y; the others have none.
+    """
+
+    train_x: np.ndarray
+    train_y: np.ndarray
+    val_x: np.ndarray
+    val_y: np.ndarray
+    test_x: np.ndarray
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Either `fit_network` trains a network (`neural_baselines.py`), or `build` returns one of
+    scikit-learn's classifiers for the settings of a point of `grid`. gamma is in `grid` as a
+    multiple of 1 / (D v), where D is the number of dimensions of x and v the variance of all values
+    in it. max_unlabelled: unlabelled examples that it gets, at random; None: all.
+    """
+
+    title: str
+    build: Callable[..., Any] | None = None
+    grid: dict[str, tuple[float, ...]] | None = None
+    max_unlabelled: int | None = 0
+    fit_network: Callable[..., Any] | None = None
+    density: str = "no"         # whether it gives p(x)
+    samples: str = "no"
+
+
+def self_training(threshold, **settings):
+    """Self-training of a support vector machine, whose probabilities are calibrated."""
+    svm = CalibratedClassifierCV(SVC(**settings), ensemble=False, cv=CALIBRATION_FOLDS)
+    return SelfTrainingClassifier(svm, threshold=threshold)
+
+
+# The first value of each setting is used where there are no validation examples.
+METHODS = {
+    "knn1": Method("1-nearest neighbour", KNeighborsClassifier, {"n_neighbors": (1,)}),
+    "knn5": Method("5-nearest neighbours", KNeighborsClassifier, {"n_neighbors": (5,)}),
+    "svm-linear": Method("SVM, linear", lambda **settings: SVC(kernel="linear", **settings),
+                         {"C": (10, 0.1, 1, 100)}),
+    "svm": Method("SVM, RBF", SVC, {"C": (10, 1, 100), "gamma": (1, 0.3, 3)}),
+    "self-training": Method("self-training, SVM, RBF", self_training,
+                            {"threshold": (0.9, 0.75, 0.6), "C": (10,), "gamma": (1, 0.5)},
+                            MAX_UNLABELLED),
+    "propagation": Method(
+        "label propagation, k-NN", lambda **settings: LabelPropagation(kernel="knn", **settings),
+        {"n_neighbors": (7, 5, 10, 20)}, None),
+    "spreading-knn": Method(
+        "label spreading, k-NN",
+        lambda **settings: LabelSpreading(kernel="knn", max_iter=SPREADING_ITERATIONS, **settings),
+        {"n_neighbors": (7, 5, 10, 20), "alpha": (0.2, 0.8, 0.95)}, None),
+    "spreading-rbf": Method(
+        "label spreading, RBF",
+        lambda **settings: LabelSpreading(kernel="rbf", max_iter=SPREADING_ITERATIONS, **settings),
+        {"gamma": (30, 3, 10, 100, 300), "alpha": (0.2, 0.8, 0.95)}, MAX_UNLABELLED),
+    "m1m2": Method("M1+M2 VAE", fit_network=fit_m1_m2, max_unlabelled=None,
+                   density="lower bound", samples="yes"),
+    "fixmatch": Method("FixMatch, CNN", fit_network=fit_fixmatch, max_unlabelled=None),
 }
 
 
-def main():
-    _, settings = read_settings()
-    errors = {name: [] for name in CLASSIFIERS}
-    for data_seed in DATA_SEEDS:
-        settings.data_seed = data_seed
-        data = load_data(settings)
-        scale = 1 if data.grey_levels is None else data.grey_levels - 1
-        train_x, test_x = (x.flatten(1).numpy() / scale
-                           for x in (data.train_x[data.labelled], data.test_x))
-        train_y = data.train_y[data.labelled].numpy()
-        for name, build_classifier in CLASSIFIERS.items():
-            if getattr(build_classifier(), "n_neighbors", 0) > len(train_y):
-                raise BadInput(f"{name} needs more than {len(train_y)} labelled examples")
-            predicted = build_classifier().fit(train_x, train_y).predict(test_x)
-            errors[name].append(100 * np.mean(predicted != data.test_y.numpy()))
-    print(f"Test error, %, of classifiers trained on the {len(data.labelled)} labelled examples of "
-          f"{settings.data}, data_seed {', '.join(map(str, DATA_SEEDS))}: mean")
-    for name, values in errors.items():
-        print(f"{name:22}", *(f"{v:6.2f}" for v in values), f":{np.mean(values):6.2f}")
+def main(argv=None):
+    parser = OneLineParser(description="Compare other methods on the same labelled examples.",
+                           allow_abbrev=False, epilog="All other options: train-flow-ssl.py --help")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED",
+                        help="each is the seed and the data_seed of a run (default: 0 1 2)")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS,
+                        metavar="NAME", help=f"of {', '.join(METHODS)}; default: all")
+    parser.add_argument("--save", type=Path, metavar="FILE.json", help="write the results here")
+    own, rest = parser.parse_known_args(argv)
+    if own.save and (own.save.is_dir() or not own.save.resolve().parent.is_dir()):
+        raise BadInput(f"--save {own.save}: name a file in a folder that exists")
+    # A run with ema would hold out some of the unlabelled examples; here nothing needs that.
+    runs = [read_settings([*rest, *(f"--{key}={value}" for key, value in
+                                    {"seed": seed, "data_seed": seed, "ema": 0}.items())])[1]
+            for seed in own.seeds]
+    device = set_up_torch(runs[0], Processes())
+    results = {name: {"title": METHODS[name].title, "runs": []} for name in own.methods}
+    for seed, settings in zip(own.seeds, runs):
+        data = load_data(settings, device)
+        arrays = as_arrays(data)
+        for name in list(results):
+            if reason := why_not(METHODS[name], data):
+                print(f"{name} is left out: {reason}", file=sys.stderr)
+                del results[name]
+                continue
+            results[name]["runs"].append(run := evaluate(METHODS[name], data, arrays, seed))
+            print(f"seed {seed}: {describe(name, run)}", file=sys.stderr, flush=True)
+    if not results:
+        raise BadInput(f"none of the methods works on these examples of {settings.data}")
+    report = {
+        "data": settings.data, "seeds": own.seeds, "labelled": len(data.labelled),
+        "unlabelled": len(data.unlabelled), "validation": len(data.val_x),
+        "test": len(data.test_x), "device": str(device), "torch_threads": torch.get_num_threads(),
+        "torch": torch.__version__, "scikit-learn": sklearn.__version__,
+        "methods": {name: summary(METHODS[name], result, len(data.unlabelled))
+                    for name, result in results.items()}}
+    print(table(report))
+    if own.save:
+        with atomic_write(own.save) as f:
+            f.write(json.dumps(report, indent=1, allow_nan=False) + "\n")
+
+
+def as_arrays(data):
+    """The Arrays of a SemiSupervisedData."""
+    def rows(x):
+        x = x.flatten(1).float().cpu().numpy()
+        return x if data.grey_levels is None else x / (data.grey_levels - 1)
+    order = torch.cat((data.labelled, data.unlabelled))
+    return Arrays(rows(data.train_x[order]), data.train_y[data.labelled].cpu().numpy(),
+                  rows(data.val_x), data.val_y.cpu().numpy(), rows(data.test_x))
+
+
+def why_not(method, data):
+    """Why `method` cannot be used on these examples, or None if it can."""
+    per_class = torch.bincount(data.train_y[data.labelled], minlength=data.n_classes)
+    if method.fit_network and data.grey_levels is None:
+        return "it is for images"
+    if method.build is self_training and per_class.min() < CALIBRATION_FOLDS:
+        return f"it needs {CALIBRATION_FOLDS} labelled examples of each class"
+    if method.build is KNeighborsClassifier:
+        (n_neighbors,) = method.grid["n_neighbors"]
+        if n_neighbors > len(data.labelled):
+            return f"it needs {n_neighbors} labelled examples"
+    return None
+
+
+def evaluate(method, data, arrays, seed):
+    """Fit `method`, and classify the validation and test examples -> a run, as in the JSON file."""
+    if method.fit_network:
+        start = time.perf_counter()
+        network = method.fit_network(data, seed)
+        seconds = time.perf_counter() - start
+        run = {"settings": {}, "settings_tried": 0, "validation_error": None}
+        if len(data.val_x):
+            run["validation_error"] = error(network(data.val_x).cpu(), data.val_y.cpu())
+        start = time.perf_counter()
+        predicted = network(data.test_x).cpu()
+    else:
+        classifier, seconds, run = search(method, arrays, seed)
+        start = time.perf_counter()
+        predicted = classify(classifier, arrays.test_x)
+    seconds += time.perf_counter() - start
+    return {"seed": seed, "test_error": error(predicted, data.test_y.cpu()),
+            "seconds": round(seconds, 2), **run}
+
+
+def search(method, arrays, seed):
+    """Fit `method` with each setting of its grid.
+
+    Returns the classifier with the smallest validation error, the first of them if there are
+    several; the seconds in which it was fitted; the settings and that error.
+    """
+    n_labelled = len(arrays.train_y)
+    unlabelled = arrays.train_x[n_labelled:]
+    if method.max_unlabelled is not None and len(unlabelled) > method.max_unlabelled:
+        chosen = np.random.default_rng(seed).permutation(len(unlabelled))[:method.max_unlabelled]
+        unlabelled = unlabelled[np.sort(chosen)]
+    x = np.concatenate((arrays.train_x[:n_labelled], unlabelled))
+    y = np.concatenate((arrays.train_y, np.full(len(unlabelled), -1)))
+    start, best = time.perf_counter(), None
+    grid = settings_of(method, arrays.train_x)
+    if not len(arrays.val_y):
+        grid = grid[:1]
+    for settings in grid:
+        classifier, fit_start = method.build(**settings), time.perf_counter()
+        with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+            # Label spreading stops by the sum of all changes, which is strict for many examples.
+            classifier.fit(x, y)
+        seconds = time.perf_counter() - fit_start
+        validation = (error(classify(classifier, arrays.val_x), arrays.val_y)
+                      if len(arrays.val_y) else None)
+        if best is None or validation < best[2]["validation_error"]:
+            best = (classifier, seconds, {"settings": settings, "validation_error": validation})
+    classifier, seconds, run = best
+    return classifier, seconds, {**run, "settings_tried": len(grid),
+                                 "search_seconds": round(time.perf_counter() - start, 2)}
+
+
+def classify(classifier, x):
+    """The classes (N,) of the rows of x."""
+    with np.errstate(invalid="ignore"):
+        # Label spreading divides by the sum of an example's RBF weights. Where that is zero,
+        # because all training examples are far away, it decides for the first class.
+        return classifier.predict(x)
+
+
+def settings_of(method, train_x):
+    """The settings of all points of a method's grid; gamma is that of scikit-learn."""
+    unit = 1 / (train_x.shape[1] * float(train_x.var()))
+    grid = {key: [float(f"{v * unit:.4g}") for v in values] if key == "gamma" else values
+            for key, values in method.grid.items()}
+    return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+
+
+def error(predicted, y):
+    """The share of `predicted` classes that are not those of `y`, %."""
+    return round(100 * float(np.mean(np.asarray(predicted) != np.asarray(y))), 4)
+
+
+def summary(method, result, n_unlabelled):
+    """A method's entry of the JSON file: `result`, means over the runs, what the method is."""
+    def mean(key):
+        values = [run[key] for run in result["runs"]]
+        return None if None in values else round(sum(values) / len(values), 4)
+    used = n_unlabelled if method.max_unlabelled is None else min(method.max_unlabelled,
+                                                                  n_unlabelled)
+    return {**result, "unlabelled_used": used, "grid": method.grid, "density": method.density,
+            "samples": method.samples, "mean_test_error": mean("test_error"),
+            "mean_validation_error": mean("validation_error"), "mean_seconds": mean("seconds")}
+
+
+def describe(name, run):
+    """The line that says what a run has given."""
+    validation = run["validation_error"]
+    on_validation = "" if validation is None else f"validation error {validation:.2f} %, "
+    settings = "".join(f", {key} {value:g}" for key, value in run["settings"].items())
+    tried = f" (of {run['settings_tried']} settings)" if run["settings_tried"] > 1 else ""
+    return (f"{name}: {on_validation}test error {run['test_error']:.2f} %, "
+            f"{run['seconds']:.1f} s{settings}{tried}")
+
+
+def table(report):
+    """The text that `main` prints."""
+    headings = ["method", *(f"seed {seed}" for seed in report["seeds"]), "mean", "validation",
+                "unlabelled", "seconds", "settings", "p(x)", "samples"]
+    rows = [headings]
+    for method in report["methods"].values():
+        runs, validation = method["runs"], method["mean_validation_error"]
+        rows.append([
+            method["title"], *(f"{run['test_error']:.2f}" for run in runs),
+            f"{method['mean_test_error']:.2f}",
+            "-" if validation is None else f"{validation:.2f}",
+            f"{method['unlabelled_used']:,}", f"{method['mean_seconds']:.1f}",
+            str(runs[0]["settings_tried"] or "fixed"), method["density"], method["samples"]])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join([row[0].ljust(widths[0]),
+                        *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+             for row in rows]
+    labelled, unlabelled = report["labelled"], report["unlabelled"]
+    heading = (
+        f"Test error, %, on {report['test']:,} examples of {report['data']}, and its mean; "
+        f"{labelled:,} of {labelled + unlabelled:,} training examples are labelled.\n"
+        f"validation: mean error, %, on {report['validation']:,} validation examples; settings: "
+        "how many were tried, to choose by it;\n"
+        "unlabelled: how many unlabelled examples the method gets; seconds: to fit and to classify "
+        f"the test examples, with {report['torch_threads']} threads\n")
+    return "\n".join([heading, *lines])
 
 
 if __name__ == "__main__":
