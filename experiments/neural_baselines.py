@@ -9,7 +9,8 @@ Networks, batches and noise follow from `seed`.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,16 +31,18 @@ class M1(nn.Module):
     Section 2.1, "M1", of Kingma, Rezende, Mohamed and Welling, "Semi-Supervised Learning with Deep
     Generative Models" (2014, arXiv 1406.5298), equations 1, 3 and 5:
 
-        p(z1) = N(0, I)     p(x | z1) = Bernoulli(x; f(z1))     q(z1 | x) = N(mu(x), sigma(x)^2)
+        p(z1) = N(0, I)     p(n x | z1) = Binomial(n, f(z1))    q(z1 | x) = N(mu(x), sigma(x)^2)
         log p(x) >= E_q [log p(x | z1)] - KL(q(z1 | x) || p(z1))
 
-    f, mu and log sigma^2 are networks with two hidden layers of `width` softplus units. A grey
-    level is the probability that a pixel is white: in x the bound is linear, so that this is its
-    mean over all black-and-white versions of the image.
+    f, mu and log sigma^2 are networks with two hidden layers of `width` softplus units. n is
+    n_trials. A pixel of scikit-learn's digits counts the dots of ink among 16, so there n is 16.
+    The paper has n = 1, Bernoulli: a grey level is then the probability of ink, and the bound the
+    mean of those of all black-and-white versions of the image.
     """
 
-    def __init__(self, n_pixels: int, n_latent: int, width: int):
+    def __init__(self, n_pixels: int, n_latent: int, width: int, n_trials: int = 1):
         super().__init__()
+        self.n_trials = n_trials
         self.encoder = mlp(n_pixels, width, width, 2 * n_latent)
         self.decoder = mlp(n_latent, width, width, n_pixels)
 
@@ -51,12 +54,13 @@ class M1(nn.Module):
     def bound(self, x: Tensor, noise: Tensor) -> Tensor:
         """The lower bound on log p(x) of each image, (B,) nats, with one sample of q.
 
+        It lacks the logarithms of the binomial coefficients, which do not depend on the weights.
         noise: (B, L), standard normal.
         """
         mean, log_var = self.encode(x)
         z1 = mean + (log_var / 2).exp() * noise
-        log_likelihood = -F.binary_cross_entropy_with_logits(self.decoder(z1), x, reduction="none")
-        return log_likelihood.sum(1) - kl_to_standard_normal(mean, log_var)
+        log_f = -F.binary_cross_entropy_with_logits(self.decoder(z1), x, reduction="none")
+        return self.n_trials * log_f.sum(1) - kl_to_standard_normal(mean, log_var)
 
 
 class M2(nn.Module):
@@ -105,69 +109,96 @@ class M2(nn.Module):
         return (log_q.exp() * (bounds.view(n_classes, -1) - log_q)).sum(0)
 
 
-# Of M1+M2 by the size of the images: M1's latents, its width and epochs; M2's latents z2, its width
-# and training steps.
-SMALL_M1_M2 = {"n_latent1": 20, "width1": 200, "epochs": 100,
-               "n_latent2": 10, "width2": 200, "steps": 3000}
-LARGE_M1_M2 = {"n_latent1": 50, "width1": 600, "epochs": 20,
-               "n_latent2": 50, "width2": 500, "steps": 6000}
-M1_M2_BATCH, M1_M2_LR = 128, 1e-3
-ALPHA = 0.1       # the paper's alpha is 0.1 N; its objective is a sum over N images, ours a mean
+class M1M2Settings(NamedTuple):
+    """Of both models: numbers of latents, widths of the networks, training steps."""
+
+    n_trials: int
+    n_latent1: int
+    width1: int
+    steps1: int
+    n_latent2: int
+    width2: int
+    steps2: int
+    batch_size: int
+    lr: float           # of Adam, at the start of a cosine schedule
+    alpha: float        # the paper's alpha is N times this: its objective is a sum over N images
+
+
+M1_M2_SMALL = M1M2Settings(n_trials=16, n_latent1=20, width1=200, steps1=2500,
+                           n_latent2=10, width2=200, steps2=1000,
+                           batch_size=64, lr=3e-3, alpha=3)
+M1_M2_LARGE = M1M2Settings(n_trials=1, n_latent1=50, width1=600, steps1=10_000,
+                           n_latent2=50, width2=500, steps2=6000,
+                           batch_size=128, lr=1e-3, alpha=0.1)
 
 
 def fit_m1_m2(data: SemiSupervisedData, seed: int) -> Predict:
     """Train M1 on all training images, then M2 on samples of their latents -> predict.
 
-    M2 minimises, as equations 8 and 9 of the paper divided by the number of images N,
-
-        (N_l / N) E_labelled [L(z1, y)] + (N_u / N) E_unlabelled [U(z1)]
-        - ALPHA E_labelled [log q(y | z1)]
-
-    where each batch has new samples z1 from q(z1 | x). The optimiser is Adam, with a cosine
-    schedule. `predict` returns the y of the largest q(y | z1), where z1 is the mean of q(z1 | x).
+    `predict` returns the y of the largest q(y | z1), where z1 is the mean of q(z1 | x).
     """
     torch.manual_seed(seed)
     generator = torch.Generator(data.device).manual_seed(seed)
-    sizes = SMALL_M1_M2 if math.prod(data.shape) < 200 else LARGE_M1_M2
+    settings = M1_M2_SMALL if is_small(data) else M1_M2_LARGE
 
     def pixels(images: Tensor) -> Tensor:
-        return images.flatten(1) / (data.grey_levels - 1)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=data.device)
-    x = pixels(data.train_x)
-    m1 = M1(x.shape[1], sizes["n_latent1"], sizes["width1"]).to(data.device)
-    n_steps = sizes["epochs"] * math.ceil(len(x) / M1_M2_BATCH)
-    for step in cosine_steps(m1, torch.optim.Adam(m1.parameters(), M1_M2_LR), n_steps):
-        index = torch.randint(len(x), (M1_M2_BATCH,), generator=generator, device=data.device)
-        step(-m1.bound(x[index], normal(M1_M2_BATCH, sizes["n_latent1"])).mean())
-
-    with torch.no_grad():
-        mean, log_var = m1.encode(x)
-        deviation = (log_var / 2).exp()
-    m2 = M2(sizes["n_latent1"], sizes["n_latent2"], sizes["width2"], data.class_probs.float())
-    m2 = m2.to(data.device)
-    share_labelled = len(data.labelled) / len(x)
-
-    def latents(indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Samples z1 of a batch of the images with these indices; the images' labels."""
-        index = choose(indices, M1_M2_BATCH, generator)
-        z1 = mean[index] + deviation[index] * normal(M1_M2_BATCH, sizes["n_latent1"])
-        return z1, data.train_y[index]
-    for step in cosine_steps(m2, torch.optim.Adam(m2.parameters(), M1_M2_LR), sizes["steps"]):
-        z1, y = latents(data.labelled)
-        bound = share_labelled * m2.labelled_bound(
-            z1, y, normal(M1_M2_BATCH, sizes["n_latent2"])).mean()
-        loss = ALPHA * F.cross_entropy(m2.classifier(z1), y) - bound
-        if len(data.unlabelled):
-            z1, _ = latents(data.unlabelled)
-            noise = normal(data.n_classes, M1_M2_BATCH, sizes["n_latent2"])
-            loss = loss - (1 - share_labelled) * m2.unlabelled_bound(z1, noise).mean()
-        step(loss)
+        return as_grey(images, data).flatten(1)
+    m1 = train_m1(pixels(data.train_x), settings, generator)
+    m2 = train_m2(m1, pixels(data.train_x), data, settings, generator)
 
     def predict(images: Tensor) -> Tensor:
         return in_batches(lambda batch: m2.classifier(m1.encode(pixels(batch))[0]), images)
     return predict
+
+
+def train_m1(x: Tensor, settings: M1M2Settings, generator: torch.Generator) -> M1:
+    """Maximise the mean bound on log p(x) of the images x (N, D)."""
+    m1 = M1(x.shape[1], settings.n_latent1, settings.width1, settings.n_trials).to(x.device)
+    every_row = torch.arange(len(x), device=x.device)
+    optimizer = torch.optim.Adam(m1.parameters(), settings.lr)
+    for step in cosine_steps(m1, optimizer, settings.steps1):
+        batch = x[choose(every_row, settings.batch_size, generator)]
+        step(-m1.bound(batch, normal((len(batch), settings.n_latent1), generator)).mean())
+    return m1
+
+
+def train_m2(m1: M1, x: Tensor, data: SemiSupervisedData, settings: M1M2Settings,
+             generator: torch.Generator) -> M2:
+    """Train M2 on the latents z1 of the images x (N, D), the training images of `data`.
+
+    It minimises equations 8 and 9 of the paper, divided by N, the number of images:
+
+        (N_l / N) E_labelled [L(z1, y)] + (N_u / N) E_unlabelled [U(z1)]
+        - alpha E_labelled [log q(y | z1)]
+
+    Each batch has new samples z1 from q(z1 | x). It is half labelled and half not.
+    """
+    with torch.no_grad():
+        mean, log_var = m1.encode(x)
+        deviation = (log_var / 2).exp()
+    m2 = M2(settings.n_latent1, settings.n_latent2, settings.width2,
+            data.class_probs.to(x.dtype)).to(x.device)
+    share_labelled = len(data.labelled) / len(x)
+
+    def noise_of_z2(*shape: int) -> Tensor:
+        return normal((*shape, settings.n_latent2), generator)
+
+    def latents(indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Samples z1 of images drawn from those with these indices, and their labels."""
+        index = choose(indices, settings.batch_size, generator)
+        noise = normal((len(index), settings.n_latent1), generator)
+        return mean[index] + deviation[index] * noise, data.train_y[index]
+    optimizer = torch.optim.Adam(m2.parameters(), settings.lr)
+    for step in cosine_steps(m2, optimizer, settings.steps2):
+        z1, y = latents(data.labelled)
+        bound = share_labelled * m2.labelled_bound(z1, y, noise_of_z2(len(z1))).mean()
+        classification = F.cross_entropy(m2.classifier(z1), y)
+        if len(data.unlabelled):
+            z1, _ = latents(data.unlabelled)
+            noise = noise_of_z2(data.n_classes, len(z1))
+            bound = bound + (1 - share_labelled) * m2.unlabelled_bound(z1, noise).mean()
+        step(settings.alpha * classification - bound)
+    return m2
 
 
 def mlp(*sizes: int) -> nn.Sequential:
@@ -190,14 +221,30 @@ def kl_to_standard_normal(mean: Tensor, log_var: Tensor) -> Tensor:
 
 # FixMatch
 
-# By the size of the images: channels of the first layer, training steps, batches, augmentation.
-# Weak augmentation is a shift; strong augmentation shifts, rotates and scales, and cuts out a
-# square with sides of `cutout` pixels.
-SMALL_FIXMATCH = {"width": 32, "steps": 1500, "n_labelled": 32, "n_unlabelled": 128,
-                  "weak": Augmentation(0, 0, 1), "strong": Augmentation(25, 0.2, 1.5), "cutout": 2}
-LARGE_FIXMATCH = {"width": 16, "steps": 4000, "n_labelled": 32, "n_unlabelled": 128,
-                  "weak": Augmentation(0, 0, 2), "strong": Augmentation(30, 0.25, 4), "cutout": 8}
-FIXMATCH_LR, MOMENTUM, WEIGHT_DECAY, DECAY_OF_AVERAGE = 0.03, 0.9, 5e-4, 0.995
+class FixMatchSettings(NamedTuple):
+    """Weak augmentation shifts an image; strong augmentation shifts, rotates and scales it, and
+    cuts out a square with sides of `cutout` pixels.
+    """
+
+    width: int                  # channels of the first layer
+    steps: int                  # training steps
+    n_labelled: int             # images of a batch
+    n_unlabelled: int
+    weak: Augmentation
+    strong: Augmentation
+    cutout: int
+    lr: float = 0.03
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    ema: float = 0.995          # decay of the average of the weights
+
+
+FIXMATCH_SMALL = FixMatchSettings(width=32, steps=1000, n_labelled=32, n_unlabelled=128,
+                                  weak=Augmentation(0, 0, 1), strong=Augmentation(25, 0.2, 1.5),
+                                  cutout=2)
+FIXMATCH_LARGE = FixMatchSettings(width=16, steps=4000, n_labelled=32, n_unlabelled=128,
+                                  weak=Augmentation(0, 0, 2), strong=Augmentation(30, 0.25, 4),
+                                  cutout=8)
 THRESHOLD = 0.95
 
 
@@ -216,27 +263,24 @@ def fit_fixmatch(data: SemiSupervisedData, seed: int) -> Predict:
     """
     torch.manual_seed(seed)
     generator = torch.Generator(data.device).manual_seed(seed)
-    sizes = SMALL_FIXMATCH if math.prod(data.shape) < 200 else LARGE_FIXMATCH
-    network = small_cnn(data.shape[0], sizes["width"], data.n_classes).to(data.device)
-
-    def grey(images: Tensor) -> Tensor:
-        return images / (data.grey_levels - 1)
+    settings = FIXMATCH_SMALL if is_small(data) else FIXMATCH_LARGE
+    network = small_cnn(data.shape[0], settings.width, data.n_classes).to(data.device)
+    averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.ema),
+                             use_buffers=True)
 
     def weak(images: Tensor) -> Tensor:
-        return grey(augment(images, sizes["weak"], generator))
+        return as_grey(augment(images, settings.weak, generator), data)
 
     def strong(images: Tensor) -> Tensor:
-        return grey(cut_out(augment(images, sizes["strong"], generator), sizes["cutout"],
-                            generator))
-    averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(DECAY_OF_AVERAGE),
-                             use_buffers=True)
-    optimizer = torch.optim.SGD(network.parameters(), FIXMATCH_LR, MOMENTUM, nesterov=True,
-                                weight_decay=WEIGHT_DECAY)
-    for step in cosine_steps(network, optimizer, sizes["steps"], part_of_cosine=7 / 8):
-        index = choose(data.labelled, sizes["n_labelled"], generator)
+        changed = augment(images, settings.strong, generator)
+        return as_grey(cut_out(changed, settings.cutout, generator), data)
+    optimizer = torch.optim.SGD(network.parameters(), settings.lr, settings.momentum,
+                                weight_decay=settings.weight_decay, nesterov=True)
+    for step in cosine_steps(network, optimizer, settings.steps, part_of_cosine=7 / 8):
+        index = choose(data.labelled, settings.n_labelled, generator)
         x, y = weak(data.train_x[index]), data.train_y[index]
         if len(data.unlabelled):
-            u = data.train_x[choose(data.unlabelled, sizes["n_unlabelled"], generator)]
+            u = data.train_x[choose(data.unlabelled, settings.n_unlabelled, generator)]
             # In one pass, so that all of them share the statistics of the batch normalisation.
             logits, of_weak, of_strong = network(torch.cat((x, weak(u), strong(u)))).split(
                 (len(x), len(u), len(u)))
@@ -248,7 +292,7 @@ def fit_fixmatch(data: SemiSupervisedData, seed: int) -> Predict:
     averaged.eval()
 
     def predict(images: Tensor) -> Tensor:
-        return in_batches(lambda batch: averaged(grey(batch)), images)
+        return in_batches(lambda batch: averaged(as_grey(batch, data)), images)
     return predict
 
 
@@ -302,8 +346,24 @@ def small_cnn(n_channels: int, width: int, n_classes: int) -> nn.Sequential:
 # Both
 
 
+def is_small(data: SemiSupervisedData) -> bool:
+    """Whether the images are as small as scikit-learn's digits."""
+    return math.prod(data.shape) < 200
+
+
+def as_grey(images: Tensor, data: SemiSupervisedData) -> Tensor:
+    """uint8 images of `data` as floats from 0 to 1."""
+    assert data.grey_levels is not None, "these data are points"
+    return images / (data.grey_levels - 1)
+
+
+def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Standard normal numbers."""
+    return torch.randn(shape, generator=generator, device=generator.device)
+
+
 def cosine_steps(network: nn.Module, optimizer: torch.optim.Optimizer, n_steps: int,
-                 part_of_cosine: float = 1):
+                 part_of_cosine: float = 1) -> Iterator[Callable[[Tensor], None]]:
     """Yield, `n_steps` times, a function that makes a training step from a loss.
 
     The learning rate starts as the optimiser's and falls as cos(part_of_cosine * pi t / 2 T).
