@@ -43,7 +43,9 @@ from utils.errors import BadInput, OneLineParser, run_command
 from utils.files import atomic_write
 from utils.settings import read_settings
 
-MAX_UNLABELLED = 10_000     # of methods whose time or memory grows as the square of the examples
+# Unlabelled examples of methods whose memory or time grows as the square of the examples. RBF label
+# spreading has a matrix of all pairs; self-training fits the SVM up to sixty times.
+MAX_UNLABELLED_RBF, MAX_UNLABELLED_SVM = 10_000, 3_000
 CALIBRATION_FOLDS = 5
 SPREADING_ITERATIONS = 100
 
@@ -94,19 +96,20 @@ METHODS = {
                          {"C": (10, 0.1, 1, 100)}),
     "svm": Method("SVM, RBF", SVC, {"C": (10, 1, 100), "gamma": (1, 0.3, 3)}),
     "self-training": Method("self-training, SVM, RBF", self_training,
-                            {"threshold": (0.9, 0.75, 0.6), "C": (10,), "gamma": (1, 0.5)},
-                            MAX_UNLABELLED),
+                            {"threshold": (0.6, 0.4, 0.8), "C": (10,), "gamma": (1, 0.5)},
+                            MAX_UNLABELLED_SVM),
     "propagation": Method(
         "label propagation, k-NN", lambda **settings: LabelPropagation(kernel="knn", **settings),
         {"n_neighbors": (7, 5, 10, 20)}, None),
     "spreading-knn": Method(
         "label spreading, k-NN",
         lambda **settings: LabelSpreading(kernel="knn", max_iter=SPREADING_ITERATIONS, **settings),
-        {"n_neighbors": (7, 5, 10, 20), "alpha": (0.2, 0.8, 0.95)}, None),
+        {"n_neighbors": (7, 5, 10, 20), "alpha": (0.2, 0.8)}, None),
     "spreading-rbf": Method(
         "label spreading, RBF",
         lambda **settings: LabelSpreading(kernel="rbf", max_iter=SPREADING_ITERATIONS, **settings),
-        {"gamma": (30, 3, 10, 100, 300), "alpha": (0.2, 0.8, 0.95)}, MAX_UNLABELLED),
+        {"gamma": (30, 3, 10, 100, 300), "alpha": (0.2, 0.8, 0.95)},
+        MAX_UNLABELLED_RBF),
     "m1m2": Method("M1+M2 VAE", fit_network=fit_m1_m2, max_unlabelled=None,
                    density="lower bound", samples="yes"),
     "fixmatch": Method("FixMatch, CNN", fit_network=fit_fixmatch, max_unlabelled=None),
@@ -170,8 +173,11 @@ def why_not(method, data):
     per_class = torch.bincount(data.train_y[data.labelled], minlength=data.n_classes)
     if method.fit_network and data.grey_levels is None:
         return "it is for images"
-    if method.build is self_training and per_class.min() < CALIBRATION_FOLDS:
-        return f"it needs {CALIBRATION_FOLDS} labelled examples of each class"
+    if method.build is self_training:
+        if not len(data.unlabelled):
+            return "it needs unlabelled examples"
+        if per_class.min() < CALIBRATION_FOLDS:
+            return f"it needs {CALIBRATION_FOLDS} labelled examples of each class"
     if method.build is KNeighborsClassifier:
         (n_neighbors,) = method.grid["n_neighbors"]
         if n_neighbors > len(data.labelled):
@@ -298,7 +304,7 @@ def table(report):
         f"validation: mean error, %, on {report['validation']:,} validation examples; settings: "
         "how many were tried, to choose by it;\n"
         "unlabelled: how many unlabelled examples the method gets; seconds: to fit and to classify "
-        f"the test examples, with {report['torch_threads']} threads\n")
+        f"the test examples; threads: {report['torch_threads']}\n")
     return "\n".join([heading, *lines])
 
 

@@ -24,8 +24,8 @@ from experiments.neural_baselines import (
 )
 EXPERIMENTS = PROJECT / "experiments"
 # Settings with which the networks train in about a second.
-QUICK_M1_M2 = M1_M2_SMALL._replace(n_latent1=10, width1=64, steps1=200, n_latent2=5, width2=32,
-                                   steps2=60, lr=0.01)
+QUICK_M1_M2 = M1_M2_SMALL._replace(n_latent1=10, width1=64, steps1=300, n_latent2=5, width2=32,
+                                   steps2=100, batch_size=64, lr=5e-3, alpha=10)
 QUICK_FIXMATCH = FIXMATCH_SMALL._replace(width=8, steps=80, n_labelled=20, n_unlabelled=20, ema=0.9)
 
 
@@ -160,7 +160,7 @@ def test_networks_learn_from_what_is_shown(fit, quick):
 
 @pytest.mark.parametrize("fit", [fit_m1_m2, fit_fixmatch])
 def test_networks_do_without_unlabelled_images(fit, quick):
-    data = load_tiny(num_examples=100, supervised=-1)
+    data = load_tiny(num_examples=300, supervised=-1)
     assert (fit(data, 0)(data.test_x) == data.test_y).float().mean() > 0.3
 
 
