@@ -127,9 +127,7 @@ def main(argv=None):
     own, rest = parser.parse_known_args(argv)
     if own.save and (own.save.is_dir() or not own.save.resolve().parent.is_dir()):
         raise BadInput(f"--save {own.save}: name a file in a folder that exists")
-    # A run with ema would hold out some of the unlabelled examples; here nothing needs that.
-    runs = [read_settings([*rest, *(f"--{key}={value}" for key, value in
-                                    {"seed": seed, "data_seed": seed, "ema": 0}.items())])[1]
+    runs = [read_settings([*rest, f"--seed={seed}", f"--data_seed={seed}"])[1]
             for seed in own.seeds]
     device = set_up_torch(runs[0], Processes())
     results = {name: {"title": METHODS[name].title, "runs": []} for name in own.methods}
