@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import PROJECT, load_tiny, options
+from conftest import PROJECT, load_tiny, options, run_script, runs
+from PIL import Image
 from torch.distributions import Binomial, Categorical, Normal, kl_divergence
 from torch.nn import functional as F
 
@@ -22,6 +23,8 @@ from experiments.neural_baselines import (
     pseudo_labels,
     unlabelled_loss,
 )
+from utils.errors import BadInput
+
 EXPERIMENTS = PROJECT / "experiments"
 # Settings with which the networks train in about a second.
 QUICK_M1_M2 = M1_M2_SMALL._replace(n_latent1=10, width1=64, steps1=300, n_latent2=5, width2=32,
@@ -226,3 +229,21 @@ def test_bad_input_is_one_line(argv, message, compare, tmp_path):
     lines = [line for line in err.splitlines() if "is left out" not in line]
     assert code == 2 and len(lines) == 1 and message in lines[0]
     assert not list(tmp_path.glob("*.json"))
+
+
+def test_the_picture_of_error_against_minutes(compare, tmp_path, monkeypatch, capsys):
+    line = options(epochs=1, num_examples=200, seed=3, data_seed=3)
+    assert run_script(line) == 0
+    run, = runs(tmp_path)
+    assert compare(*options(num_examples=200), "--seeds", "3", "--methods", "knn1", "svm",
+                   "--save", "all.json")[0] == 0
+    plot = importlib.import_module("plot_baselines")
+    plot.main(["all.json", str(run), "--save", "all.png"])
+    with Image.open(tmp_path / "all.png") as picture:
+        assert picture.width > 800 and len(picture.convert("RGB").getcolors(2**20)) > 10
+    for argv, message in ((["all.png", str(run)], "is no report"),
+                          (["all.json", str(tmp_path)], "is not the directory of a finished run"),
+                          (["all.json", str(run), str(run)], "the runs have data_seed")):
+        with pytest.raises(BadInput, match=message):
+            plot.main([*argv, "--save", "other.png"])
+    assert not (tmp_path / "other.png").exists()
