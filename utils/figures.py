@@ -17,6 +17,10 @@ from .files import atomic_write
 from .metrics import Row
 
 CLASS_COLOURS = ["#1f77b4", "#d62728"]   # of points
+# Of the curves, in every panel; colour-blind people can tell them apart (Okabe and Ito).
+CURVES = {"train": ("training", "0.5"), "labelled": ("training, labelled", "0.5"),
+          "val": ("validation", "#0072b2"),
+          "ema_val": ("validation, averaged weights", "#e69f00"), "test": ("test", "black")}
 IMAGES_PER_CLASS, POINTS_PER_CLASS = 10, 1000
 
 
@@ -42,25 +46,28 @@ def plot_curves(rows: list[Row], path: Path) -> None:
     loss, error, likelihood = figure.subplots(1, 3)
     epoch = [row["epoch"] for row in rows]
 
-    def curve(axes: Axes, key: str, label: str, of: Callable[[float], float] = lambda v: v) -> None:
-        axes.plot(epoch, [of(row[key]) for row in rows], label=label,
-                  marker="." if len(rows) < 30 else None)
+    def curve(axes: Axes, name: str, quantity: str,
+              of: Callable[[float], float] = lambda v: v) -> None:
+        label, colour = CURVES[name]
+        values = [of(row[f"{name}_{quantity}"]) for row in rows]
+        single = np.isfinite(values).sum() == 1         # of the test set, after the last epoch
+        axes.plot(epoch, values, label=label, color=colour,
+                  marker="D" if single else "." if len(rows) < 30 else None)
 
     def error_percent(accuracy: float) -> float:
         return 100 * (1 - accuracy)
-    curve(loss, "train_loss", "training")
+    curve(loss, "train", "loss")
     loss.set_ylabel("loss, nats")
-    curve(error, "labelled_acc", "training, labelled", error_percent)
-    shown = [(key, label) for key, label in (("val", "validation"), ("test", "test"),
-                                             ("ema_val", "validation, averaged weights"))
-             if any(np.isfinite(row[f"{key}_log_p"]) for row in rows)]
-    for key, label in shown:
-        curve(error, f"{key}_acc", label, error_percent)
+    curve(error, "labelled", "acc", error_percent)
+    shown = [name for name in ("val", "ema_val", "test")
+             if any(np.isfinite(row[f"{name}_log_p"]) for row in rows)]
+    for name in shown:
+        curve(error, name, "acc", error_percent)
     error.set_ylabel("error, %")
     error.set_ylim(bottom=0)
-    images = any(np.isfinite(row[f"{key}_bpd"]) for row in rows for key, _ in shown)
-    for key, label in shown:
-        curve(likelihood, f"{key}_{'bpd' if images else 'log_p'}", label)
+    images = any(np.isfinite(row[f"{name}_bpd"]) for row in rows for name in shown)
+    for name in shown:
+        curve(likelihood, name, "bpd" if images else "log_p")
     likelihood.set_ylabel("bits/dim" if images else "log p(x), nats")
     for axes in (loss, error, likelihood):
         axes.set_xlabel("epoch")
