@@ -637,7 +637,7 @@ def test_the_small_run_on_mnist_end_to_end(tmp_path, monkeypatch, capsys, mnist_
     assert run_script(["--resume", str(run), "--time_limit", "0"]) == 0
     assert "Test error of the" in capsys.readouterr().out
     row, = read_metrics(run)
-    assert all(5 < row[key] < 15 for key in ("test_bpd", "val_bpd", "ema_val_bpd"))
+    assert all(5 < row[key] < 20 for key in ("test_bpd", "val_bpd", "ema_val_bpd"))
     assert 0 <= row["confident"] <= 1 and row["cl_loss"] > 0
     assert len((run / "labelled.txt").read_text().split()) == 100
     assert run_script([*line, "--pretrained", str(run / "checkpoint.pt")]) == 0
