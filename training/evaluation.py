@@ -71,23 +71,24 @@ class RunEvaluation:
     def __init__(self, log_joint: FastLogJoint, data: SemiSupervisedData,
                  settings: Settings, processes: Processes):
         self.data, self.settings, self.processes = data, settings, processes
-        self.infer = {name: build_inference(log_joint) for name in ("val", "test")}
+        self.examples = {"val": (data.val_x, data.val_y), "test": (data.test_x, data.test_y)}
+        self.infer = {name: build_inference(log_joint) for name in self.examples}
 
     def __call__(self, training_step: TrainingStep, epoch: int) -> dict[str, float]:
         has_validation, row = len(self.data.val_x) > 0, {}
         if has_validation:
-            row = self._evaluate("val", self.data.val_x, self.data.val_y)
+            row = self._evaluate("val")
         if has_validation and self.settings.ema:
             with training_step.averaged():
-                averaged = self._evaluate("val", self.data.val_x, self.data.val_y)
+                averaged = self._evaluate("val")
             row.update({f"ema_{key}": value for key, value in averaged.items()})
         if self.settings.test and (epoch == self.settings.epochs or not has_validation):
             with training_step.averaged(average_is_better(row)):
-                row.update(self._evaluate("test", self.data.test_x, self.data.test_y))
+                row.update(self._evaluate("test"))
         return row
 
-    def _evaluate(self, name: str, *examples: Tensor) -> dict[str, float]:
-        log_p, accuracy = evaluate(self.infer[name], self.data, (examples[0], examples[1]),
+    def _evaluate(self, name: str) -> dict[str, float]:
+        log_p, accuracy = evaluate(self.infer[name], self.data, self.examples[name],
                                    self.settings.test_bs, self.settings.seed, self.processes)
         return {f"{name}_log_p": log_p, f"{name}_acc": accuracy,
                 f"{name}_bpd": self.data.bits_per_dim(log_p)}
