@@ -35,7 +35,7 @@ def build_plain_step(model, settings):
 
     def step(x, y, *augmented):
         log_joints = model.log_joint(torch.cat((x, *augmented))).chunk(1 + len(augmented))
-        loss = objective(log_joints[0], y, settings, *log_joints[1:]).loss
+        loss = objective(log_joints[0], y, settings, y, *log_joints[1:]).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

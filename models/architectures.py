@@ -35,7 +35,8 @@ def masked_glow(shape: Shape, options: SimpleNamespace, width: int, n_blocks: in
     """f_w for images (C, H, W): checkerboard and channel couplings on three scales.
 
     width, n_blocks: channels and residual blocks of the couplings' networks; options.width and
-    options.n_blocks override them if positive. The last part of z has 4C channels of H/4 x W/4
+    options.n_blocks override them if positive; with options.position_bias the networks know where
+    in the image they are (PositionBias). The last part of z has 4C channels of H/4 x W/4
     pixels: it is z_f if `ssl_dim` is its size. With `squeeze_first` the first squeeze precedes the
     first couplings, which then work on a quarter of the pixels.
 
@@ -47,19 +48,21 @@ def masked_glow(shape: Shape, options: SimpleNamespace, width: int, n_blocks: in
         raise ValueError(f"model {options.model} needs images with sides that are multiples of 4, "
                          f"at least 8, not data of shape {tuple(shape)}: use model toy for points")
     full, half, quarter = ((h // d, w // d) for d in (1, 2, 4))
-    net = partial(resnet3x3, width=options.width or width, n_blocks=options.n_blocks or n_blocks,
-                  padding_mode=padding_mode)
     inv = partial(invertible_conv, options.conv, hh_factors=options.hh_factors)
+
+    def net(c_in: int, c_out: int, size: tuple[int, int]) -> nn.Module:
+        return resnet3x3(c_in, c_out, options.width or width, options.n_blocks or n_blocks,
+                         padding_mode, size if options.position_bias else None)
 
     def checkerboard(c: int, size: tuple[int, int]) -> list[Bijection]:
         """Three flow steps on C channels of `size` pixels, with masks of parity 0, 1 and 0."""
         return [layer for parity in (0, 1, 0) for layer in (
-            inv(c), CheckerboardCoupling(net(c, 2 * c), size, parity), ActNorm(c))]
+            inv(c), CheckerboardCoupling(net(c, 2 * c, size), size, parity), ActNorm(c))]
 
-    def channel(c: int) -> list[Bijection]:
-        """Two flow steps on C channels."""
+    def channel(c: int, size: tuple[int, int]) -> list[Bijection]:
+        """Two flow steps on C channels of `size` pixels."""
         return [layer for _ in range(2) for layer in (
-            inv(c), ChannelCoupling(net(c // 2, c), net(c // 2, c)), ActNorm(c))]
+            inv(c), ChannelCoupling(net(c // 2, c, size), net(c // 2, c, size)), ActNorm(c))]
 
     if squeeze_first:
         first = [Squeeze(), *checkerboard(4 * c, half)]
@@ -68,13 +71,13 @@ def masked_glow(shape: Shape, options: SimpleNamespace, width: int, n_blocks: in
     return MultiScale(shape, [
         PIXELS[options.pixels](shape, options.grey_levels),
         # C x H x W, and from the squeeze on 4C x H/2 x W/2
-        *first, *channel(4 * c),
+        *first, *channel(4 * c, half),
         Split(),
         # 2C x H/2 x W/2, and from the squeeze on 8C x H/4 x W/4
-        *checkerboard(2 * c, half), Squeeze(), *channel(8 * c),
+        *checkerboard(2 * c, half), Squeeze(), *channel(8 * c, quarter),
         Split(),
         # 4C x H/4 x W/4
-        *checkerboard(4 * c, quarter), *channel(4 * c),
+        *checkerboard(4 * c, quarter), *channel(4 * c, quarter),
     ])
 
 
@@ -88,6 +91,8 @@ def toy_flow(shape: Shape, options: SimpleNamespace) -> MultiScale:
                          f"not data of shape {tuple(shape)}")
     if options.pixels != "logit":
         raise ValueError(f"pixels {options.pixels} is for images, and model toy for points")
+    if options.position_bias:
+        raise ValueError("position_bias is for images, and model toy for points")
     return MultiScale(shape, [layer for _ in range(options.l) for layer in (
         invertible_conv(options.conv, 2, options.hh_factors),
         ChannelCoupling(toy_network(1, 2), toy_network(1, 2)),

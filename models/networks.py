@@ -58,17 +58,31 @@ class NetworkNorm(ActNorm):
         return self.transform(x)
 
 
+class PositionBias(nn.Module):
+    """Adds a learned bias per channel and pixel, zero at the start, to images of `size`."""
+
+    def __init__(self, channels: int, size: tuple[int, int]):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels, *size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias
+
+
 class ResNet(nn.Module):
     """A residual network: first layer, `n_blocks` residual blocks, ActNorm, ReLU, last layer.
 
     layer(c_in, c_out): makes the layers. The last one is zero at the start, so that the coupling
-    around the network starts as a constant scaling.
+    around the network starts as a constant scaling. With `size`, (H, W) of its images, the first
+    layer has a PositionBias.
     """
 
     def __init__(self, layer: Callable[[int, int], nn.Module], c_in: int, c_out: int,
-                 width: int, n_blocks: int):
+                 width: int, n_blocks: int, size: tuple[int, int] | None = None):
         super().__init__()
         self.first = layer(c_in, width)
+        if size:
+            self.first = nn.Sequential(self.first, PositionBias(width, size))
         self.blocks = nn.Sequential(*(ResidualBlock(layer, width) for _ in range(n_blocks)))
         self.norm: nn.Module = NetworkNorm(width)
         self.last = layer(width, c_out)
@@ -80,9 +94,9 @@ class ResNet(nn.Module):
 
 
 def resnet3x3(c_in: int, c_out: int, width: int = 64, n_blocks: int = 4,
-              padding_mode: str = "reflect") -> ResNet:
+              padding_mode: str = "reflect", size: tuple[int, int] | None = None) -> ResNet:
     """A residual network of 3x3 convolutions: (B, c_in, H, W) -> (B, c_out, H, W)."""
-    return ResNet(partial(Conv3x3, padding_mode=padding_mode), c_in, c_out, width, n_blocks)
+    return ResNet(partial(Conv3x3, padding_mode=padding_mode), c_in, c_out, width, n_blocks, size)
 
 
 def resnet1x1(c_in: int, c_out: int, width: int = 256, n_blocks: int = 4) -> ResNet:

@@ -115,6 +115,12 @@ CASES = {
         options(validation=1300, num_examples=200), "more than the 137 training examples of digits "
         "beside the 1300 for validation"),
     "pixels of points": (options(**POINTS, pixels="marginal"), "pixels marginal is for images"),
+    "position_bias of points": (options(**POINTS, position_bias="true"),
+                                "position_bias is for images"),
+    "points without noise": (options(**POINTS, clf_noise="false"), "clf_noise false is for images"),
+    "priors without consistency": (options(spread_labels=0.5), "it needs cons_weight"),
+    "priors from label spreading alone": (options(spread_labels=1, cons_weight=1),
+                                          "--spread_labels: must be at most"),
     "negative warm-up": (options(warmup_steps=-1), "--warmup_steps"),
     "no draws": (options(draws=0), "--draws: must be at least 1"),
     "negative width": (options(width=-1), "--width"),

@@ -34,7 +34,8 @@ POINTS = {"model": "toy", "ssl_dim": 2, "ssl_l": 1, "ssl_k": 2, "ssl_hd": 8, "l"
 IMAGES = {**{f"digits, {conv}": {**TINY, "conv": conv, "ssl_conv": conv} for conv in CONVS},
           "squeezed first": {**TINY, "model": "mnist-small", "width": 8},
           "digits, cond-shift": {**TINY, "ssl_model": "cond-shift"},
-          "digits, marginal": {**TINY, "pixels": "marginal"}}
+          "digits, marginal": {**TINY, "pixels": "marginal"},
+          "digits, position_bias": {**TINY, "position_bias": True}}
 MODELS = {**{name: (settings, (1, 8, 8)) for name, settings in IMAGES.items()},
           "points": (POINTS, (2, 1, 1))}
 
@@ -262,7 +263,8 @@ def make_step(settings, model, micro_bs, **speed):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("changes", [{}, {"cl_weight": 1, "clip_gn": 5, "sup_weight": 3},
                                      {"ssl_alg": "em", "weight_decay": 0.1},
-                                     {"cl_weight": 1, "cons_weight": 30}])
+                                     {"cl_weight": 1, "cons_weight": 30},
+                                     {"cons_weight": 30, "spread_labels": 0.9}])
 @pytest.mark.parametrize("micro_bs", [7, 64])
 def test_training_steps_change_the_weights_as_plain_ones_do(tmp_path, monkeypatch, micro_bs,
                                                             changes):
@@ -270,7 +272,7 @@ def test_training_steps_change_the_weights_as_plain_ones_do(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     # With this threshold a random model is confident about some rows.
     _, settings = read_settings(options(**changes, confidence=0.2))
-    data, models, terms = load_tiny(), [], []
+    data, models, terms = load_tiny(spread_labels=settings.spread_labels), [], []
     for fast in (True, False):
         model = randomize(build_model(settings, data.shape, 10))
         generator = torch.Generator().manual_seed(0)
@@ -280,13 +282,13 @@ def test_training_steps_change_the_weights_as_plain_ones_do(tmp_path, monkeypatc
             optimizer = torch.optim.Adamax(model.parameters(), lr=settings.lr,
                                            weight_decay=settings.weight_decay)
         for _ in range(3):
-            x, y, *augmented = data.sample_batch(20, 0.5, generator,
-                                                 augmented=settings.cons_weight > 0)
+            batch = data.sample_batch(20, 0.5, generator, augmented=settings.cons_weight > 0)
             if fast:
-                terms.append(step(x, y, *augmented))
+                terms.append(step(*batch))
             else:
-                expected = objective(model.log_joint(x), y, settings,
-                                     *map(model.log_joint, augmented))
+                x, y, *more = batch
+                expected = objective(model.log_joint(x), y, settings, y,
+                                     *map(model.log_joint, more[:1]), *more[1:])
                 assert (expected.confident > 0) == (settings.cons_weight > 0)
                 torch.testing.assert_close(terms.pop(0), torch.stack(expected).detach(),
                                            rtol=1e-9, atol=1e-9)

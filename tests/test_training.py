@@ -32,7 +32,8 @@ POINTS = {"data": "moons", "model": "toy", "ssl_dim": -1, "ssl_l": 1, "conv": "q
 def terms_and_gradient(log_joint, y, log_joint_augmented=None, **changes):
     """The terms as numbers, and the gradient of the loss with respect to log_joint."""
     log_joint = log_joint.clone().requires_grad_()
-    terms = objective(log_joint, y, SimpleNamespace(**{**SGD, **changes}), log_joint_augmented)
+    terms = objective(log_joint, y, SimpleNamespace(**{**SGD, **changes}), y,
+                      log_joint_augmented)
     terms.loss.backward()
     return Terms(*(term.item() for term in terms)), log_joint.grad
 
@@ -94,12 +95,28 @@ def test_consistency(batch):
     assert augmented.grad[[1, 0, 2, 5]].any(1).all() and not augmented.grad[[3, 4]].any()
 
 
+def test_priors_change_the_targets_of_consistency_only(batch):
+    """q(y) is proportional to p(x | y) r(y), and the log-likelihood keeps p(y)."""
+    log_joint, y = batch
+    augmented, p_y = log_joint.flip(1), torch.tensor([0.1, 0.2, 0.3, 0.4])
+    r = torch.tensor([[0.01, 0.97, 0.01, 0.01]]).expand(len(y), -1)
+    settings = SimpleNamespace(**{**SGD, "cons_weight": 1.0, "confidence": 0.0})
+    terms = objective(log_joint, y, settings, y, augmented, (r / p_y).log())
+    p_x_given_y = (log_joint - p_y.log()).exp()
+    q = p_x_given_y * r / (p_x_given_y * r).sum(1, keepdim=True)
+    expected = -(q * augmented.log_softmax(1)).sum(1)[y < 0].mean()
+    assert terms.cons_loss == pytest.approx(float(expected))
+    plain = objective(log_joint, y, settings, y, augmented)
+    assert terms.cons_loss != pytest.approx(float(plain.cons_loss))
+    assert terms.log_likelihood == plain.log_likelihood and terms.cl_loss == plain.cl_loss
+
+
 def test_terms_of_micro_batches_sum_to_those_of_the_batch(batch):
     log_joint, y = batch
     log_joint, augmented = 10 * log_joint, log_joint.flip(0)
     settings = SimpleNamespace(**{**SGD, "cl_weight": 2.0, "cons_weight": 5.0})
-    whole = torch.stack(objective(log_joint, y, settings, augmented))
-    parts = [torch.stack(objective(log_joint[s], y[s], settings, augmented[s], batch_y=y))
+    whole = torch.stack(objective(log_joint, y, settings, y, augmented))
+    parts = [torch.stack(objective(log_joint[s], y[s], settings, y, augmented[s]))
              for s in (slice(2), slice(2, 6))]
     torch.testing.assert_close(sum(parts), whole)
     assert whole[3] > 0 and whole[4] > 0
@@ -615,6 +632,13 @@ def test_evaluation_is_exact_and_repeatable():
     assert one[0] == pytest.approx(float(log_joint.logsumexp(1).mean()), rel=1e-5)
     assert one[1] == pytest.approx(float((log_joint.argmax(1) == data.test_y).float().mean()))
     assert one[0] != evaluate_with(1)[0]
+
+    data.clf_noise = False      # what is classified has no noise, log p(x) is as before
+    middle = (data.test_x + 0.5) / 17
+    with torch.no_grad():
+        expected = float((model.log_joint(middle).argmax(1) == data.test_y).float().mean())
+    assert evaluate_with(0) == (one[0], pytest.approx(expected))
+    assert evaluate_with(1) == (pytest.approx(one[0], abs=5), pytest.approx(expected))
 
 
 @pytest.mark.slow

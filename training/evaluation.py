@@ -37,7 +37,8 @@ def evaluate(infer: Inference, data: SemiSupervisedData, examples: Examples, bat
 
     infer: x -> log p(x, y), called with batches of one size, at most `batch_size`. `seed`
     determines the dequantisation noise, so two evaluations of the same weights on the same device
-    agree. Each process evaluates its share of the batches.
+    agree. Without data.clf_noise the x that is classified has no noise, and so needs a pass of its
+    own. Each process evaluates its share of the batches.
     """
     generator = torch.Generator(data.device).manual_seed(seed)
     images, y = examples
@@ -51,11 +52,14 @@ def evaluate(infer: Inference, data: SemiSupervisedData, examples: Examples, bat
         x = data.dequantize(images[rows], generator)  # by all processes: the noise stays the same
         if i % processes.size == processes.rank:
             log_joint = infer(x)
+            log_p = log_joint.logsumexp(1).double()
+            if not data.clf_noise:
+                log_joint = infer(data.middle_of_levels(images[rows]))
             correct = log_joint.argmax(1) == y[rows]
-            values = torch.stack((log_joint.logsumexp(1).double(), correct.double()))
+            values = torch.stack((log_p, correct.double()))
             sums += (values * counted).sum(1)
-    log_p, accuracy = (processes.sum(sums) / n).tolist()
-    return log_p, accuracy
+    mean_log_p, accuracy = (processes.sum(sums) / n).tolist()
+    return mean_log_p, accuracy
 
 
 class RunEvaluation:

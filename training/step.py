@@ -64,27 +64,26 @@ class TrainingStep:
         self._update_average = get_ema_multi_avg_fn(settings.ema)
         self.captured = Captured(self._run) if log_joint.cuda_graph else None
 
-    def __call__(self, x: Tensor, y: Tensor, augmented: Tensor | None = None) -> Tensor:
-        """Train on the batch x (B, C, H, W), y (B,) -> its Terms, stacked: (T,).
+    def __call__(self, *batch: Tensor) -> Tensor:
+        """Train on a batch of `sample_batch` -> its Terms, stacked: (T,).
 
-        y: -1 where the label is hidden; augmented: the augmented copies of x, for the consistency
-        term. Of several processes, each gets its shard's contribution to the terms.
+        batch: x (B, C, H, W); y (B,), -1 where the label is hidden; for the consistency term, the
+        augmented copies of x, and their log r(y) / p(y), (B, K), if images have priors. Of several
+        processes, each gets its shard's contribution to the terms.
         """
-        batch = (x, y) if augmented is None else (x, y, augmented)
         return self.captured(*batch) if self.captured else self._run(*batch)
 
-    def _run(self, x: Tensor, y: Tensor, *augmented: Tensor) -> Tensor:
+    def _run(self, x: Tensor, y: Tensor, *of_copies: Tensor) -> Tensor:
         for p in self.parameters:
             p.grad = None
-        n_images = max(self.micro_batch_size // (1 + len(augmented)), 1)
-        shards = [self.processes.shard(rows).split(n_images) for rows in (y, x, *augmented)]
+        n_images = max(self.micro_batch_size // (2 if of_copies else 1), 1)
+        shards = [self.processes.shard(rows).split(n_images) for rows in (x, y, *of_copies)]
         batch_terms = torch.zeros(len(Terms._fields), device=x.device, dtype=x.dtype)
-        for i, (micro_y, *images) in enumerate(zip(*shards)):
+        for i, (micro_x, micro_y, *micro) in enumerate(zip(*shards)):
             with self._gradient_sync(i == len(shards[0]) - 1):
-                inputs = torch.cat(images) if augmented else images[0]
-                log_joints = self.log_joint(inputs).chunk(len(images))
-                terms = objective(log_joints[0], micro_y, self.settings,
-                                  log_joints[1] if augmented else None, batch_y=y)
+                inputs = torch.cat((micro_x, micro[0])) if micro else micro_x
+                log_joint, *augmented = self.log_joint(inputs).split(len(micro_x))
+                terms = objective(log_joint, micro_y, self.settings, y, *augmented, *micro[1:])
                 (terms.loss * self.processes.size).backward()  # DistributedDataParallel averages
             batch_terms = batch_terms + torch.stack(terms).detach()
         self._update()

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits, make_circles, make_moons
 from sklearn.model_selection import train_test_split
+from sklearn.semi_supervised import LabelSpreading
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,6 +23,9 @@ from . import Settings
 from .errors import BadInput
 
 MOONS_NOISE, CIRCLES_NOISE, CIRCLES_FACTOR = 0.1, 0.05, 0.5
+
+# Of scikit-learn's LabelSpreading. These suit digits, and the graph of 60,000 images fits memory.
+SPREADING = {"kernel": "knn", "n_neighbors": 10, "alpha": 0.5, "max_iter": 1000}
 
 Examples = tuple[Tensor, Tensor]        # x (N, C, H, W), y (N,)
 
@@ -41,13 +46,16 @@ class SemiSupervisedData:
     training examples whose labels are shown, at least one of each class; the other training labels
     are not stored. labelled_ids: the indices of the same examples in the full training set, if
     train_x is a part of it. val_x, val_y: validation examples, which are not in train_x; none if
-    `validation` is None. augmentation: of the copies that `sample_batch` makes.
+    `validation` is None. augmentation: of the copies that `sample_batch` makes. clf_noise: whether
+    these copies, and the images whose classification is evaluated, are dequantised with noise.
+    spread_labels: w of `label_spreading_prior`, with which `sample_batch` returns priors.
     """
 
     def __init__(self, train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor,
                  labelled: Tensor, grey_levels: int | None, device: str | torch.device = "cpu",
                  labelled_ids: Tensor | None = None, validation: Examples | None = None,
-                 augmentation: Augmentation | None = None):
+                 augmentation: Augmentation | None = None, clf_noise: bool = True,
+                 spread_labels: float = 0.0):
         self.n_classes = int(train_y[labelled].max()) + 1
         self.labelled = labelled.to(device)
         self.labelled_ids = labelled if labelled_ids is None else labelled_ids
@@ -59,6 +67,7 @@ class SemiSupervisedData:
         val_x, val_y = validation or (train_x[:0], train_y[:0])
         self.val_x, self.val_y = val_x.to(device), val_y.to(device)
         self.grey_levels, self.augmentation = grey_levels, augmentation
+        self.clf_noise, self.spread_labels = clf_noise, spread_labels
         self.device = torch.device(device)
 
     @property
@@ -72,6 +81,13 @@ class SemiSupervisedData:
         counts = torch.bincount(self.train_y[self.labelled], minlength=self.n_classes)
         return counts.double().cpu() / len(self.labelled)
 
+    @cached_property
+    def log_prior_ratio(self) -> Tensor:
+        """log r(y) / p(y) of each training image, (N, K), r being its `label_spreading_prior`."""
+        prior = label_spreading_prior(self, self.spread_labels)
+        ratio = (prior / self.class_probs).log()
+        return ratio.to(torch.get_default_dtype()).to(self.device)
+
     def dequantize(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """(grey level + u) / grey_levels, with u uniform in [0, 1) from `generator`.
 
@@ -83,6 +99,11 @@ class SemiSupervisedData:
         noise = torch.rand(x.shape, generator=generator, dtype=dtype, device=x.device)
         return (x.to(dtype) + noise) / self.grey_levels
 
+    def middle_of_levels(self, x: Tensor) -> Tensor:
+        """(grey level + 1/2) / grey_levels: dequantised without noise."""
+        assert self.grey_levels is not None, "points have no grey levels"
+        return (x.to(torch.get_default_dtype()) + 0.5) / self.grey_levels
+
     def sample_batch(self, batch_size: int, labelled_prob: float, generator: torch.Generator,
                      augmented: bool = False) -> tuple[Tensor, ...]:
         """A training batch: x (B, C, H, W), dequantised; y (B,), -1 where the label is hidden.
@@ -90,7 +111,9 @@ class SemiSupervisedData:
         Each row is, independently, a labelled example with probability `labelled_prob` and
         otherwise an unlabelled one, chosen uniformly with replacement; without unlabelled examples
         all rows are labelled. With `augmented` there is a third tensor: the augmented copies of the
-        same images, dequantised with their own noise.
+        same images, dequantised with their own noise, or without noise if `clf_noise` is false; and
+        with `spread_labels` a fourth: log r(y) / p(y) of each row, (B, K), where r is the image's
+        `label_spreading_prior`.
         """
         def choose(indices: Tensor) -> Tensor:
             return indices[torch.randint(len(indices), (batch_size,), generator=generator,
@@ -105,7 +128,9 @@ class SemiSupervisedData:
             return x, y
         assert self.augmentation is not None, "these data have no augmentation"
         copies = augment(images, self.augmentation, generator)
-        return x, y, self.dequantize(copies, generator)
+        copies = (self.dequantize(copies, generator) if self.clf_noise
+                  else self.middle_of_levels(copies))
+        return (x, y, copies, self.log_prior_ratio[index]) if self.spread_labels else (x, y, copies)
 
     def labelled_prob(self, sup_sample_weight: float) -> float:
         """The probability that a row of a batch is labelled.
@@ -150,17 +175,31 @@ def augment(images: Tensor, largest: Augmentation, generator: torch.Generator) -
     return F.grid_sample(images.to(grid.dtype), grid, align_corners=False).round().to(images.dtype)
 
 
+def label_spreading_prior(data: SemiSupervisedData, share: float) -> Tensor:
+    """A prior over the classes for each training image: w s + (1 - w) p(y), (N, K) float64.
+
+    s: the distribution over the classes that label spreading (Zhou et al. 2003, "Learning with
+    local and global consistency") gives the image, from the labelled ones along a graph in which
+    each image is connected to its nearest neighbours in Euclidean distance; share: w.
+    """
+    x, y = data.train_x.flatten(1).cpu().numpy(), data.train_y.cpu().numpy()
+    s = torch.from_numpy(LabelSpreading(**SPREADING).fit(x, y).label_distributions_)
+    return share * s + (1 - share) * data.class_probs
+
+
 def load_data(settings: Settings, device: str | torch.device = "cpu") -> SemiSupervisedData:
     """The dataset that settings.data names, on `device`.
 
     settings: data, data_root, validation, num_examples, data_seed, supervised, cons_weight,
-    aug_rotation, aug_scaling, aug_shift. The validation images are the same whatever the seeds.
-    Raises BadInput if the files cannot be had, the settings ask for more examples than there are,
-    or points for augmentation.
+    clf_noise, spread_labels, aug_rotation, aug_scaling, aug_shift. The validation images are the
+    same whatever the seeds. Raises BadInput if the files cannot be had, the settings ask for more
+    examples than there are, or points for what is for images.
     """
     dataset = DATASETS[settings.data]
     if settings.cons_weight and not dataset.augmentation:
         raise BadInput(f"cons_weight needs images, for augmentation; {settings.data} has points")
+    if not settings.clf_noise and dataset.grey_levels is None:
+        raise BadInput(f"clf_noise false is for images; {settings.data} has points, without noise")
     train_x, train_y, test_x, test_y = dataset.load(settings)
     kept, validation = np.arange(len(train_x)), None
     if settings.validation:
@@ -180,7 +219,8 @@ def load_data(settings: Settings, device: str | torch.device = "cpu") -> SemiSup
         default if (given := getattr(settings, f"aug_{name}")) == -1 else given
         for name, default in dataset.augmentation._asdict().items()))
     return SemiSupervisedData(train_x, train_y, test_x, test_y, labelled, dataset.grey_levels,
-                              device, torch.from_numpy(kept)[labelled], validation, augmentation)
+                              device, torch.from_numpy(kept)[labelled], validation, augmentation,
+                              settings.clf_noise, settings.spread_labels)
 
 
 def _split(y: Tensor, n: int, dataset: "Dataset") -> tuple[np.ndarray, np.ndarray]:

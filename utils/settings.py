@@ -146,6 +146,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
             ("width", whole,
              "channels of the networks of f_w, except toy's; 0: the model's default"),
             ("n_blocks", whole, "residual blocks of these networks; 0: the model's default"),
+            ("position_bias", _boolean, "give them a learned bias per pixel (true or false)"),
             ("conv", str, "invertible 1x1 convolutions of f_w"),
             ("hh_factors", positive, "Householder reflections of conv qr, qr-abs and hh"),
             ("l", positive, "flow steps of model toy"),
@@ -173,6 +174,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "for its augmented copy; L_clf is then averaged over an image and its copy")
     add("confidence", _number(float, 0, 1), 0.95,
         "confidence threshold: p(y | x) is confident if its largest value exceeds it")
+    add("spread_labels", _number(float, 0, 1 - 1e-9), 0.0,
+        "w: the targets of the consistency term have the prior w s(y) + (1 - w) p(y), where s is "
+        "from label spreading over the training images; 0: p(y)")
+    add("clf_noise", _boolean, True,
+        "classify images with dequantisation noise; false: augmented copies, and the images whose "
+        "error is measured, have values in the middle of their grey levels", metavar="true|false")
     for name, kind, text in (("rotation", _number(float, 0, 180, also=(-1,)), "rotation, degrees"),
                              ("scaling", _number(float, 0, 0.9, also=(-1,)),
                               "change of size, as a share of it"),
@@ -257,6 +264,9 @@ class SettingsParser(ExParser):
             self.error(f"with lr_schedule {settings.lr_schedule} the last epoch has learning rate "
                        "zero, so a single one would change nothing: use more epochs, or "
                        "lr_schedule cosine or no")
+        if settings.spread_labels and not settings.cons_weight:
+            self.error("spread_labels changes the targets of the consistency term: it needs "
+                       "cons_weight")
         if not settings.validation and not settings.test:
             self.error("test false needs validation examples: --validation N")
         if settings.ema and not settings.validation and not settings.pretrained:
