@@ -24,8 +24,7 @@ from .errors import BadInput
 
 MOONS_NOISE, CIRCLES_NOISE, CIRCLES_FACTOR = 0.1, 0.05, 0.5
 
-# Of scikit-learn's LabelSpreading. These suit digits, and the graph of 60,000 images fits memory.
-SPREADING = {"kernel": "knn", "n_neighbors": 10, "alpha": 0.5, "max_iter": 1000}
+SPREADING_NEIGHBOURS = 10       # on digits; fewer or more are worse
 
 Examples = tuple[Tensor, Tensor]        # x (N, C, H, W), y (N,)
 
@@ -183,7 +182,9 @@ def label_spreading_prior(data: SemiSupervisedData, share: float) -> Tensor:
     each image is connected to its nearest neighbours in Euclidean distance; share: w.
     """
     x, y = data.train_x.flatten(1).cpu().numpy(), data.train_y.cpu().numpy()
-    s = torch.from_numpy(LabelSpreading(**SPREADING).fit(x, y).label_distributions_)
+    spreading = LabelSpreading(kernel="knn", n_neighbors=SPREADING_NEIGHBOURS, alpha=0.5,
+                               max_iter=1000)
+    s = torch.from_numpy(spreading.fit(x, y).label_distributions_)
     return share * s + (1 - share) * data.class_probs
 
 
