@@ -51,7 +51,7 @@ def random_model(name="digits, full", device="cpu"):
 def shipped_digits_model():
     """-> the digits model that ships, and its test images."""
     _, settings = read_settings(["--config", str(PROJECT / "configs" / "digits.yaml")])
-    model = build_model(settings, (1, 8, 8), 10)
+    model = build_model(settings, (1, 8, 8), 10, grey_levels=17)
     load_weights(model, PROJECT / "pretrained" / "digits.torch")
     data = load_tiny()
     return model, data.dequantize(data.test_x, torch.Generator().manual_seed(0))

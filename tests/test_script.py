@@ -309,7 +309,7 @@ def test_shipped_weights_of_the_quick_start(tmp_path):
     assert done.returncode == 0, done.stderr
     error = float(done.stdout.split("Test error")[1].split("%")[0])
     bits = float(done.stdout.split("bits/dim")[1].split()[0])
-    assert error <= 8 and bits <= 2.15
+    assert error <= 5 and bits <= 2.05
 
 
 def test_weights_in_the_published_layout(tmp_path):

@@ -51,7 +51,8 @@ SHOWN_LINES = 60            # of the output of a command that failed
 MARGIN = 3                  # minutes kept for evaluation and packing; the run may use one of them
 GRACE = 120                 # seconds for a run to stop after SIGTERM
 REHEARSAL = ["--config", str(PROJECT / "configs" / "digits.yaml"), "--device", "cpu",
-             "--epochs", "500", "--log_each", "2", "--num_examples", "400", "--ssl_k", "1"]
+             "--epochs", "500", "--log_each", "2", "--num_examples", "400", "--ssl_k", "1",
+             "--validation", "0", "--cons_weight", "0", "--spread_labels", "0"]
 
 
 def prepare(folder, data_root=None, packages=PACKAGES):
