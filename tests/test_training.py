@@ -663,7 +663,8 @@ def test_the_small_run_on_mnist_end_to_end(tmp_path, monkeypatch, capsys, mnist_
     assert run_script(["--resume", str(run), "--time_limit", "0"]) == 0
     assert "Test error of the" in capsys.readouterr().out
     row, = read_metrics(run)
-    assert all(5 < row[key] < 20 for key in ("test_bpd", "val_bpd", "ema_val_bpd"))
+    # A few steps away from the model that the Gaussian pixels make at the start: independent ones.
+    assert all(1.8 < row[key] < 2.3 for key in ("test_bpd", "val_bpd", "ema_val_bpd"))
     assert 0 <= row["confident"] <= 1 and row["cl_loss"] > 0
     assert len((run / "labelled.txt").read_text().split()) == 100
     assert run_script([*line, "--pretrained", str(run / "checkpoint.pt")]) == 0
