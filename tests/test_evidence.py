@@ -212,8 +212,10 @@ def test_shipped_weights_give_the_numbers_of_their_card(name, tmp_path, monkeypa
     model = build_model(settings, data.shape, data.n_classes, grey_levels=data.grey_levels)
     checkpoint.load_weights(model, checkpoint.shipped_weights(settings.config_file))
     log_joint = FastLogJoint(model, *choose_speed(settings, data.device, Processes()))
-    log_p, accuracy = evaluate(build_inference(log_joint), data, (images, y), 256, 7, Processes())
-    error, bits = 100 * (1 - accuracy), data.bits_per_dim(log_p)
+    inference = build_inference(log_joint)
+    draws = [evaluate(inference, data, (images, y), 256, seed, Processes()) for seed in (7, 8, 9)]
+    error = mean([100 * (1 - accuracy) for _, accuracy in draws])
+    bits = mean([data.bits_per_dim(log_p) for log_p, _ in draws])
     rows = card(name)
     error_tolerance = float(rows["tolerance of error"].removesuffix(" points"))
     bits_tolerance = float(rows["tolerance of bits/dim"])
@@ -221,7 +223,7 @@ def test_shipped_weights_give_the_numbers_of_their_card(name, tmp_path, monkeypa
     assert error_tolerance < 4 and bits_tolerance < 0.05
     assert abs(error - mean(figures["error"])) <= error_tolerance
     assert abs(bits - mean(figures["bits_per_dim"])) <= bits_tolerance
-    if settings.data == "mnist":            # on the same images, with another noise sample
+    if settings.data == "mnist":            # on the same images, with other noise samples
         recorded = figures["each_20th"]
         assert len(recorded["error"]) == len(recorded["bits_per_dim"]) == 3
         assert error == pytest.approx(mean(recorded["error"]), abs=1.2)
