@@ -355,6 +355,7 @@ def test_the_optimizer_s_state_is_restored(tmp_path, monkeypatch):
     assert step.state_dict()["optimizer"]["step"] == 2
 
 
+@pytest.mark.usefixtures("float64")
 def test_the_optimizer_s_state_is_that_of_adamax_by_parameter(tmp_path, monkeypatch):
     """Each moment has its own parameter's name, and the values of torch's Adamax over them."""
     monkeypatch.chdir(tmp_path)
@@ -371,7 +372,7 @@ def test_the_optimizer_s_state_is_that_of_adamax_by_parameter(tmp_path, monkeypa
     for name, p in plain.named_parameters():
         for key in ("exp_avg", "exp_inf"):
             torch.testing.assert_close(step.state_dict()["optimizer"][key][name],
-                                       optimizer.state[p][key], rtol=1e-3, atol=1e-4, msg=name)
+                                       optimizer.state[p][key], rtol=1e-6, atol=1e-9, msg=name)
 
 
 def test_moving_average_of_the_weights(tmp_path, monkeypatch):
