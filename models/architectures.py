@@ -6,6 +6,7 @@ The option `model` names that of f_w (FLOWS), and `ssl_model` that of h_phi (HEA
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,13 @@ from .bijections import (
     MultiScale,
     Shape,
     Split,
+    SplitCoupling,
     Squeeze,
     split_size,
 )
 from .conv1x1 import invertible_conv
-from .networks import resnet1x1, resnet3x3, toy_network
-from .pixels import PIXELS
+from .networks import ImageNetwork, resnet1x1, resnet3x3, toy_network
+from .pixels import PIXELS, ConditionalPixels
 
 EMBEDDING_DIM = 10    # of a label, in h_phi
 
@@ -81,6 +83,55 @@ def masked_glow(shape: Shape, options: SimpleNamespace, width: int, n_blocks: in
     ])
 
 
+class PixelPyramid(MultiScale):
+    """x --ConditionalPixels--> (z_aux, z_f), then z_aux given z_f by a SplitCoupling."""
+
+    cheap_last_part = True
+
+    def last_part(self, x: Tensor, n: int) -> Tensor:
+        """z_f alone, without computing z_aux: x (B, 1, H, W) -> (B, n)."""
+        pixels: Any = self.levels[0][0]
+        return pixels.last_group(x)
+
+
+def pixel_pyramid(shape: Shape, options: SimpleNamespace, width: int, n_blocks: int, n_bins: int,
+                  shift_width: int, shift_blocks: int, split_width: int) -> PixelPyramid:
+    """f_w for images (1, H, W): pixels from coarse to fine, each given the coarser ones.
+
+    z_f are the pixels of odd rows and even columns, which come last. width, n_blocks: of the
+    networks of the pixels; options.width and options.n_blocks override them if positive.
+    shift_width, shift_blocks: of the network that shifts z_f; split_width: of that of the
+    SplitCoupling.
+
+    Raises ValueError for images of more than one channel or sides that are not multiples of 4, if
+    options.grey_levels is None, or if options.ssl_dim is not the number of the last pixels.
+    """
+    c, h, w = shape
+    if c != 1 or h % 4 or w % 4:
+        raise ValueError(f"model {options.model} needs images of one channel, with sides that are "
+                         f"multiples of 4, not data of shape {tuple(shape)}")
+    if options.grey_levels is None:
+        raise ValueError(f"model {options.model} needs the number of grey levels of the images")
+    if options.pixels != "logit" or options.position_bias:
+        given = "position_bias" if options.position_bias else f"pixels {options.pixels}"
+        raise ValueError(f"{given} is for other models: {options.model} has its own first layer")
+    n_last = h * w // 4
+    if options.ssl_dim != n_last:
+        raise ValueError(f"model {options.model} needs ssl_dim {n_last}, a quarter of the pixels, "
+                         f"not {options.ssl_dim}")
+
+    def network(c_in: int, c_out: int, size: tuple[int, int]) -> nn.Module:
+        return resnet3x3(c_in, c_out, options.width or width, options.n_blocks or n_blocks,
+                         "zeros", size)
+
+    def shift(c_in: int, size: tuple[int, int], n: int) -> nn.Module:
+        return ImageNetwork(c_in, size, n, shift_width, shift_blocks)
+
+    return PixelPyramid(shape, [
+        ConditionalPixels(shape, options.grey_levels, n_bins, network, shift),
+        SplitCoupling(resnet1x1(n_last, 2 * (h * w - n_last), split_width, n_blocks=1), n_last)])
+
+
 def toy_flow(shape: Shape, options: SimpleNamespace) -> MultiScale:
     """f_w for points in the plane, given as 2 x 1 x 1: `l` flow steps.
 
@@ -104,6 +155,8 @@ FLOWS: dict[str, Callable[[Shape, SimpleNamespace], MultiScale]] = {
     "mnist-small": partial(masked_glow, width=32, n_blocks=1, squeeze_first=True,
                            padding_mode="zeros"),
     "digits-masked": partial(masked_glow, width=16, n_blocks=1),
+    "pyramid": partial(pixel_pyramid, width=64, n_blocks=2, n_bins=32, shift_width=64,
+                       shift_blocks=2, split_width=512),
     "toy": toy_flow,
 }
 

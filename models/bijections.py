@@ -171,6 +171,31 @@ class ChannelCoupling(Bijection):
         return torch.cat((z1 / s1 - t1, x2), 1)
 
 
+class SplitCoupling(Bijection):
+    """On vectors x = (x1, x2) with x2 (B, n): z1 = (x1 + t) s and z2 = x2, where
+    (raw, t) = net(x2) and s = sigmoid(raw + 2) + 1e-6.
+
+    With x2 = z_f and a Gaussian base of z1, z_aux given z_f is a diagonal Gaussian: the prior of
+    Kingma & Dhariwal 2018 (arXiv 1807.03039) for the part that leaves the flow at a split. The
+    network maps n dimensions to twice those of x1: first raw, then t.
+    """
+
+    def __init__(self, net: nn.Module, n: int):
+        super().__init__()
+        self.net, self.n = net, n
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x1, x2 = x[:, :-self.n], x[:, -self.n:]
+        raw, t = self.net(x2).chunk(2, 1)
+        s = torch.sigmoid(raw + 2) + 1e-6
+        return torch.cat(((x1 + t) * s, x2), 1), s.log().sum(1)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        z1, x2 = z[:, :-self.n], z[:, -self.n:]
+        raw, t = self.net(x2).chunk(2, 1)
+        return torch.cat((z1 / (torch.sigmoid(raw + 2) + 1e-6) - t, x2), 1)
+
+
 class ConditionalFlowStep(Bijection):
     """A flow step of h_phi: ActNorm, invertible 1x1 convolution, conditional channel coupling."""
 
@@ -207,9 +232,11 @@ class MultiScale(Bijection):
 
     z (B, D) holds the channels that left at each split, in order, and last what reached the end,
     each part flattened in the order (c, h, w). A context, if given, goes to every bijection.
-    `levels` has the bijections before, between and after the splits.
+    `levels` has the bijections before, between and after the splits. `cheap_last_part`: whether
+    `last_part` computes less than `forward`.
     """
 
+    cheap_last_part = False
     levels: Sequence[Sequence[Bijection]]
 
     def __init__(self, input_shape: Sequence[int], layers: Iterable[Bijection | Split]):
@@ -242,6 +269,10 @@ class MultiScale(Bijection):
                 ldj = ldj + ldj_i
         parts.append(x.flatten(1))
         return torch.cat(parts, 1), ldj  # (B, D), (B,)
+
+    def last_part(self, x: Tensor, n: int) -> Tensor:
+        """The last n dimensions of z: x (B, ...) -> (B, n)."""
+        return self(x)[0][:, -n:]
 
     def inverse(self, z: Tensor, *context: Tensor) -> Tensor:
         flat = z.split([math.prod(shape) for shape in self.part_shapes], 1)

@@ -1,5 +1,6 @@
 """The networks inside the couplings. They are ordinary functions: nothing inverts them."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -8,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .bijections import ActNorm
+
+NORM_GROUPS = 8     # of the channels of an ImageNetwork
 
 
 def reflect_pad(x: Tensor) -> Tensor:
@@ -91,6 +94,47 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(F.relu(self.norm(self.blocks(self.first(x))), inplace=True))
+
+
+class ImageNetwork(nn.Module):
+    """A network of a whole image of `size`: (B, c_in, H, W) -> (B, n_out).
+
+    A 3x3 convolution, one of stride 2, `n_blocks` residual blocks, another one of stride 2, each
+    after group norm (Wu & He 2018, arXiv 1803.08494) and ReLU; and a linear layer, zero at the
+    start. width: of the blocks; half of it before them.
+    """
+
+    def __init__(self, c_in: int, size: tuple[int, int], n_out: int, width: int, n_blocks: int):
+        super().__init__()
+        def norm_relu(c: int) -> list[nn.Module]:
+            return [nn.GroupNorm(NORM_GROUPS, c), nn.ReLU()]
+        def half(c_in: int, c_out: int) -> nn.Module:
+            return nn.Conv2d(c_in, c_out, 3, stride=2, padding=1)
+        self.convs = nn.Sequential(
+            nn.Conv2d(c_in, width // 2, 3, padding=1), *norm_relu(width // 2),
+            half(width // 2, width),
+            *(NormedBlock(width) for _ in range(n_blocks)), *norm_relu(width),
+            half(width, width), *norm_relu(width), nn.Flatten())
+        pixels = math.prod(-(-side // 4) for side in size)
+        self.last = nn.Linear(width * pixels, n_out)
+        for p in self.last.parameters():
+            nn.init.zeros_(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.convs(x))
+
+
+class NormedBlock(nn.Module):
+    """x + conv2(relu(norm2(conv1(relu(norm1(x)))))), with 3x3 convolutions and group norm."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.branch = nn.Sequential(*(
+            layer for _ in range(2) for layer in (nn.GroupNorm(NORM_GROUPS, width), nn.ReLU(),
+                                                  nn.Conv2d(width, width, 3, padding=1))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
 
 
 def resnet3x3(c_in: int, c_out: int, width: int = 64, n_blocks: int = 4,

@@ -1,10 +1,13 @@
-"""The first layer of f_w for images, which the option `pixels` names: Logit or MarginalGaussian."""
+"""Bijections of pixels: the first layer of every f_w for images.
+
+Logit or MarginalGaussian, which the option `pixels` names; or, in model pyramid, ConditionalPixels.
+"""
 
 import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .bijections import Bijection, Shape, sum_per_sample
 
@@ -81,19 +84,12 @@ class MarginalGaussian(Bijection):
         self.p.copy_(torch.where(p == largest, capped, p * (1 - capped) / (1 - largest)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        inside = (x >= 0) & (x <= 1)
-        if not x.is_cuda and not inside.all():
-            raise ValueError("x has values outside [0, 1], where images have no density")
         p = self._normalised()
-        levels, edge = p.shape[1], torch.finfo(x.dtype).eps / 4
-        v = x.masked_fill(~inside, math.nan).flatten(1).t().double() * levels       # (D, B)
-        level = v.detach().nan_to_num().long().clamp(max=levels - 1)
+        levels, (level, passed, left) = p.shape[1], self._position(x.flatten(1).t())  # (D, B) each
         p_level = p.gather(1, level)
-        below = (p.cumsum(1) - p).gather(1, level) + p_level * (v - level).clamp(min=edge)
-        above = ((p.flip(1).cumsum(1).flip(1) - p).gather(1, level)
-                 + p_level * (level + 1 - v).clamp(min=edge))
-        sign = torch.where(below < above, 1.0, -1.0)
-        z = torch.special.ndtri(torch.minimum(below, above)) * sign
+        below = (p.cumsum(1) - p).gather(1, level) + p_level * passed
+        above = (p.flip(1).cumsum(1).flip(1) - p).gather(1, level) + p_level * left
+        z = _normal_quantile(below, above)
         ldj = (levels * p_level).log() + z ** 2 / 2 + math.log(2 * math.pi) / 2
         return z.t().reshape(x.shape).to(x.dtype), ldj.sum(0).to(x.dtype)
 
@@ -104,10 +100,177 @@ class MarginalGaussian(Bijection):
         v = torch.where(z_t < 0, _quantile(p, tail), levels - _quantile(p.flip(1), tail))
         return (v / levels).t().reshape(z.shape).to(z.dtype)
 
+    def _position(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x -> its grey level, and the shares of the level's width below x and above it, in double
+        precision."""
+        inside = (x >= 0) & (x <= 1)
+        if not x.is_cuda and not inside.all():
+            raise ValueError("x has values outside [0, 1], where images have no density")
+        levels, edge = self.p.shape[1], torch.finfo(x.dtype).eps / 4
+        v = x.masked_fill(~inside, math.nan).double() * levels
+        level = v.detach().nan_to_num().long().clamp(max=levels - 1)
+        return level, (v - level).clamp(min=edge), (level + 1 - v).clamp(min=edge)
+
     def _normalised(self) -> Tensor:
         """p in double precision, with rows that sum to 1."""
         p = self.p.double()
         return p / p.sum(1, keepdim=True)
+
+
+class ConditionalPixels(MarginalGaussian):
+    """z_j = Phi^-1(F_j(x_j | coarser pixels)), from coarse to fine, for images (1, H, W).
+
+    Each fourth pixel of each fourth row has the marginal distribution of MarginalGaussian. Then,
+    for the strides s = 2 and 1, the pixels between those of stride 2s follow in three groups, each
+    given all earlier pixels of stride s: at rows and columns (s, s), (0, s) and (s, 0) modulo 2s.
+    It is a parallel autoregressive order as in Reed et al. 2017 (arXiv 1703.03664): z comes from x
+    in one pass, and x from z in one pass for each group.
+
+    Given the pixels c before it, pixel j has grey level v with probability
+
+        p_j(v | c) = p_j(v) exp(l_jb(c)) / sum_u p_j(u) exp(l_jb(u)(c)),      b = b(v),
+
+    where p_j(v) is the marginal distribution, b(v) one of n_bins bins of adjacent grey levels, and
+    l the output of the group's network, 0 at the start. F_j is piecewise linear, as in
+    MarginalGaussian. The bins come from `fit`: black has one, and the others about equal shares.
+
+    The last group of z is z_f. It gets the information about the class by a shift, z_f + t(c), from
+    a network of the whole image c.
+
+    network(c_in, c_out, size) makes the network of a group: (B, c_in, *size) -> (B, c_out, *size).
+    shift(c_in, size, n) makes that of t: (B, c_in, *size) -> (B, n). z (B, D) has the groups in
+    their order.
+    """
+
+    bin_of: Tensor
+    order: Tensor
+
+    def __init__(self, shape: Sequence[int], grey_levels: int, n_bins: int,
+                 network: Callable[[int, int, tuple[int, int]], nn.Module],
+                 shift: Callable[[int, tuple[int, int], int], nn.Module]):
+        super().__init__(shape, grey_levels)
+        _, h, w = shape
+        self.shape, self.n_bins = (1, h, w), n_bins
+        numbers = torch.arange(h * w).view(1, 1, h, w)
+        groups, networks = [numbers[..., ::4, ::4]], []
+        for s in (2, 1):
+            size = (h // (2 * s), w // (2 * s))
+            for k in (1, 2, 3):
+                groups.append(_subgrids(numbers, s)[k])
+                networks.append(network(k, n_bins, size))
+        self.networks = nn.ModuleList(networks)
+        self.group_sizes = [group.numel() for group in groups]
+        self.shift = shift(3, size, self.group_sizes[-1])
+        self.register_buffer("order", torch.cat([group.flatten() for group in groups]),
+                             persistent=False)
+        self.register_buffer("bin_of", torch.zeros(grey_levels, dtype=torch.long))
+        self._choose_bins()
+
+    def output_shape(self, shape: Shape) -> Shape:
+        return (math.prod(shape),)
+
+    @torch.no_grad()
+    def fit(self, images: Tensor) -> None:
+        """Estimate the marginal distributions, as MarginalGaussian, and choose the bins."""
+        super().fit(images)
+        self._choose_bins()
+
+    def _choose_bins(self) -> None:
+        """A bin for level 0. The others are ranked by how much of their mass is below them; those
+        of equal rank share a bin."""
+        share = self._normalised().mean(0)[1:]
+        below = (share.cumsum(0) - share / 2) / share.sum()
+        rank = (below * (self.n_bins - 1)).long()
+        self.bin_of[1:] = 1 + torch.unique(rank, return_inverse=True)[1]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = [x.new_zeros(len(x), self.n_bins, self.group_sizes[0])]
+        logits += [self._logits(x, k) for k in range(len(self.networks))]
+        z, ldj = self._to_gaussian(x.flatten(1)[:, self.order], self.order, torch.cat(logits, 2))
+        n = self.group_sizes[-1]
+        return torch.cat((z[:, :-n], z[:, -n:] + self._shift(x)), 1), ldj.sum(1)
+
+    def last_group(self, x: Tensor) -> Tensor:
+        """z_f alone: x (B, 1, H, W) -> (B, n)."""
+        pixels = self.order[-self.group_sizes[-1]:]
+        z, _ = self._to_gaussian(x.flatten(1)[:, pixels], pixels,
+                                 self._logits(x, len(self.networks) - 1))
+        return z + self._shift(x)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        x = z.new_zeros(len(z), math.prod(self.shape))
+        images = x.view(-1, *self.shape)
+        *parts, z_f = z.split(self.group_sizes, 1)
+        for k, pixels in enumerate(self.order.split(self.group_sizes)):
+            if k < len(parts):
+                part = parts[k]
+            else:
+                part = z_f - self._shift(images)
+            logits = (self._logits(images, k - 1) if k else
+                      z.new_zeros(len(z), self.n_bins, len(pixels)))
+            x[:, pixels] = self._from_gaussian(part, pixels, logits)
+        return images
+
+    def _logits(self, x: Tensor, k: int) -> Tensor:
+        """l of the k-th network's group, of n pixels: x (B, 1, H, W) -> (B, n_bins, n)."""
+        before = _subgrids(x, 2 - k // 3)[:k % 3 + 1]
+        return self.networks[k](torch.cat(before, 1)).flatten(2)
+
+    def _shift(self, x: Tensor) -> Tensor:
+        """t of the last group: x (B, 1, H, W) -> (B, n)."""
+        return self.shift(torch.cat(_subgrids(x, 1)[:3], 1))
+
+    def _to_gaussian(self, x: Tensor, pixels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, n) of these pixels (n,), logits (B, n_bins, n) -> z, ldj, (B, n) each."""
+        p, log_q = self._distributions(pixels, logits)
+        levels, (level, passed, left) = p.shape[1], self._position(x)
+        bins = self.bin_of[level]                                               # (B, n)
+        in_table = level + levels * torch.arange(len(pixels), device=x.device)
+        # Of the bin's mass, which is 1 as that of each bin before it: below the level, and in it.
+        below, p_level = (table.flatten()[in_table] for table in (p.cumsum(1) - p, p))
+        below = below - bins
+        share_below = (below + p_level * passed).to(x.dtype)
+        share_above = (1 - below - p_level + p_level * left).to(x.dtype)
+        log_q_bin = log_q.gather(1, bins[:, None])[:, 0]
+        q, q_bin = log_q.exp(), log_q_bin.exp()
+        each = torch.arange(self.n_bins, device=x.device)[:, None]
+        z = _normal_quantile((q * (each < bins[:, None])).sum(1) + q_bin * share_below,
+                             (q * (each > bins[:, None])).sum(1) + q_bin * share_above)
+        log_density = log_q_bin + (levels * p_level).log().to(x.dtype)
+        return z, log_density + z ** 2 / 2 + math.log(2 * math.pi) / 2
+
+    def _from_gaussian(self, z: Tensor, pixels: Tensor, logits: Tensor) -> Tensor:
+        """The inverse of `_to_gaussian`: z (B, n) -> x (B, n)."""
+        p, log_q = self._distributions(pixels, logits)
+        q_level = log_q.double().exp()[:, self.bin_of].transpose(1, 2)          # (B, n, L)
+        p_given = (p * q_level).flatten(0, 1)                                   # (B * n, L)
+        p_given = p_given / p_given.sum(1, keepdim=True)
+        flat = z.double().reshape(-1, 1)
+        tail = torch.special.ndtr(-flat.abs())
+        v = torch.where(flat < 0, _quantile(p_given, tail),
+                        p.shape[1] - _quantile(p_given.flip(1), tail))
+        return (v.view_as(z) / p.shape[1]).to(z.dtype)
+
+    def _distributions(self, pixels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Of n pixels: the distributions of the grey levels within each bin, (n, L), in double
+        precision; and the log-probabilities of the bins, (B, n_bins, n)."""
+        p = self._normalised()[pixels]
+        p_bin = p @ nn.functional.one_hot(self.bin_of, self.n_bins).to(p.dtype)  # (n, n_bins)
+        log_q = (p_bin.log().to(logits.dtype).t() + logits).log_softmax(1)
+        return p / p_bin[:, self.bin_of], log_q
+
+
+def _subgrids(x: Tensor, s: int) -> list[Tensor]:
+    """The pixels of x (B, 1, H, W) at rows and columns (0, 0), (s, s), (0, s) and (s, 0) modulo 2s:
+    each (B, 1, H / 2s, W / 2s)."""
+    return [x[..., dy::2 * s, dx::2 * s] for dy, dx in ((0, 0), (s, s), (0, s), (s, 0))]
+
+
+def _normal_quantile(below: Tensor, above: Tensor) -> Tensor:
+    """Phi^-1(below), where above is 1 - below and may be the more accurate one."""
+    tail = torch.minimum(below, above).clamp(min=torch.finfo(below.dtype).tiny)
+    z = torch.special.ndtri(tail)
+    return torch.where(below < above, z, -z)
 
 
 def _quantile(p: Tensor, probability: Tensor) -> Tensor:

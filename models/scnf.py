@@ -56,6 +56,10 @@ class SemiConditionalFlow(nn.Module):
         """f_w: x (B, C, H, W) -> z (B, D) = (z_aux, z_f), ldj (B,)."""
         return self.f_w(x)
 
+    def encode_f(self, x: Tensor) -> Tensor:
+        """z_f alone, which is all that p(y | x) needs: x (B, C, H, W) -> (B, ssl_dim)."""
+        return self.f_w.last_part(x, self.ssl_dim)
+
     def decode(self, z: Tensor) -> Tensor:
         """The inverse of f_w: z (B, D) -> x (B, C, H, W)."""
         return self.f_w.inverse(z)
@@ -84,8 +88,7 @@ class SemiConditionalFlow(nn.Module):
 
     def posterior(self, x: Tensor) -> Tensor:
         """p(y | x): x (B, C, H, W) -> (B, K). The terms of f_w do not depend on y and cancel."""
-        _, z_f = self.split_latent(self.encode(x)[0])
-        return self.log_zf_joint(z_f).softmax(1)
+        return self.log_zf_joint(self.encode_f(x)).softmax(1)
 
     @torch.no_grad()
     def sample(self, y: Tensor, eps: Tensor | None = None) -> Tensor:

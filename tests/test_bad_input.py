@@ -115,6 +115,13 @@ CASES = {
         options(validation=1300, num_examples=200), "more than the 137 training examples of digits "
         "beside the 1300 for validation"),
     "pixels of points": (options(**POINTS, pixels="marginal"), "pixels marginal is for images"),
+    "pyramid of points": (options(**{**POINTS, "model": "pyramid"}), "needs images of one channel"),
+    "pyramid with another z_f": (options(model="pyramid", ssl_dim=32), "needs ssl_dim 16"),
+    "pyramid with another first layer": (options(model="pyramid", pixels="marginal"),
+                                         "pixels marginal is for other models"),
+    "pyramid with position_bias": (options(model="pyramid", position_bias="true"),
+                                   "position_bias is for other models"),
+    "unknown optimizer": (options(optimizer="sgd"), "--optimizer: invalid choice"),
     "position_bias of points": (options(**POINTS, position_bias="true"),
                                 "position_bias is for images"),
     "points without noise": (options(**POINTS, clf_noise="false"), "clf_noise false is for images"),

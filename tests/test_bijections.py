@@ -17,12 +17,27 @@ from models.bijections import (
     ConditionalFlowStep,
     MultiScale,
     Split,
+    SplitCoupling,
     Squeeze,
     split_size,
 )
 from models.conv1x1 import CONVS, invertible_conv
-from models.networks import _reflect_pad_by_slices, reflect_pad, resnet1x1, resnet3x3, toy_network
-from models.pixels import EVEN_SHARE, LARGEST_SHARE, PSEUDO_COUNTS, Logit, MarginalGaussian
+from models.networks import (
+    ImageNetwork,
+    _reflect_pad_by_slices,
+    reflect_pad,
+    resnet1x1,
+    resnet3x3,
+    toy_network,
+)
+from models.pixels import (
+    EVEN_SHARE,
+    LARGEST_SHARE,
+    PSEUDO_COUNTS,
+    ConditionalPixels,
+    Logit,
+    MarginalGaussian,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 B = 3
@@ -39,6 +54,12 @@ def multi_scale():
 def f_w(model, conv, shape):
     settings = {"model": model, "conv": conv, "ssl_dim": -1, "l": 3, "ssl_model": "cond-shift"}
     return build_model(settings, shape, 2).f_w
+
+
+def pyramid():
+    settings = {"model": "pyramid", "width": 8, "n_blocks": 1, "ssl_dim": 16,
+                "ssl_model": "cond-shift"}
+    return build_model(settings, (1, 8, 8), 2, grey_levels=17).f_w
 
 
 def conditional_flow_step():
@@ -64,10 +85,21 @@ def marginal_gaussian(shape=(2, 4, 4), levels=17):
     return f
 
 
+def conditional_pixels(shape=(1, 8, 8), levels=17, n_bins=6):
+    def network(c_in, c_out, size):
+        return resnet3x3(c_in, c_out, 8, 1, "zeros", size)
+    f = ConditionalPixels(shape, levels, n_bins, network,
+                          lambda c_in, size, n: ImageNetwork(c_in, size, n, 16, 1))
+    f.fit(grey_images(50, shape, levels))
+    return f
+
+
 BIJECTIONS = {
     # name: (how to make it, shape of x)
     "logit": (Logit, (2, 4, 4)),
     "marginal": (marginal_gaussian, (2, 4, 4)),
+    "conditional pixels": (conditional_pixels, (1, 8, 8)),
+    "conditional pixels, oblong": (partial(conditional_pixels, (1, 4, 8)), (1, 4, 8)),
     "squeeze": (Squeeze, (3, 4, 6)),
     "actnorm": (lambda: ActNorm(4), (4, 2, 3)),
     "actnorm of vectors": (lambda: ActNorm(6), (6,)),
@@ -77,9 +109,11 @@ BIJECTIONS = {
     "channel of points": (partial(channel_coupling, toy_network, 2), (2, 1, 1)),
     **{f"conv {kind}": (partial(invertible_conv, kind, 4, 3), (4, 2, 3)) for kind in CONVS},
     **{f"conv {kind} of vectors": (partial(invertible_conv, kind, 6, 2), (6,)) for kind in CONVS},
+    "split coupling": (lambda: SplitCoupling(resnet1x1(2, 8, 8, 1), 2), (6,)),
     "multi-scale": (multi_scale, (2, 4, 4)),
     **{f"f_w {model}, {conv}": (partial(f_w, model, conv, shape), shape)
        for model, shape in (("toy", (2, 1, 1)), ("digits-masked", (1, 8, 8))) for conv in CONVS},
+    "f_w pyramid": (pyramid, (1, 8, 8)),
 }
 CONDITIONAL = {
     # name: (how to make it, type of the context: an embedding, or labels)
@@ -243,6 +277,95 @@ def test_marginal_gaussian_refuses_what_is_no_image(value):
     x[1, 1, 2, 3] = value
     with pytest.raises(ValueError, match=r"values outside \[0, 1\]"):
         marginal_gaussian()(x)
+
+
+def test_conditional_pixels_are_the_formula():
+    """Each pixel's F_j by a sum over all grey levels, from the networks' output."""
+    torch.manual_seed(0)
+    f, x = randomize(conditional_pixels()), torch.rand(20, 1, 8, 8)
+    z, ldj = f(x)
+    n = f.group_sizes
+    assert n == [4, 4, 4, 4, 16, 16, 16] and sorted(f.order.tolist()) == list(range(64))
+    logits = torch.zeros(20, 6, 64)
+    for k, pixels in enumerate(f.order.split(n)[1:]):
+        logits[:, :, pixels] = f._logits(x, k)
+    assert logits[..., f.order[n[0]:]].std() > 0.1
+    p = f.p / f.p.sum(1, keepdim=True) * logits[:, f.bin_of].transpose(1, 2).exp()  # (20, 64, 17)
+    p = p / p.sum(2, keepdim=True)
+    v = 17 * x.flatten(1)
+    level = v.long()[..., None]
+    cdf = ((p.cumsum(2) - p).gather(2, level) + p.gather(2, level) * (v[..., None] - level))[..., 0]
+    normal = torch.distributions.Normal(0.0, 1.0)
+    expected = normal.icdf(cdf)
+    expected_ldj = ((17 * p.gather(2, level)[..., 0]).log() - normal.log_prob(expected)).sum(1)
+    expected = expected[:, f.order]
+    expected[:, -16:] += f._shift(x)
+    torch.testing.assert_close(z, expected)
+    torch.testing.assert_close(ldj, expected_ldj)
+    torch.testing.assert_close(f.last_group(x), expected[:, -16:])
+
+
+def test_conditional_pixels_depend_on_coarser_ones_only():
+    torch.manual_seed(0)
+    f, x = randomize(conditional_pixels()), torch.rand(2, 1, 8, 8)
+    jacobian = torch.autograd.functional.jacobian(lambda v: f(v)[0][0], x)[:, 0].flatten(1)
+    jacobian = jacobian[:, f.order]
+    group = torch.repeat_interleave(torch.arange(7), torch.tensor(f.group_sizes))
+    assert (jacobian[group[:, None] < group] == 0).all()
+    assert (jacobian.diagonal() != 0).all()
+    same = (group[:, None] == group) & ~torch.eye(64, dtype=torch.bool)
+    assert (jacobian[same] == 0).all()
+    for k in range(1, 7):                       # each on every group before it
+        before = [jacobian[group == k][:, group == earlier].abs().max() > 0 for earlier in range(k)]
+        same_stride = range(3 * ((k - 1) // 3), k)
+        assert all(before[earlier] for earlier in same_stride)
+
+
+def test_bins_of_grey_levels():
+    """Black has a bin of its own; the others have adjacent levels and about equal shares."""
+    torch.manual_seed(0)
+    levels = 40
+    images = torch.randint(levels, (500, 1, 8, 8))
+    images[images % 3 == 0] = 25                # a third of the values
+    f = conditional_pixels((1, 8, 8), levels, 9)
+    f.fit(images)
+    bins = f.bin_of
+    assert bins[0] == 0 and (bins[1:] > 0).all() and (bins.diff() >= 0).all()
+    assert sorted(set(bins.tolist())) == list(range(int(bins.max()) + 1)) and bins.max() <= 8
+    share = torch.zeros(9).index_add_(0, bins, f.p.mean(0)) / f.p.mean(0)[1:].sum()
+    assert (bins == bins[25]).sum() <= 3        # the frequent level has hardly any company
+    others = [b for b in range(1, int(bins.max()) + 1) if b != bins[25]]
+    assert all(share[b] < 2 / 8 for b in others)
+    many = conditional_pixels((1, 8, 8), 5, 32)
+    assert many.bin_of.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 0.02), (torch.float64, 1e-9)])
+def test_conditional_pixels_resolve_the_grey_levels_of_mnist(mnist_root, dtype, tolerance):
+    torch.manual_seed(0)
+    data = load_tiny(data="mnist", data_root=str(mnist_root), num_examples=-1)
+    f = randomize(conditional_pixels(data.shape, 256, 32), scale=0.5).to(dtype)
+    f.fit(data.train_x)
+    x = ((data.test_x[:100] + torch.rand(100, *data.shape)) / 256).to(dtype)
+    z, ldj = f(x)
+    assert z.dtype == ldj.dtype == dtype and z.isfinite().all() and ldj.isfinite().all()
+    assert 256 * (f.inverse(z) - x).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_conditional_pixels_are_finite_where_a_network_is_certain(dtype):
+    """Also of what it deems impossible, with finite gradients."""
+    torch.manual_seed(0)
+    f = conditional_pixels().to(dtype)
+    for sign in (-1, 1):
+        for net in f.networks:
+            net.last.bias.data = sign * 60 * (torch.arange(6, dtype=dtype) - 2.5)
+        for v in (0, 1e-9, 0.3, 1):
+            z, ldj = f(torch.full((2, 1, 8, 8), v, dtype=dtype))
+            assert z.isfinite().all() and ldj.isfinite().all()
+            f.zero_grad()
+            (ldj - z.square().sum(1) / 2).sum().backward()
+            assert all(p.grad.isfinite().all() for p in f.networks.parameters())
 
 
 def test_actnorm_initialisation():

@@ -35,7 +35,8 @@ IMAGES = {**{f"digits, {conv}": {**TINY, "conv": conv, "ssl_conv": conv} for con
           "squeezed first": {**TINY, "model": "mnist-small", "width": 8},
           "digits, cond-shift": {**TINY, "ssl_model": "cond-shift"},
           "digits, marginal": {**TINY, "pixels": "marginal"},
-          "digits, position_bias": {**TINY, "position_bias": True}}
+          "digits, position_bias": {**TINY, "position_bias": True},
+          "pyramid": {**TINY, "model": "pyramid", "width": 8, "n_blocks": 1}}
 MODELS = {**{name: (settings, (1, 8, 8)) for name, settings in IMAGES.items()},
           "points": (POINTS, (2, 1, 1))}
 
@@ -96,6 +97,18 @@ def test_fast_log_joint_is_the_model_s(name):
         for p in model.parameters():
             p.mul_(0.9)
     torch.testing.assert_close(fast(x), model.log_joint(x), rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", ["digits, full", "pyramid", "points"])
+def test_copies_get_what_the_posterior_needs(name):
+    model, x = random_model(name)
+    copies = x.flip(0)[:4].contiguous()
+    log_joint, of_copies = FastLogJoint(model)(x, copies)
+    torch.testing.assert_close(log_joint, model.log_joint(x), rtol=1e-12, atol=1e-10)
+    torch.testing.assert_close(of_copies.softmax(1), model.posterior(copies), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(model.posterior(x), model.log_joint(x).softmax(1), rtol=1e-9,
+                               atol=1e-12)
 
 
 def test_unknown_precision():
@@ -264,23 +277,25 @@ def make_step(settings, model, micro_bs, **speed):
 @pytest.mark.parametrize("changes", [{}, {"cl_weight": 1, "clip_gn": 5, "sup_weight": 3},
                                      {"ssl_alg": "em", "weight_decay": 0.1},
                                      {"cl_weight": 1, "cons_weight": 30},
-                                     {"cons_weight": 30, "spread_labels": 0.9}])
+                                     {"cons_weight": 30, "spread_labels": 0.9},
+                                     {"optimizer": "adam", "weight_decay": 0.1},
+                                     {"model": "pyramid", "width": 8, "n_blocks": 1,
+                                      "cl_weight": 1, "cons_weight": 30, "confidence": 0.12}])
 @pytest.mark.parametrize("micro_bs", [7, 64])
 def test_training_steps_change_the_weights_as_plain_ones_do(tmp_path, monkeypatch, micro_bs,
                                                             changes):
-    """Against model.log_joint of the whole batch, and torch's Adamax over the parameters."""
+    """Against model.log_joint of the whole batch, and torch's optimiser over the parameters."""
     monkeypatch.chdir(tmp_path)
     # With this threshold a random model is confident about some rows.
-    _, settings = read_settings(options(**changes, confidence=0.2))
+    _, settings = read_settings(options(**{"confidence": 0.2, **changes}))
     data, models, terms = load_tiny(spread_labels=settings.spread_labels), [], []
     for fast in (True, False):
-        model = randomize(build_model(settings, data.shape, 10))
+        model = randomize(build_model(settings, data.shape, 10, grey_levels=17))
         generator = torch.Generator().manual_seed(0)
         if fast:
             step = make_step(settings, model, micro_bs)
         else:
-            optimizer = torch.optim.Adamax(model.parameters(), lr=settings.lr,
-                                           weight_decay=settings.weight_decay)
+            optimizer = plain_optimizer(settings, model)
         for _ in range(3):
             batch = data.sample_batch(20, 0.5, generator, augmented=settings.cons_weight > 0)
             if fast:
@@ -301,6 +316,11 @@ def test_training_steps_change_the_weights_as_plain_ones_do(tmp_path, monkeypatc
     assert list(models[0]) == list(models[1])
     for key, value in models[0].items():
         torch.testing.assert_close(value, models[1][key], rtol=1e-8, atol=1e-8, msg=key)
+
+
+def plain_optimizer(settings, model):
+    kind = {"adamax": torch.optim.Adamax, "adam": torch.optim.Adam}[settings.optimizer]
+    return kind(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
 
 
 def test_parameters_in_the_vector_are_aligned(tmp_path, monkeypatch):
@@ -356,21 +376,23 @@ def test_the_optimizer_s_state_is_restored(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("float64")
-def test_the_optimizer_s_state_is_that_of_adamax_by_parameter(tmp_path, monkeypatch):
-    """Each moment has its own parameter's name, and the values of torch's Adamax over them."""
+@pytest.mark.parametrize("name, moments", [("adamax", ("exp_avg", "exp_inf")),
+                                           ("adam", ("exp_avg", "exp_avg_sq"))])
+def test_the_optimizer_s_state_is_that_of_torch_s_by_parameter(tmp_path, monkeypatch, name,
+                                                               moments):
+    """Each moment has its own parameter's name, and the values of torch's optimiser over them."""
     monkeypatch.chdir(tmp_path)
-    _, settings = read_settings(options())
+    _, settings = read_settings(options(optimizer=name))
     data = load_tiny()
     x, y = data.sample_batch(20, 0.5, torch.Generator().manual_seed(0))
     model, plain = (randomize(build_model(settings, data.shape, 10)) for _ in range(2))
     step = make_step(settings, model, 64)
-    optimizer = torch.optim.Adamax(plain.parameters(), lr=settings.lr,
-                                   weight_decay=settings.weight_decay)
+    optimizer = plain_optimizer(settings, plain)
     step(x, y)
     objective(plain.log_joint(x), y, settings).loss.backward()
     optimizer.step()
     for name, p in plain.named_parameters():
-        for key in ("exp_avg", "exp_inf"):
+        for key in moments:
             torch.testing.assert_close(step.state_dict()["optimizer"][key][name],
                                        optimizer.state[p][key], rtol=1e-6, atol=1e-9, msg=name)
 

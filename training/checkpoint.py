@@ -21,7 +21,7 @@ from utils.metrics import read_metrics
 from utils.settings import RESUMABLE
 
 from .objective import Terms
-from .step import MOMENTS
+from .step import OPTIMIZERS
 
 PRETRAINED = PROJECT / "pretrained"
 # The version of the content of checkpoint.pt, which counts up whenever older files cannot be read.
@@ -115,8 +115,9 @@ def load_checkpoint(path: Path, model: SemiConditionalFlow, settings: Settings) 
                        f"run's params.yaml says {vars(settings).get(key)!r}: restore it")
     optimizer, shapes = checkpoint["optimizer"], shapes_of(dict(model.named_parameters()))
     average_fits = shapes_of(checkpoint["average"]) == (shapes if settings.ema else {})
+    _, moments = OPTIMIZERS[settings.optimizer]
     if not average_fits or (optimizer and any(
-            shapes_of(optimizer.get(key, {})) != shapes for key in MOMENTS)):
+            shapes_of(optimizer.get(key, {})) != shapes for key in moments)):
         raise BadInput(f"{path} is damaged: the optimiser's state does not fit the weights")
     return checkpoint
 

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import SemiConditionalFlow
-from models.bijections import ActNorm, Bijection, ChannelCoupling, CheckerboardCoupling
+from models.bijections import (ActNorm, Bijection, ChannelCoupling, CheckerboardCoupling,
+                               SplitCoupling)
 from models.conv1x1 import FullConv, log_abs_det
 from models.networks import Conv3x3, ResNet, reflect_pad
+from models.pixels import ConditionalPixels
 
-NETWORKS = {CheckerboardCoupling: ("net",), ChannelCoupling: ("net1", "net2")}
+NETWORKS = {CheckerboardCoupling: ("net",), ChannelCoupling: ("net1", "net2"),
+            SplitCoupling: ("net",), ConditionalPixels: ("shift",)}
 # A CPU multiplies by a convolution's dense matrix if it has at most this many elements.
 TINY_CONV = 2**14
 # Graphs that torch.compile may make of a function: one per shape, with and without gradient.
@@ -90,6 +93,8 @@ class FastLogJoint(nn.Module):
         for part in parts:
             for net in NETWORKS.get(type(part), ()):
                 setattr(part, net, _Network(getattr(part, net), in_bfloat16))
+            if isinstance(part, ConditionalPixels):
+                part.networks = nn.ModuleList(_Network(net, in_bfloat16) for net in part.networks)
             if isinstance(part, ResNet) and in_bfloat16:
                 part.first = _ToBfloat16(part.first)
                 if not model.log_p_y.is_cuda:
@@ -102,7 +107,16 @@ class FastLogJoint(nn.Module):
                     part.compile(fullgraph=True, dynamic=False)
         self.side_stream = torch.cuda.Stream() if model.log_p_y.is_cuda else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, copies: Tensor | None = None) -> Any:
+        """-> log p(x, y), (B, K); with `copies` also, for each of them, log p(y | x) up to a term
+        that does not depend on y, (B, K)."""
+        if copies is None:
+            return self._log_joint(x)
+        if self.twin.f_w.cheap_last_part:
+            return self._log_joint(x), self.twin.log_zf_joint(self.twin.encode_f(copies))
+        return self._log_joint(torch.cat((x, copies))).split(len(x))
+
+    def _log_joint(self, x: Tensor) -> Tensor:
         weights = self.weight_log_det.gather()  # on the main stream, as are their gradients
         if self.side_stream is None:
             return self.twin.log_joint(x) + self.weight_log_det(weights)
@@ -237,7 +251,7 @@ class _Network(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.in_bfloat16,
                             cache_enabled=False):
             out = self.net(x).to(x.dtype)
-        return _ChannelsLastGradient.apply(out) if x.dim() == 4 else out
+        return _ChannelsLastGradient.apply(out) if out.dim() == 4 else out
 
 
 class _ToBfloat16(nn.Module):

@@ -36,8 +36,8 @@ class TrainingFailed(RuntimeError):
 class TrainingState:
     """Everything that changes while a run trains: a checkpoint holds all of it.
 
-    training_step: the parameters, Adamax and the moving average; generator: of the batches; epoch:
-    finished epochs; step_in_epoch: training steps of the next one that are done, out of
+    training_step: the parameters, the optimiser and the moving average; generator: of the batches;
+    epoch: finished epochs; step_in_epoch: training steps of the next one that are done, out of
     steps_per_epoch; sums: of their Terms, (T,), on this process; seconds: of training since the
     last evaluation.
     """

@@ -1,4 +1,4 @@
-"""A training step: gradients of micro-batches, Adamax, the moving average of the weights.
+"""A training step: gradients of micro-batches, the optimiser, the moving average of the weights.
 
 The parameters are views of one vector, so that the optimiser and the average are a few operations
 on one tensor, and the step can be captured as one CUDA graph.
@@ -6,7 +6,8 @@ on one tensor, and the step can be captured as one CUDA graph.
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,18 +22,22 @@ from .fast import FastLogJoint
 from .objective import Terms, objective
 from .processes import Processes
 
-MOMENTS = ("exp_avg", "exp_inf")    # of the gradients: the state of Adamax
+# The optimisers that settings.optimizer names, and the moments of the gradients in their state.
+# Both take a tensor as learning rate, and can be captured on a GPU.
+OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[str, str]]] = {
+    "adamax": (partial(torch.optim.Adamax, foreach=True), ("exp_avg", "exp_inf")),
+    "adam": (partial(torch.optim.Adam, fused=True), ("exp_avg", "exp_avg_sq"))}
 # Elements: GPU kernels want weights to begin at multiples of 16 bytes and more.
 ALIGNMENT = 32
 
 
 class TrainingStep:
-    """step(x, y) changes the parameters of `log_joint` by one step of Adamax.
+    """step(x, y) changes the parameters of `log_joint` by one step of the optimiser.
 
-    It never synchronises with the device. settings: lr, weight_decay, clip_gn, ema, and those of
-    `objective`; processes: each computes its shard of every batch. `lr`, on the device, is the
-    learning rate of the next steps. With settings.ema the step maintains the moving average of the
-    weights, starting with the initial ones (`averaged`).
+    It never synchronises with the device. settings: optimizer, lr, weight_decay, clip_gn, ema, and
+    those of `objective`; processes: each computes its shard of every batch. `lr`, on the device, is
+    the learning rate of the next steps. With settings.ema the step maintains the moving average of
+    the weights, starting with the initial ones (`averaged`).
     """
 
     def __init__(self, log_joint: FastLogJoint, settings: Settings,
@@ -43,9 +48,9 @@ class TrainingStep:
         self.vector, self.padding = _as_one_vector(self.parameters)
         self.vector.grad = torch.zeros_like(self.vector)
         self.lr = torch.tensor(settings.lr, device=self.vector.device)
-        self.optimizer = torch.optim.Adamax([self.vector], lr=self.lr,
-                                            weight_decay=settings.weight_decay,
-                                            foreach=True, capturable=self.vector.is_cuda)
+        optimizer, self.moments = OPTIMIZERS[settings.optimizer]
+        self.optimizer = optimizer([self.vector], lr=self.lr, weight_decay=settings.weight_decay,
+                                   capturable=self.vector.is_cuda)
         self.log_joint: nn.Module = log_joint
         if processes.size > 1:
             # All processes start with the main one's parameters; buffers never change. The option
@@ -81,8 +86,10 @@ class TrainingStep:
         batch_terms = torch.zeros(len(Terms._fields), device=x.device, dtype=x.dtype)
         for i, (micro_x, micro_y, *micro) in enumerate(zip(*shards)):
             with self._gradient_sync(i == len(shards[0]) - 1):
-                inputs = torch.cat((micro_x, micro[0])) if micro else micro_x
-                log_joint, *augmented = self.log_joint(inputs).split(len(micro_x))
+                if micro:
+                    log_joint, *augmented = self.log_joint(micro_x, micro[0])
+                else:
+                    log_joint, augmented = self.log_joint(micro_x), []
                 terms = objective(log_joint, micro_y, self.settings, y, *augmented, *micro[1:])
                 (terms.loss * self.processes.size).backward()  # DistributedDataParallel averages
             batch_terms = batch_terms + torch.stack(terms).detach()
@@ -90,7 +97,7 @@ class TrainingStep:
         return batch_terms
 
     def _update(self) -> None:
-        """Adamax and the moving average, with the gradients of the parameters."""
+        """The optimiser and the moving average, with the gradients of the parameters."""
         gradients: list[Any] = [p.grad for p in self.parameters]
         torch.cat([part for grad, padding in zip(gradients, self.padding)
                    for part in (_in_memory_order(grad), *padding)], out=self.vector.grad)
@@ -124,13 +131,13 @@ class TrainingStep:
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """What continues the training steps, keyed by the model's names of its parameters.
 
-        optimizer: step, (), and for exp_avg and exp_inf a tensor per parameter, as Adamax defines
-        them; empty before the first step. average: a tensor per parameter; empty without
-        settings.ema. The tensors are views.
+        optimizer: step, (), and for each of the optimiser's two moments a tensor per parameter;
+        empty before the first step. average: a tensor per parameter; empty without settings.ema.
+        The tensors are views.
         """
-        adamax = self.optimizer.state[self.vector]
-        moments = {key: self._by_name(adamax[key]) for key in MOMENTS if adamax}
-        step = {"step": adamax["step"]} if adamax else {}
+        state = self.optimizer.state[self.vector]
+        moments = {key: self._by_name(state[key]) for key in self.moments if state}
+        step = {"step": state["step"]} if state else {}
         return {"optimizer": {**step, **moments},
                 "average": {} if self.average is None else self._by_name(self.average)}
 
@@ -147,7 +154,7 @@ class TrainingStep:
                                         copy=True)
             self.optimizer.state[self.vector] = {
                 "step": step, **{key: fill(torch.zeros_like(self.vector), optimizer[key])
-                                 for key in MOMENTS}}
+                                 for key in self.moments}}
         if self.average is not None:
             fill(self.average, state["average"])
 

@@ -121,7 +121,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "w: a row of a batch is labelled with probability w / (1 + w); -1: the share of labelled "
         "examples")
 
-    add("lr", above_zero, 1e-3, "learning rate of Adamax")
+    add("optimizer", str, "adamax", "optimiser", choices=("adamax", "adam"))
+    add("lr", above_zero, 1e-3, "learning rate")
     add("epochs", positive, 500, "epochs of ceil(training examples / train_bs) training steps")
     add("train_bs", _number(int, 2, large), 256, "batch size in training")
     add("test_bs", positive, 512, "batch size in evaluation")
@@ -131,7 +132,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         choices=("no", "linear", "hat", "cosine"))
     add("lr_warmup", whole, 0, "warm-up epochs of lr_schedule hat")
     add("warmup_steps", whole, 0, "training steps of linear warm-up, on top of any lr_schedule")
-    add("weight_decay", at_least_zero, 1e-5, "L2 penalty of Adamax")
+    add("weight_decay", at_least_zero, 1e-5, "L2 penalty")
     add("clip_gn", at_least_zero, 0.0, "clip the gradient to this norm; 0: no clipping")
     add("ema", _number(float, 0, 1 - 1e-9), 0.0,
         "decay of an exponential moving average of the weights; the run keeps it, or the last "
