@@ -15,7 +15,7 @@ from .scnf import SemiConditionalFlow
 MODEL_OPTIONS: dict[str, Any] = {
     "model": "mnist-masked", "pixels": "logit", "width": 0, "n_blocks": 0, "position_bias": False,
     "conv": "full", "hh_factors": 2, "l": 8,
-    "ssl_model": "cond-flow", "ssl_dim": 196, "ssl_l": 2, "ssl_k": 4, "ssl_hd": 256,
+    "ssl_model": "cond-flow", "ssl_dim": 196, "ssl_l": 2, "ssl_k": 4, "ssl_hd": 256, "ssl_std": 1.0,
     "ssl_conv": "full", "ssl_hh": 2,
 }
 MODEL_CHOICES = {"model": tuple(FLOWS), "pixels": tuple(PIXELS), "conv": tuple(CONVS),

@@ -84,24 +84,28 @@ def masked_glow(shape: Shape, options: SimpleNamespace, width: int, n_blocks: in
 
 
 class PixelPyramid(MultiScale):
-    """x --ConditionalPixels--> (z_aux, z_f), then z_aux given z_f by a SplitCoupling."""
+    """A MultiScale that begins with ConditionalPixels, whose last group alone is not split off."""
 
     cheap_last_part = True
 
     def last_part(self, x: Tensor, n: int) -> Tensor:
-        """z_f alone, without computing z_aux: x (B, 1, H, W) -> (B, n)."""
+        """z_f, without the other groups: x (B, 1, H, W) -> (B, n)."""
         pixels: Any = self.levels[0][0]
-        return pixels.last_group(x)
+        z = pixels.last_group(x)
+        for bijection in self.levels[-1]:
+            z, _ = bijection(z)
+        return z
 
 
 def pixel_pyramid(shape: Shape, options: SimpleNamespace, width: int, n_blocks: int, n_bins: int,
-                  shift_width: int, shift_blocks: int, split_width: int) -> PixelPyramid:
+                  shift_width: int, shift_blocks: int, vector_width: int,
+                  vector_steps: int) -> PixelPyramid:
     """f_w for images (1, H, W): pixels from coarse to fine, each given the coarser ones.
 
     z_f are the pixels of odd rows and even columns, which come last. width, n_blocks: of the
     networks of the pixels; options.width and options.n_blocks override them if positive.
-    shift_width, shift_blocks: of the network that shifts z_f; split_width: of that of the
-    SplitCoupling.
+    shift_width, shift_blocks: of the network that shifts z_f; vector_width: of those of the
+    couplings of vectors: of z_aux given z_f, then `vector_steps` flow steps of z_f.
 
     Raises ValueError for images of more than one channel or sides that are not multiples of 4, if
     options.grey_levels is None, or if options.ssl_dim is not the number of the last pixels.
@@ -127,9 +131,19 @@ def pixel_pyramid(shape: Shape, options: SimpleNamespace, width: int, n_blocks: 
     def shift(c_in: int, size: tuple[int, int], n: int) -> nn.Module:
         return ImageNetwork(c_in, size, n, shift_width, shift_blocks)
 
+    def of_vectors(c_in: int, c_out: int) -> nn.Module:
+        return resnet1x1(c_in, c_out, vector_width, n_blocks=1)
+
+    def half() -> nn.Module:
+        return of_vectors(n_last // 2, n_last)
+
     return PixelPyramid(shape, [
         ConditionalPixels(shape, options.grey_levels, n_bins, network, shift),
-        SplitCoupling(resnet1x1(n_last, 2 * (h * w - n_last), split_width, n_blocks=1), n_last)])
+        SplitCoupling(of_vectors(n_last, 2 * (h * w - n_last)), n_last),
+        Split(h * w - n_last),
+        *[layer for _ in range(vector_steps) for layer in (
+            invertible_conv(options.conv, n_last, options.hh_factors),
+            ChannelCoupling(half(), half()))]])
 
 
 def toy_flow(shape: Shape, options: SimpleNamespace) -> MultiScale:
@@ -156,7 +170,7 @@ FLOWS: dict[str, Callable[[Shape, SimpleNamespace], MultiScale]] = {
                            padding_mode="zeros"),
     "digits-masked": partial(masked_glow, width=16, n_blocks=1),
     "pyramid": partial(pixel_pyramid, width=64, n_blocks=2, n_bins=32, shift_width=64,
-                       shift_blocks=2, split_width=512),
+                       shift_blocks=2, vector_width=512, vector_steps=3),
     "toy": toy_flow,
 }
 
@@ -217,12 +231,13 @@ class ConditionalFlow(nn.Module):
 class ConditionalShift(nn.Module):
     """h_phi of SCNF-GMM: z_h = z_f - mu_y, hence z_f given y is Gaussian with mean mu_y.
 
-    mu, an embedding (K, ssl_dim), is standard normal at the start.
+    mu, an embedding (K, ssl_dim), is normal at the start, with standard deviation options.ssl_std.
     """
 
     def __init__(self, dim: int, n_classes: int, options: SimpleNamespace):
         super().__init__()
         self.mu = nn.Embedding(n_classes, dim)
+        self.mu.weight.data *= options.ssl_std
 
     def forward(self, z_f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """z_f (B, ssl_dim), y (B,) -> z_h (B, ssl_dim), ldj (B,)."""

@@ -214,11 +214,14 @@ class ConditionalFlowStep(Bijection):
 
 
 class Split:
-    """Marks, in the list of layers of a MultiScale, where half of the channels leave the flow.
+    """Marks, in the list of layers of a MultiScale, where channels leave the flow.
 
-    The first `split_size(C)` of C channels become part of z; the next layers transform the others
-    (Dinh et al. 2017, section 3.6).
+    The first n of C channels, or `split_size(C)` if n is None, become part of z; the next layers
+    transform the others (Dinh et al. 2017, section 3.6).
     """
+
+    def __init__(self, n: int | None = None):
+        self.n = n
 
 
 def split_size(channels: int) -> int:
@@ -228,7 +231,7 @@ def split_size(channels: int) -> int:
 
 
 class MultiScale(Bijection):
-    """A flow of `layers`: bijections in order, and a Split wherever half of the channels leave.
+    """A flow of `layers`: bijections in order, and a Split wherever channels leave.
 
     z (B, D) holds the channels that left at each split, in order, and last what reached the end,
     each part flattened in the order (c, h, w). A context, if given, goes to every bijection.
@@ -246,7 +249,7 @@ class MultiScale(Bijection):
         shape: Shape = tuple(input_shape)
         for layer in layers:
             if isinstance(layer, Split):
-                n = split_size(shape[0])
+                n = layer.n or split_size(shape[0])
                 self.part_shapes.append((n, *shape[1:]))
                 shape = (shape[0] - n, *shape[1:])
                 levels.append([])
@@ -261,7 +264,7 @@ class MultiScale(Bijection):
         ldj, parts = x.new_zeros(len(x)), []
         for i, level in enumerate(self.levels):
             if i:
-                n = split_size(x.shape[1])
+                n = self.part_shapes[i - 1][0]
                 parts.append(x[:, :n].flatten(1))
                 x = x[:, n:]
             for bijection in level:

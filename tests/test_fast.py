@@ -280,7 +280,7 @@ def make_step(settings, model, micro_bs, **speed):
                                      {"cons_weight": 30, "spread_labels": 0.9},
                                      {"optimizer": "adam", "weight_decay": 0.1},
                                      {"model": "pyramid", "width": 8, "n_blocks": 1,
-                                      "cl_weight": 1, "cons_weight": 30, "confidence": 0.12}])
+                                      "cl_weight": 1, "cons_weight": 30, "confidence": 0.101}])
 @pytest.mark.parametrize("micro_bs", [7, 64])
 def test_training_steps_change_the_weights_as_plain_ones_do(tmp_path, monkeypatch, micro_bs,
                                                             changes):
