@@ -23,7 +23,7 @@ from measure import fresh_model, measure_limits, random_data, read_arguments, re
 from training import fast
 from training.device import choose_speed
 from training.processes import Processes
-from training.step import TrainingStep
+from training.step import TrainingStep, build_optimizer
 from utils.errors import BadInput, run_command
 
 # Each part of training/fast.py: the class that it consists of, and what takes its place.
@@ -38,8 +38,7 @@ class StepOfTensors(TrainingStep):
 
     def __init__(self, log_joint, settings, processes):
         super().__init__(log_joint, settings, processes)
-        self.optimizer = torch.optim.Adamax(self.parameters, lr=self.lr, foreach=True,
-                                            weight_decay=settings.weight_decay)
+        self.optimizer = build_optimizer(self.parameters, settings, self.lr)
         self.averages = [p.detach().clone() for p in self.parameters]
 
     def _update(self):

@@ -57,9 +57,9 @@ def objective(log_joint: Tensor, y: Tensor, settings: Settings,
 
     log_joint: log p(x, y), (B, K); y: (B,), -1 where the label is hidden; settings: ssl_alg,
     sup_weight, cl_weight, cons_weight, confidence; batch_y: the labels of the whole batch if the
-    rows are a micro-batch of it; log_joint_augmented: log p(x', y), (B, K), or None without
-    augmented copies; log_prior_ratio: log r(y) / p(y), (B, K), or None where r is p(y). The terms
-    of all micro-batches sum to those of the batch.
+    rows are a micro-batch of it; log_joint_augmented: log p(x', y) up to a term that does not
+    depend on y, (B, K), or None without augmented copies; log_prior_ratio: log r(y) / p(y), (B, K),
+    or None where r is p(y). The terms of all micro-batches sum to those of the batch.
     """
     batch_y = y if batch_y is None else batch_y
     labelled = y >= 0

@@ -31,6 +31,14 @@ OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[str, str
 ALIGNMENT = 32
 
 
+def build_optimizer(parameters: list[nn.Parameter], settings: Settings,
+                    lr: float | Tensor) -> torch.optim.Optimizer:
+    """The optimiser of `parameters` with the settings optimizer and weight_decay."""
+    optimizer, _ = OPTIMIZERS[settings.optimizer]
+    return optimizer(parameters, lr=lr, weight_decay=settings.weight_decay,
+                     capturable=parameters[0].is_cuda)
+
+
 class TrainingStep:
     """step(x, y) changes the parameters of `log_joint` by one step of the optimiser.
 
@@ -48,9 +56,8 @@ class TrainingStep:
         self.vector, self.padding = _as_one_vector(self.parameters)
         self.vector.grad = torch.zeros_like(self.vector)
         self.lr = torch.tensor(settings.lr, device=self.vector.device)
-        optimizer, self.moments = OPTIMIZERS[settings.optimizer]
-        self.optimizer = optimizer([self.vector], lr=self.lr, weight_decay=settings.weight_decay,
-                                   capturable=self.vector.is_cuda)
+        self.optimizer = build_optimizer([self.vector], settings, self.lr)
+        self.moments = OPTIMIZERS[settings.optimizer][1]
         self.log_joint: nn.Module = log_joint
         if processes.size > 1:
             # All processes start with the main one's parameters; buffers never change. The option

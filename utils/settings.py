@@ -157,7 +157,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
             ("ssl_l", positive, "levels of cond-flow"),
             ("ssl_k", positive, "flow steps per level of cond-flow"),
             ("ssl_hd", positive, "width of the networks of cond-flow"),
-            ("ssl_std", above_zero, "standard deviation of the classes' means of cond-shift at the start"),
+            ("ssl_std", above_zero, "standard deviation of the means of cond-shift at the start"),
             ("ssl_conv", str, "invertible 1x1 convolutions of h_phi"),
             ("ssl_hh", positive, "Householder reflections of ssl_conv qr, qr-abs and hh")):
         add(name, kind, MODEL_OPTIONS[name], text, choices=MODEL_CHOICES.get(name))
