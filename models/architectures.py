@@ -108,7 +108,8 @@ def pixel_pyramid(shape: Shape, options: SimpleNamespace, width: int, n_blocks: 
     couplings of vectors: of z_aux given z_f, then `vector_steps` flow steps of z_f.
 
     Raises ValueError for images of more than one channel or sides that are not multiples of 4, if
-    options.grey_levels is None, or if options.ssl_dim is not the number of the last pixels.
+    options.grey_levels is None, if options.ssl_dim is not the number of the last pixels, or for
+    options.pixels marginal and options.position_bias, which are for other models.
     """
     c, h, w = shape
     if c != 1 or h % 4 or w % 4:

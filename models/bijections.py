@@ -133,6 +133,15 @@ class CheckerboardCoupling(Bijection):
         return kept + (1 - self.mask) * (z - t) / torch.sigmoid(raw + 2)
 
 
+def _scale_shift(net: nn.Module, x: Tensor,
+                 context: tuple[Tensor, ...] = ()) -> tuple[Tensor, Tensor]:
+    """s and t of ChannelCoupling and SplitCoupling."""
+    if context:
+        x = torch.cat((x, *context), 1)
+    raw, t = net(x).chunk(2, dim=1)
+    return torch.sigmoid(raw + 2) + 1e-6, t
+
+
 class ChannelCoupling(Bijection):
     """With x = (x1, x2), the two halves of the channels:
 
@@ -147,27 +156,19 @@ class ChannelCoupling(Bijection):
         super().__init__()
         self.net1, self.net2 = net1, net2
 
-    @staticmethod
-    def _scale_shift(net: nn.Module, x: Tensor,
-                     context: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        if context:
-            x = torch.cat((x, *context), 1)
-        raw, t = net(x).chunk(2, dim=1)
-        return torch.sigmoid(raw + 2) + 1e-6, t
-
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         x1, x2 = x.chunk(2, dim=1)
-        s1, t1 = self._scale_shift(self.net1, x2, context)
+        s1, t1 = _scale_shift(self.net1, x2, context)
         z1 = (x1 + t1) * s1
-        s2, t2 = self._scale_shift(self.net2, z1, context)
+        s2, t2 = _scale_shift(self.net2, z1, context)
         z2 = (x2 + t2) * s2
         return torch.cat((z1, z2), 1), sum_per_sample(s1.log()) + sum_per_sample(s2.log())
 
     def inverse(self, z: Tensor, *context: Tensor) -> Tensor:
         z1, z2 = z.chunk(2, dim=1)
-        s2, t2 = self._scale_shift(self.net2, z1, context)
+        s2, t2 = _scale_shift(self.net2, z1, context)
         x2 = z2 / s2 - t2
-        s1, t1 = self._scale_shift(self.net1, x2, context)
+        s1, t1 = _scale_shift(self.net1, x2, context)
         return torch.cat((z1 / s1 - t1, x2), 1)
 
 
@@ -186,14 +187,13 @@ class SplitCoupling(Bijection):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x1, x2 = x[:, :-self.n], x[:, -self.n:]
-        raw, t = self.net(x2).chunk(2, 1)
-        s = torch.sigmoid(raw + 2) + 1e-6
-        return torch.cat(((x1 + t) * s, x2), 1), s.log().sum(1)
+        s, t = _scale_shift(self.net, x2)
+        return torch.cat(((x1 + t) * s, x2), 1), sum_per_sample(s.log())
 
     def inverse(self, z: Tensor) -> Tensor:
         z1, x2 = z[:, :-self.n], z[:, -self.n:]
-        raw, t = self.net(x2).chunk(2, 1)
-        return torch.cat((z1 / (torch.sigmoid(raw + 2) + 1e-6) - t, x2), 1)
+        s, t = _scale_shift(self.net, x2)
+        return torch.cat((z1 / s - t, x2), 1)
 
 
 class ConditionalFlowStep(Bijection):

@@ -95,10 +95,8 @@ class MarginalGaussian(Bijection):
 
     def inverse(self, z: Tensor) -> Tensor:
         p = self._normalised()
-        levels, z_t = p.shape[1], z.flatten(1).t().double()                         # (D, B)
-        tail = torch.special.ndtr(-z_t.abs()).contiguous()
-        v = torch.where(z_t < 0, _quantile(p, tail), levels - _quantile(p.flip(1), tail))
-        return (v / levels).t().reshape(z.shape).to(z.dtype)
+        x = _grey_value(p, z.flatten(1).t())                                        # (D, B)
+        return x.t().reshape(z.shape).to(z.dtype)
 
     def _position(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x -> its grey level, and the shares of the level's width below x and above it, in double
@@ -184,37 +182,35 @@ class ConditionalPixels(MarginalGaussian):
         self.bin_of[1:] = 1 + torch.unique(rank, return_inverse=True)[1]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        logits = [x.new_zeros(len(x), self.n_bins, self.group_sizes[0])]
-        logits += [self._logits(x, k) for k in range(len(self.networks))]
-        z, ldj = self._to_gaussian(x.flatten(1)[:, self.order], self.order, torch.cat(logits, 2))
+        logits = torch.cat([self._logits(x, group) for group in range(len(self.group_sizes))], 2)
+        z, ldj = self._to_gaussian(x.flatten(1)[:, self.order], self.order, logits)
         n = self.group_sizes[-1]
         return torch.cat((z[:, :-n], z[:, -n:] + self._shift(x)), 1), ldj.sum(1)
 
     def last_group(self, x: Tensor) -> Tensor:
         """z_f alone: x (B, 1, H, W) -> (B, n)."""
         pixels = self.order[-self.group_sizes[-1]:]
-        z, _ = self._to_gaussian(x.flatten(1)[:, pixels], pixels,
-                                 self._logits(x, len(self.networks) - 1))
+        logits = self._logits(x, len(self.group_sizes) - 1)
+        z, _ = self._to_gaussian(x.flatten(1)[:, pixels], pixels, logits)
         return z + self._shift(x)
 
     def inverse(self, z: Tensor) -> Tensor:
         x = z.new_zeros(len(z), math.prod(self.shape))
         images = x.view(-1, *self.shape)
-        *parts, z_f = z.split(self.group_sizes, 1)
-        for k, pixels in enumerate(self.order.split(self.group_sizes)):
-            if k < len(parts):
-                part = parts[k]
-            else:
-                part = z_f - self._shift(images)
-            logits = (self._logits(images, k - 1) if k else
-                      z.new_zeros(len(z), self.n_bins, len(pixels)))
-            x[:, pixels] = self._from_gaussian(part, pixels, logits)
+        groups = zip(z.split(self.group_sizes, 1), self.order.split(self.group_sizes))
+        for group, (part, pixels) in enumerate(groups):
+            if group == len(self.networks):                 # the last one
+                part = part - self._shift(images)
+            x[:, pixels] = self._from_gaussian(part, pixels, self._logits(images, group))
         return images
 
-    def _logits(self, x: Tensor, k: int) -> Tensor:
-        """l of the k-th network's group, of n pixels: x (B, 1, H, W) -> (B, n_bins, n)."""
-        before = _subgrids(x, 2 - k // 3)[:k % 3 + 1]
-        return self.networks[k](torch.cat(before, 1)).flatten(2)
+    def _logits(self, x: Tensor, group: int) -> Tensor:
+        """l of the group, of n pixels; zero for the first: x (B, 1, H, W) -> (B, n_bins, n)."""
+        if group == 0:
+            return x.new_zeros(len(x), self.n_bins, self.group_sizes[0])
+        stride, k = 2 - (group - 1) // 3, (group - 1) % 3
+        before = _subgrids(x, stride)[:k + 1]
+        return self.networks[group - 1](torch.cat(before, 1)).flatten(2)
 
     def _shift(self, x: Tensor) -> Tensor:
         """t of the last group: x (B, 1, H, W) -> (B, n)."""
@@ -245,11 +241,7 @@ class ConditionalPixels(MarginalGaussian):
         q_level = log_q.double().exp()[:, self.bin_of].transpose(1, 2)          # (B, n, L)
         p_given = (p * q_level).flatten(0, 1)                                   # (B * n, L)
         p_given = p_given / p_given.sum(1, keepdim=True)
-        flat = z.double().reshape(-1, 1)
-        tail = torch.special.ndtr(-flat.abs())
-        v = torch.where(flat < 0, _quantile(p_given, tail),
-                        p.shape[1] - _quantile(p_given.flip(1), tail))
-        return (v.view_as(z) / p.shape[1]).to(z.dtype)
+        return _grey_value(p_given, z.reshape(-1, 1)).view_as(z).to(z.dtype)
 
     def _distributions(self, pixels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Of n pixels: the distributions of the grey levels within each bin, (n, L), in double
@@ -271,6 +263,15 @@ def _normal_quantile(below: Tensor, above: Tensor) -> Tensor:
     tail = torch.minimum(below, above).clamp(min=torch.finfo(below.dtype).tiny)
     z = torch.special.ndtri(tail)
     return torch.where(below < above, z, -z)
+
+
+def _grey_value(p: Tensor, z: Tensor) -> Tensor:
+    """x of z = Phi^-1(F(x)), where F is the distribution function of grey levels with the
+    probabilities p: p (D, L), z (D, B) -> (D, B), from 0 to 1."""
+    z = z.double()
+    tail = torch.special.ndtr(-z.abs()).contiguous()
+    levels = p.shape[1]
+    return torch.where(z < 0, _quantile(p, tail), levels - _quantile(p.flip(1), tail)) / levels
 
 
 def _quantile(p: Tensor, probability: Tensor) -> Tensor:

@@ -287,8 +287,9 @@ def test_conditional_pixels_are_the_formula():
     n = f.group_sizes
     assert n == [4, 4, 4, 4, 16, 16, 16] and sorted(f.order.tolist()) == list(range(64))
     logits = torch.zeros(20, 6, 64)
-    for k, pixels in enumerate(f.order.split(n)[1:]):
-        logits[:, :, pixels] = f._logits(x, k)
+    for group, pixels in enumerate(f.order.split(n)):
+        logits[:, :, pixels] = f._logits(x, group)
+    assert (logits[..., f.order[:n[0]]] == 0).all()
     assert logits[..., f.order[n[0]:]].std() > 0.1
     p = f.p / f.p.sum(1, keepdim=True) * logits[:, f.bin_of].transpose(1, 2).exp()  # (20, 64, 17)
     p = p / p.sum(2, keepdim=True)

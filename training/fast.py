@@ -20,7 +20,7 @@ from models.networks import Conv3x3, ResNet, reflect_pad
 from models.pixels import ConditionalPixels
 
 NETWORKS = {CheckerboardCoupling: ("net",), ChannelCoupling: ("net1", "net2"),
-            SplitCoupling: ("net",), ConditionalPixels: ("shift",)}
+            SplitCoupling: ("net",), ConditionalPixels: ("networks", "shift")}
 # A CPU multiplies by a convolution's dense matrix if it has at most this many elements.
 TINY_CONV = 2**14
 # Graphs that torch.compile may make of a function: one per shape, with and without gradient.
@@ -91,10 +91,10 @@ class FastLogJoint(nn.Module):
         in_bfloat16 = precision == "bf16"
         parts: list[Any] = list(self.twin.modules())
         for part in parts:
-            for net in NETWORKS.get(type(part), ()):
-                setattr(part, net, _Network(getattr(part, net), in_bfloat16))
-            if isinstance(part, ConditionalPixels):
-                part.networks = nn.ModuleList(_Network(net, in_bfloat16) for net in part.networks)
+            for name in NETWORKS.get(type(part), ()):
+                net = getattr(part, name)
+                setattr(part, name, nn.ModuleList(_Network(n, in_bfloat16) for n in net)
+                        if isinstance(net, nn.ModuleList) else _Network(net, in_bfloat16))
             if isinstance(part, ResNet) and in_bfloat16:
                 part.first = _ToBfloat16(part.first)
                 if not model.log_p_y.is_cuda:
