@@ -91,21 +91,22 @@ class PixelPyramid(MultiScale):
     def last_part(self, x: Tensor, n: int) -> Tensor:
         """z_f, without the other groups: x (B, 1, H, W) -> (B, n)."""
         pixels: Any = self.levels[0][0]
-        z = pixels.last_group(x)
+        z, _ = pixels.last_group(x)
         for bijection in self.levels[-1]:
             z, _ = bijection(z)
         return z
 
 
 def pixel_pyramid(shape: Shape, options: SimpleNamespace, width: int, n_blocks: int, n_bins: int,
-                  shift_width: int, shift_blocks: int, vector_width: int,
+                  n_maps: int, shift_width: int, shift_blocks: int, vector_width: int,
                   vector_steps: int) -> PixelPyramid:
-    """f_w for images (1, H, W): pixels from coarse to fine, each given the coarser ones.
+    """f_w for images (1, H, W): pixels from coarse to fine, each given the coarser ones and z_f.
 
     z_f are the pixels of odd rows and even columns, which come last. width, n_blocks: of the
-    networks of the pixels; options.width and options.n_blocks override them if positive.
-    shift_width, shift_blocks: of the network that shifts z_f; vector_width: of those of the
-    couplings of vectors: of z_aux given z_f, then `vector_steps` flow steps of z_f.
+    networks of the pixels; options.width and options.n_blocks override them if positive. n_maps:
+    of z_f, in their input. shift_width, shift_blocks: of the network that shifts z_f; vector_width:
+    of the one that makes the maps, and of those of the couplings of vectors: of z_aux given z_f,
+    then `vector_steps` flow steps of z_f.
 
     Raises ValueError for images of more than one channel or sides that are not multiples of 4, if
     options.grey_levels is None, if options.ssl_dim is not the number of the last pixels, or for
@@ -139,7 +140,7 @@ def pixel_pyramid(shape: Shape, options: SimpleNamespace, width: int, n_blocks: 
         return of_vectors(n_last // 2, n_last)
 
     return PixelPyramid(shape, [
-        ConditionalPixels(shape, options.grey_levels, n_bins, network, shift),
+        ConditionalPixels(shape, options.grey_levels, n_bins, network, shift, of_vectors, n_maps),
         SplitCoupling(of_vectors(n_last, 2 * (h * w - n_last)), n_last),
         Split(h * w - n_last),
         *[layer for _ in range(vector_steps) for layer in (
@@ -170,7 +171,7 @@ FLOWS: dict[str, Callable[[Shape, SimpleNamespace], MultiScale]] = {
     "mnist-small": partial(masked_glow, width=32, n_blocks=1, squeeze_first=True,
                            padding_mode="zeros"),
     "digits-masked": partial(masked_glow, width=16, n_blocks=1),
-    "pyramid": partial(pixel_pyramid, width=64, n_blocks=2, n_bins=32, shift_width=64,
+    "pyramid": partial(pixel_pyramid, width=64, n_blocks=2, n_bins=32, n_maps=8, shift_width=64,
                        shift_blocks=2, vector_width=512, vector_steps=3),
     "toy": toy_flow,
 }

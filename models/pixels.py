@@ -116,28 +116,33 @@ class MarginalGaussian(Bijection):
 
 
 class ConditionalPixels(MarginalGaussian):
-    """z_j = Phi^-1(F_j(x_j | coarser pixels)), from coarse to fine, for images (1, H, W).
+    """z_j = Phi^-1(F_j(x_j | coarser pixels, z_f)), from coarse to fine, for images (1, H, W).
 
-    Each fourth pixel of each fourth row has the marginal distribution of MarginalGaussian. Then,
-    for the strides s = 2 and 1, the pixels between those of stride 2s follow in three groups, each
-    given all earlier pixels of stride s: at rows and columns (s, s), (0, s) and (s, 0) modulo 2s.
-    It is a parallel autoregressive order as in Reed et al. 2017 (arXiv 1703.03664): z comes from x
-    in one pass, and x from z in one pass for each group.
+    The first group of pixels is each fourth one of each fourth row. Then, for the strides s = 2 and
+    1, the pixels between those of stride 2s follow in three groups, each given all earlier pixels
+    of stride s: at rows and columns (s, s), (0, s) and (s, 0) modulo 2s. It is a parallel
+    autoregressive order as in Reed et al. 2017 (arXiv 1703.03664): z comes from x in one pass, and
+    x from z in one pass for each group.
 
     Given the pixels c before it, pixel j has grey level v with probability
 
-        p_j(v | c) = p_j(v) exp(l_jb(c)) / sum_u p_j(u) exp(l_jb(u)(c)),      b = b(v),
+        p_j(v | c, z_f) = p_j(v) exp(l_jb) / sum_u p_j(u) exp(l_jb(u)),      b = b(v),
 
     where p_j(v) is the marginal distribution, b(v) one of n_bins bins of adjacent grey levels, and
-    l the output of the group's network, 0 at the start. F_j is piecewise linear, as in
+    l(c, z_f) the output of the group's network, 0 at the start. F_j is piecewise linear, as in
     MarginalGaussian. The bins come from `fit`: black has one, and the others about equal shares.
 
-    The last group of z is z_f. It gets the information about the class by a shift, z_f + t(c), from
-    a network of the whole image c.
+    The last group of z is z_f = Phi^-1(F(x | c)) + t(c): its F does not depend on z_f, and t, a
+    network of the whole image c before it, writes into z_f what the image shows. The other groups
+    read it there, so that in sampling the class decides about all pixels. The Jacobian is
+    triangular nevertheless: z_f is a function of the last pixels given c, and then, z_f being
+    fixed, each z_j one of x_j given coarser pixels.
 
-    network(c_in, c_out, size) makes the network of a group: (B, c_in, *size) -> (B, c_out, *size).
-    shift(c_in, size, n) makes that of t: (B, c_in, *size) -> (B, n). z (B, D) has the groups in
-    their order.
+    network(c_in, c_out, size) makes the network of a group: (B, c_in, *size) -> (B, c_out, *size);
+    its input are the earlier pixels, and n_maps images made from z_f. shift(c_in, size, n) makes
+    that of t: (B, c_in, *size) -> (B, n). context(n, n_out), (B, n) -> (B, n_out), makes that of
+    z_f, which computes l of the first group and the maps of each stride. z (B, D) has the groups
+    in their order.
     """
 
     bin_of: Tensor
@@ -145,20 +150,26 @@ class ConditionalPixels(MarginalGaussian):
 
     def __init__(self, shape: Sequence[int], grey_levels: int, n_bins: int,
                  network: Callable[[int, int, tuple[int, int]], nn.Module],
-                 shift: Callable[[int, tuple[int, int], int], nn.Module]):
+                 shift: Callable[[int, tuple[int, int], int], nn.Module],
+                 context: Callable[[int, int], nn.Module], n_maps: int):
         super().__init__(shape, grey_levels)
         _, h, w = shape
-        self.shape, self.n_bins = (1, h, w), n_bins
+        self.shape, self.n_bins, self.n_maps = (1, h, w), n_bins, n_maps
         numbers = torch.arange(h * w).view(1, 1, h, w)
         groups, networks = [numbers[..., ::4, ::4]], []
         for s in (2, 1):
             size = (h // (2 * s), w // (2 * s))
             for k in (1, 2, 3):
+                is_last = (s, k) == (1, 3)
                 groups.append(_subgrids(numbers, s)[k])
-                networks.append(network(k, n_bins, size))
+                networks.append(network(k if is_last else k + n_maps, n_bins, size))
         self.networks = nn.ModuleList(networks)
         self.group_sizes = [group.numel() for group in groups]
-        self.shift = shift(3, size, self.group_sizes[-1])
+        n_first, *_, self.n_last = self.group_sizes
+        self.shift = shift(3, size, self.n_last)
+        # Of the context: l of the first group, and the maps of the strides 2 and 1.
+        self.context_sizes = [n_bins * n_first, n_maps * n_first, n_maps * self.n_last]
+        self.context = context(self.n_last, sum(self.context_sizes))
         self.register_buffer("order", torch.cat([group.flatten() for group in groups]),
                              persistent=False)
         self.register_buffer("bin_of", torch.zeros(grey_levels, dtype=torch.long))
@@ -182,35 +193,51 @@ class ConditionalPixels(MarginalGaussian):
         self.bin_of[1:] = 1 + torch.unique(rank, return_inverse=True)[1]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        logits = torch.cat([self._logits(x, group) for group in range(len(self.group_sizes))], 2)
-        z, ldj = self._to_gaussian(x.flatten(1)[:, self.order], self.order, logits)
-        n = self.group_sizes[-1]
-        return torch.cat((z[:, :-n], z[:, -n:] + self._shift(x)), 1), ldj.sum(1)
+        z_f, ldj_f = self.last_group(x)
+        context = self._context(z_f)
+        logits = torch.cat([self._logits(x, group, context)
+                            for group in range(len(self.networks))], 2)
+        pixels = self.order[:-self.n_last]
+        z, ldj = self._to_gaussian(x.flatten(1)[:, pixels], pixels, logits)
+        return torch.cat((z, z_f), 1), ldj.sum(1) + ldj_f
 
-    def last_group(self, x: Tensor) -> Tensor:
-        """z_f alone: x (B, 1, H, W) -> (B, n)."""
-        pixels = self.order[-self.group_sizes[-1]:]
-        logits = self._logits(x, len(self.group_sizes) - 1)
-        z, _ = self._to_gaussian(x.flatten(1)[:, pixels], pixels, logits)
-        return z + self._shift(x)
+    def last_group(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, 1, H, W) -> z_f (B, n), and its part of ldj (B,)."""
+        pixels = self.order[-self.n_last:]
+        z, ldj = self._to_gaussian(x.flatten(1)[:, pixels], pixels, self._last_logits(x))
+        return z + self._shift(x), ldj.sum(1)
 
     def inverse(self, z: Tensor) -> Tensor:
         x = z.new_zeros(len(z), math.prod(self.shape))
         images = x.view(-1, *self.shape)
-        groups = zip(z.split(self.group_sizes, 1), self.order.split(self.group_sizes))
-        for group, (part, pixels) in enumerate(groups):
-            if group == len(self.networks):                 # the last one
-                part = part - self._shift(images)
-            x[:, pixels] = self._from_gaussian(part, pixels, self._logits(images, group))
+        *groups, z_f = z.split(self.group_sizes, 1)
+        *pixels_of, last = self.order.split(self.group_sizes)
+        context = self._context(z_f)
+        for group, (part, pixels) in enumerate(zip(groups, pixels_of)):
+            x[:, pixels] = self._from_gaussian(part, pixels, self._logits(images, group, context))
+        x[:, last] = self._from_gaussian(z_f - self._shift(images), last,
+                                         self._last_logits(images))
         return images
 
-    def _logits(self, x: Tensor, group: int) -> Tensor:
-        """l of the group, of n pixels; zero for the first: x (B, 1, H, W) -> (B, n_bins, n)."""
+    def _context(self, z_f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z_f (B, n) -> l of the first group, and the maps of the strides 2 and 1: (B, n_bins, n_1)
+        and (B, n_maps, H', W')."""
+        _, h, w = self.shape
+        first, *maps = self.context(z_f).split(self.context_sizes, 1)
+        coarse, fine = (m.view(len(z_f), self.n_maps, h // s, w // s) for m, s in zip(maps, (4, 2)))
+        return first.view(len(z_f), self.n_bins, -1), coarse, fine
+
+    def _logits(self, x: Tensor, group: int, context: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """l of a group, not the last, of n pixels: x (B, 1, H, W) -> (B, n_bins, n)."""
         if group == 0:
-            return x.new_zeros(len(x), self.n_bins, self.group_sizes[0])
+            return context[0]
         stride, k = 2 - (group - 1) // 3, (group - 1) % 3
-        before = _subgrids(x, stride)[:k + 1]
+        before = (*_subgrids(x, stride)[:k + 1], context[3 - stride])
         return self.networks[group - 1](torch.cat(before, 1)).flatten(2)
+
+    def _last_logits(self, x: Tensor) -> Tensor:
+        """l of the last group: x (B, 1, H, W) -> (B, n_bins, n)."""
+        return self.networks[-1](torch.cat(_subgrids(x, 1)[:3], 1)).flatten(2)
 
     def _shift(self, x: Tensor) -> Tensor:
         """t of the last group: x (B, 1, H, W) -> (B, n)."""

@@ -89,7 +89,8 @@ def conditional_pixels(shape=(1, 8, 8), levels=17, n_bins=6):
     def network(c_in, c_out, size):
         return resnet3x3(c_in, c_out, 8, 1, "zeros", size)
     f = ConditionalPixels(shape, levels, n_bins, network,
-                          lambda c_in, size, n: ImageNetwork(c_in, size, n, 16, 1))
+                          lambda c_in, size, n: ImageNetwork(c_in, size, n, 16, 1),
+                          lambda n, n_out: resnet1x1(n, n_out, 8, 1), n_maps=2)
     f.fit(grey_images(50, shape, levels))
     return f
 
@@ -286,11 +287,12 @@ def test_conditional_pixels_are_the_formula():
     z, ldj = f(x)
     n = f.group_sizes
     assert n == [4, 4, 4, 4, 16, 16, 16] and sorted(f.order.tolist()) == list(range(64))
-    logits = torch.zeros(20, 6, 64)
-    for group, pixels in enumerate(f.order.split(n)):
-        logits[:, :, pixels] = f._logits(x, group)
-    assert (logits[..., f.order[:n[0]]] == 0).all()
-    assert logits[..., f.order[n[0]:]].std() > 0.1
+    logits, context = torch.zeros(20, 6, 64), f._context(z[:, -16:])
+    *others, last = f.order.split(n)
+    for group, pixels in enumerate(others):
+        logits[:, :, pixels] = f._logits(x, group, context)
+    logits[:, :, last] = f._last_logits(x)
+    assert all(logits[..., pixels].std() > 0.05 for pixels in f.order.split(n))
     p = f.p / f.p.sum(1, keepdim=True) * logits[:, f.bin_of].transpose(1, 2).exp()  # (20, 64, 17)
     p = p / p.sum(2, keepdim=True)
     v = 17 * x.flatten(1)
@@ -303,23 +305,27 @@ def test_conditional_pixels_are_the_formula():
     expected[:, -16:] += f._shift(x)
     torch.testing.assert_close(z, expected)
     torch.testing.assert_close(ldj, expected_ldj)
-    torch.testing.assert_close(f.last_group(x), expected[:, -16:])
+    torch.testing.assert_close(f.last_group(x)[0], expected[:, -16:])
 
 
-def test_conditional_pixels_depend_on_coarser_ones_only():
+def test_conditional_pixels_depend_on_coarser_ones_and_z_f_only():
+    """The Jacobian of x, as a function of z."""
     torch.manual_seed(0)
-    f, x = randomize(conditional_pixels()), torch.rand(2, 1, 8, 8)
-    jacobian = torch.autograd.functional.jacobian(lambda v: f(v)[0][0], x)[:, 0].flatten(1)
-    jacobian = jacobian[:, f.order]
+    f, z = randomize(conditional_pixels()), torch.randn(1, 64)
+    jacobian = torch.autograd.functional.jacobian(f.inverse, z)[0, 0].flatten(0, 1)[f.order, 0]
     group = torch.repeat_interleave(torch.arange(7), torch.tensor(f.group_sizes))
-    assert (jacobian[group[:, None] < group] == 0).all()
     assert (jacobian.diagonal() != 0).all()
-    same = (group[:, None] == group) & ~torch.eye(64, dtype=torch.bool)
-    assert (jacobian[same] == 0).all()
-    for k in range(1, 7):                       # each on every group before it
-        before = [jacobian[group == k][:, group == earlier].abs().max() > 0 for earlier in range(k)]
-        same_stride = range(3 * ((k - 1) // 3), k)
-        assert all(before[earlier] for earlier in same_stride)
+    for k in range(7):
+        on_group = [jacobian[group == k][:, group == other] for other in range(7)]
+        if k < 6:
+            assert (on_group[k] == on_group[k].diagonal().diag()).all()
+            assert (on_group[6] != 0).any(1).all()                              # each pixel on z_f
+        assert not any(on_group[later].any() for later in range(k + 1, 6))
+        assert all(on_group[earlier].any() for earlier in range(max(3 * ((k - 1) // 3), 0), k))
+    x = f.inverse(z).detach()
+    of_z_f = torch.autograd.functional.jacobian(lambda x: f.last_group(x)[0][0], x).flatten(1)
+    on_last = of_z_f[:, f.order[-16:]]
+    assert (on_last == on_last.diagonal().diag()).all() and (on_last.diagonal() != 0).all()
 
 
 def test_bins_of_grey_levels():

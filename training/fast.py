@@ -20,7 +20,7 @@ from models.networks import Conv3x3, ResNet, reflect_pad
 from models.pixels import ConditionalPixels
 
 NETWORKS = {CheckerboardCoupling: ("net",), ChannelCoupling: ("net1", "net2"),
-            SplitCoupling: ("net",), ConditionalPixels: ("networks", "shift")}
+            SplitCoupling: ("net",), ConditionalPixels: ("networks", "shift", "context")}
 # A CPU multiplies by a convolution's dense matrix if it has at most this many elements.
 TINY_CONV = 2**14
 # Graphs that torch.compile may make of a function: one per shape, with and without gradient.
@@ -113,8 +113,14 @@ class FastLogJoint(nn.Module):
         if copies is None:
             return self._log_joint(x)
         if self.twin.f_w.cheap_last_part:
-            return self._log_joint(x), self.twin.log_zf_joint(self.twin.encode_f(copies))
+            return self._log_joint(x), self.logits(copies)
         return self._log_joint(torch.cat((x, copies))).split(len(x))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """log p(y | x) up to a term that does not depend on y: x (B, C, H, W) -> (B, K)."""
+        if self.twin.f_w.cheap_last_part:
+            return self.twin.log_zf_joint(self.twin.encode_f(x))
+        return self._log_joint(x)
 
     def _log_joint(self, x: Tensor) -> Tensor:
         weights = self.weight_log_det.gather()  # on the main stream, as are their gradients
