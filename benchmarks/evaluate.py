@@ -18,7 +18,7 @@ from measure import (COLUMNS, Mode, convolutions_in, flops_per_image, fresh_mode
                      random_data, read_arguments, report, row_of, start_mode, time_calls)
 from training.cuda_graph import WARM_UP_CALLS
 from training.device import Speed
-from training.evaluation import build_inference
+from training.evaluation import Inference
 from training.fast import FastLogJoint
 from utils.data import DATASETS
 from utils.errors import run_command
@@ -43,7 +43,7 @@ def main():
         with convolutions_in(mode.precision), torch.no_grad():
             infer = model.log_joint
             if not mode.plain:
-                infer = build_inference(FastLogJoint(model, *mode.speed))
+                infer = Inference(FastLogJoint(model, *mode.speed)).log_joint
             seconds, first = time_calls(lambda infer=infer: infer(x), own.batches, device, warm_up)
         rows.append(row_of(mode, seconds, first, batch_size, flops, limits, device))
         print(f"{mode.name}: {rows[-1]['ms']:.2f} ms", file=sys.stderr)

@@ -95,7 +95,7 @@ def options(**changes):
 def load_tiny(**changes):
     """The dataset of TINY with `changes`."""
     defaults = {"data_root": "data", "num_examples": -1, "data_seed": 0, "validation": 0,
-                "cons_weight": 0, "spread_labels": 0.0, "clf_noise": True, "aug_rotation": -1,
+                "cons_weight": 0, "spread_labels": 0.0, "clf_noise": "true", "aug_rotation": -1,
                 "aug_scaling": -1, "aug_shift": -1}
     return data.load_data(SimpleNamespace(**{**defaults, **TINY, **changes}))
 

@@ -105,13 +105,21 @@ def test_augmented_batches():
 
 
 def test_copies_without_noise_are_in_the_middle_of_the_grey_levels():
-    x, y, copies = load_tiny(**DIGITS, clf_noise=False).sample_batch(500, 0.5, generator(),
-                                                                     augmented=True)
+    x, y, copies = load_tiny(**DIGITS, clf_noise="false").sample_batch(500, 0.5, generator(),
+                                                                       augmented=True)
     levels = copies * 17 - 0.5
     torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)
     assert levels.min() > -0.1 and levels.max() < 16.1
     noisy_x, noisy_y = load_tiny(**DIGITS).sample_batch(500, 0.5, generator())
     assert torch.equal(x, noisy_x) and torch.equal(y, noisy_y)
+
+
+def test_images_without_noise_follow_their_copies():
+    noisy = load_tiny(**DIGITS).sample_batch(500, 0.5, generator(), augmented=True)
+    *batch, clean = load_tiny(**DIGITS, clf_noise="train").sample_batch(500, 0.5, generator(),
+                                                                        augmented=True)
+    assert all(map(torch.equal, batch, noisy))
+    torch.testing.assert_close(clean, ((batch[0] * 17).floor() + 0.5) / 17)
 
 
 def test_label_spreading_gives_each_image_a_prior():

@@ -12,7 +12,7 @@ from conftest import PROJECT, run_script
 from models import build_model
 from training import checkpoint
 from training.device import choose_speed
-from training.evaluation import build_inference, evaluate
+from training.evaluation import Inference, evaluate
 from training.fast import FastLogJoint
 from training.processes import Processes
 from utils.data import load_data
@@ -212,7 +212,7 @@ def test_shipped_weights_give_the_numbers_of_their_card(name, tmp_path, monkeypa
     model = build_model(settings, data.shape, data.n_classes, grey_levels=data.grey_levels)
     checkpoint.load_weights(model, checkpoint.shipped_weights(settings.config_file))
     log_joint = FastLogJoint(model, *choose_speed(settings, data.device, Processes()))
-    inference = build_inference(log_joint)
+    inference = Inference(log_joint)
     draws = [evaluate(inference, data, (images, y), 256, seed, Processes()) for seed in (7, 8, 9)]
     error = mean([100 * (1 - accuracy) for _, accuracy in draws])
     bits = mean([data.bits_per_dim(log_p) for log_p, _ in draws])

@@ -19,7 +19,7 @@ from models.conv1x1 import CONVS, FullConv, log_abs_det, over_channels
 from models.networks import Conv3x3
 from training.checkpoint import CheckpointWriter, load_weights, save_atomically
 from training.device import choose_speed
-from training.evaluation import build_inference
+from training.evaluation import Inference
 from training.fast import FastLogJoint, _TinyConv3x3, _trace_shapes
 from training.loop import TrainingState, train_epoch
 from training.objective import objective
@@ -278,9 +278,11 @@ def make_step(settings, model, micro_bs, **speed):
                                      {"ssl_alg": "em", "weight_decay": 0.1},
                                      {"cl_weight": 1, "cons_weight": 30},
                                      {"cons_weight": 30, "spread_labels": 0.9},
+                                     {"cons_weight": 3, "spread_labels": 0.9, "clf_noise": "train"},
                                      {"optimizer": "adam", "weight_decay": 0.1},
                                      {"model": "pyramid", "width": 8, "n_blocks": 1,
-                                      "cl_weight": 1, "cons_weight": 30, "confidence": 0.101}])
+                                      "cl_weight": 1, "cons_weight": 30, "confidence": 0.101,
+                                      "clf_noise": "train"}])
 @pytest.mark.parametrize("micro_bs", [7, 64])
 def test_training_steps_change_the_weights_as_plain_ones_do(tmp_path, monkeypatch, micro_bs,
                                                             changes):
@@ -288,7 +290,8 @@ def test_training_steps_change_the_weights_as_plain_ones_do(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     # With this threshold a random model is confident about some rows.
     _, settings = read_settings(options(**{"confidence": 0.2, **changes}))
-    data, models, terms = load_tiny(spread_labels=settings.spread_labels), [], []
+    data = load_tiny(spread_labels=settings.spread_labels, clf_noise=settings.clf_noise)
+    models, terms = [], []
     for fast in (True, False):
         model = randomize(build_model(settings, data.shape, 10, grey_levels=17))
         generator = torch.Generator().manual_seed(0)
@@ -302,8 +305,13 @@ def test_training_steps_change_the_weights_as_plain_ones_do(tmp_path, monkeypatc
                 terms.append(step(*batch))
             else:
                 x, y, *more = batch
-                expected = objective(model.log_joint(x), y, settings, y,
-                                     *map(model.log_joint, more[:1]), *more[1:])
+                log_joint = target = model.log_joint(x)
+                if settings.clf_noise == "train":
+                    target = model.log_joint(more[1])
+                if settings.spread_labels:
+                    target = target + more[-1]
+                augmented = model.log_joint(more[0]) if more else None
+                expected = objective(log_joint, y, settings, y, augmented, target)
                 assert (expected.confident > 0) == (settings.cons_weight > 0)
                 torch.testing.assert_close(terms.pop(0), torch.stack(expected).detach(),
                                            rtol=1e-9, atol=1e-9)
@@ -337,8 +345,9 @@ def test_parameters_in_the_vector_are_aligned(tmp_path, monkeypatch):
 
 def test_scores_of_micro_batches_are_those_of_the_batch():
     model, x = random_model()
-    infer = build_inference(FastLogJoint(model, micro_bs=4))
-    torch.testing.assert_close(infer(x), model.log_joint(x), rtol=1e-5, atol=1e-4)
+    infer = Inference(FastLogJoint(model, micro_bs=4))
+    for scores in (infer.log_joint(x), infer.logits(x)):
+        torch.testing.assert_close(scores, model.log_joint(x), rtol=1e-5, atol=1e-4)
 
 
 def test_micro_batches_take_little_memory_on_a_cpu():
@@ -643,11 +652,11 @@ def test_log_abs_det_on_a_gpu():
 @pytest.mark.gpu
 def test_captured_scores_on_a_gpu():
     model, x = random_model(device="cuda")
-    infer = build_inference(FastLogJoint(model, cuda_graph=True))
+    infer = Inference(FastLogJoint(model, cuda_graph=True))
     for i in range(6):
         batch = 0.9 * x + 0.01 * i                              # stays in [0, 1]
         expected = model.log_joint(batch).detach()
-        torch.testing.assert_close(infer(batch), expected, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(infer.log_joint(batch), expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.gpu

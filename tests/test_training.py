@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from models import build_model
 from training.device import choose_speed
-from training.evaluation import build_inference, evaluate
+from training.evaluation import Inference, evaluate
 from training.fast import FastLogJoint
 from training.loop import TrainingState, train_epoch
 from training.objective import Terms, objective
@@ -96,13 +96,13 @@ def test_consistency(batch):
     assert augmented.grad[[1, 0, 2, 5]].any(1).all() and not augmented.grad[[3, 4]].any()
 
 
-def test_priors_change_the_targets_of_consistency_only(batch):
-    """q(y) is proportional to p(x | y) r(y), and the log-likelihood keeps p(y)."""
+def test_given_targets_are_those_of_consistency_only(batch):
+    """Here with priors: q(y) is proportional to p(x | y) r(y); the log-likelihood keeps p(y)."""
     log_joint, y = batch
     augmented, p_y = log_joint.flip(1), torch.tensor([0.1, 0.2, 0.3, 0.4])
     r = torch.tensor([[0.01, 0.97, 0.01, 0.01]]).expand(len(y), -1)
     settings = SimpleNamespace(**{**SGD, "cons_weight": 1.0, "confidence": 0.0})
-    terms = objective(log_joint, y, settings, y, augmented, (r / p_y).log())
+    terms = objective(log_joint, y, settings, y, augmented, log_joint + (r / p_y).log())
     p_x_given_y = (log_joint - p_y.log()).exp()
     q = p_x_given_y * r / (p_x_given_y * r).sum(1, keepdim=True)
     expected = -(q * augmented.log_softmax(1)).sum(1)[y < 0].mean()
@@ -617,11 +617,8 @@ def test_evaluation_is_exact_and_repeatable():
     data = load_tiny()
     model = build_model(TINY, data.shape, 10)
     data.test_x, data.test_y = data.test_x[:359], data.test_y[:359]     # the last batch is filled
-    sizes = []
-
-    def infer(x):
-        sizes.append(len(x))
-        return model.log_joint(x)
+    infer, sizes = Inference(FastLogJoint(model)), []
+    infer.log_joint = lambda x: (sizes.append(len(x)), model.log_joint(x))[1]
 
     def evaluate_with(seed):
         with torch.no_grad():
@@ -637,7 +634,7 @@ def test_evaluation_is_exact_and_repeatable():
     assert one[1] == pytest.approx(float((log_joint.argmax(1) == data.test_y).float().mean()))
     assert one[0] != evaluate_with(1)[0]
 
-    data.clf_noise = False      # what is classified has no noise, log p(x) is as before
+    data.clf_noise = "train"    # what is classified has no noise, log p(x) is as before
     middle = (data.test_x + 0.5) / 17
     with torch.no_grad():
         expected = float((model.log_joint(middle).argmax(1) == data.test_y).float().mean())
@@ -692,7 +689,7 @@ def test_the_paper_s_run_trains_and_evaluates(tmp_path, monkeypatch, mnist_root)
     state = TrainingState.create(model, log_joint, data, generator, settings, processes)
     assert state.steps_per_epoch == 1875
     state.steps_per_epoch = 2
-    infer = build_inference(log_joint)
+    infer = Inference(log_joint)
     start = {key: value.clone() for key, value in model.named_parameters()}
     log_p, _ = evaluate(infer, data, test, settings.test_bs, 0, processes)
     assert 5 < data.bits_per_dim(log_p) < 9                             # the uniform density has 8

@@ -29,7 +29,7 @@ from models import build_model
 from models.networks import ResNet
 from training.checkpoint import load_file, load_weights, save_atomically
 from training.device import choose_speed, device_name, set_up_torch
-from training.evaluation import build_inference, evaluate
+from training.evaluation import Inference, evaluate
 from training.fast import FastLogJoint
 from training.processes import Processes
 from utils.data import load_data
@@ -141,7 +141,7 @@ def evaluate_weights(model, weights, data, settings):
     """
     model.load_state_dict(weights)                  # cast to the types of the model
     speed = choose_speed(settings, data.device, Processes())
-    infer = build_inference(FastLogJoint(model, *speed))
+    infer = Inference(FastLogJoint(model, *speed))
 
     def evaluate_examples(examples):
         values = [evaluate(infer, data, examples, settings.test_bs, settings.seed + i, Processes())

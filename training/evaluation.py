@@ -17,28 +17,30 @@ from .fast import FastLogJoint
 from .processes import Processes
 from .step import TrainingStep
 
-Inference = Callable[[Tensor], Tensor]      # x (B, C, H, W) -> log p(x, y) (B, K)
+class Inference:
+    """A model's functions without gradient, in micro-batches: x (B, C, H, W) -> (B, K).
 
-
-def build_inference(log_joint: FastLogJoint) -> Inference:
-    """x (B, C, H, W) -> log p(x, y) (B, K) without gradient, in micro-batches.
-
-    With CUDA graphs it accepts batches of one size only: build one for each set of examples.
+    log_joint: log p(x, y); logits: log p(y | x) up to a term that does not depend on y. With CUDA
+    graphs they accept batches of one size only: build them for each set of examples.
     """
-    @torch.no_grad()
-    def infer(x: Tensor) -> Tensor:
-        return torch.cat([log_joint(part) for part in x.split(log_joint.micro_batch_size)])
-    return Captured(infer) if log_joint.cuda_graph else infer
+
+    def __init__(self, model: FastLogJoint):
+        def build(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            @torch.no_grad()
+            def infer(x: Tensor) -> Tensor:
+                return torch.cat([function(part) for part in x.split(model.micro_batch_size)])
+            return Captured(infer) if model.cuda_graph else infer
+        self.log_joint, self.logits = build(model), build(model.logits)
 
 
 def evaluate(infer: Inference, data: SemiSupervisedData, examples: Examples, batch_size: int,
              seed: int, processes: Processes) -> tuple[float, float]:
     """Mean log p(x) of `examples`, in nats, and the accuracy of argmax p(y | x), from 0 to 1.
 
-    infer: x -> log p(x, y), called with batches of one size, at most `batch_size`. `seed`
-    determines the dequantisation noise, so two evaluations of the same weights on the same device
-    agree. Without data.clf_noise the x that is classified has no noise, and so needs a pass of its
-    own. Each process evaluates its share of the batches.
+    infer: called with batches of one size, at most `batch_size`. `seed` determines the
+    dequantisation noise, so two evaluations of the same weights on the same device agree. Unless
+    data.clf_noise is "true", the x that is classified has no noise, and so needs a pass of its own.
+    Each process evaluates its share of the batches.
     """
     generator = torch.Generator(data.device).manual_seed(seed)
     images, y = examples
@@ -51,11 +53,11 @@ def evaluate(infer: Inference, data: SemiSupervisedData, examples: Examples, bat
         counted, rows = rows < n, rows.clamp(max=n - 1)  # the last batch is filled up
         x = data.dequantize(images[rows], generator)  # by all processes: the noise stays the same
         if i % processes.size == processes.rank:
-            log_joint = infer(x)
+            logits = log_joint = infer.log_joint(x)
             log_p = log_joint.logsumexp(1).double()
-            if not data.clf_noise:
-                log_joint = infer(data.middle_of_levels(images[rows]))
-            correct = log_joint.argmax(1) == y[rows]
+            if data.clf_noise != "true":
+                logits = infer.logits(data.middle_of_levels(images[rows]))
+            correct = logits.argmax(1) == y[rows]
             values = torch.stack((log_p, correct.double()))
             sums += (values * counted).sum(1)
     mean_log_p, accuracy = (processes.sum(sums) / n).tolist()
@@ -76,7 +78,7 @@ class RunEvaluation:
                  settings: Settings, processes: Processes):
         self.data, self.settings, self.processes = data, settings, processes
         self.examples = {"val": (data.val_x, data.val_y), "test": (data.test_x, data.test_y)}
-        self.infer = {name: build_inference(log_joint) for name in self.examples}
+        self.infer = {name: Inference(log_joint) for name in self.examples}
 
     def __call__(self, training_step: TrainingStep, epoch: int) -> dict[str, float]:
         has_validation, row = len(self.data.val_x) > 0, {}
@@ -105,7 +107,7 @@ def print_evaluation(log_joint: FastLogJoint, data: SemiSupervisedData,
     Each is the mean over settings.draws samples of the dequantisation noise; the values follow it.
     """
     start = time.perf_counter()
-    infer, name, examples = build_inference(log_joint), "Test", (data.test_x, data.test_y)
+    infer, name, examples = Inference(log_joint), "Test", (data.test_x, data.test_y)
     if not settings.test:
         name, examples = "Validation", (data.val_x, data.val_y)
     log_p, accuracy = np.transpose([

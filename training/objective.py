@@ -18,7 +18,8 @@ threshold `confidence`, its posterior is the target for the copy,
     mean_{j unlabelled} [ - sum_y q_j(y) log p(y | x'_j)  if max_y q_j(y) > confidence,
                           0                               otherwise ],
 
-where q_j(y) = p(y | x_j) gets no gradient. With `spread_labels` the image has a prior of its own,
+where q_j(y) = p(y | x_j) gets no gradient. With `clf_noise` train, it is that of x_j without
+dequantisation noise. With `spread_labels` the image has a prior of its own,
 r_j, from its neighbours (`label_spreading_prior` in utils/data.py), and q_j(y) is proportional to
 p(x_j | y) r_j(y). Soft targets under a confidence mask are those of UDA
 (Xie et al. 2020, arXiv 1904.12848); FixMatch (Sohn et al. 2020, arXiv 2001.07685) has hard ones.
@@ -52,14 +53,14 @@ class Terms(NamedTuple):
 
 def objective(log_joint: Tensor, y: Tensor, settings: Settings,
               batch_y: Tensor | None = None, log_joint_augmented: Tensor | None = None,
-              log_prior_ratio: Tensor | None = None) -> Terms:
+              target: Tensor | None = None) -> Terms:
     """The loss of a batch, or the contribution of a micro-batch to it (module docstring).
 
     log_joint: log p(x, y), (B, K); y: (B,), -1 where the label is hidden; settings: ssl_alg,
     sup_weight, cl_weight, cons_weight, confidence; batch_y: the labels of the whole batch if the
     rows are a micro-batch of it; log_joint_augmented: log p(x', y) up to a term that does not
-    depend on y, (B, K), or None without augmented copies; log_prior_ratio: log r(y) / p(y), (B, K),
-    or None where r is p(y). The terms of all micro-batches sum to those of the batch.
+    depend on y, (B, K), or None without augmented copies; target: log q(y) up to such a term, or
+    None where q(y) is p(y | x). The terms of all micro-batches sum to those of the batch.
     """
     batch_y = y if batch_y is None else batch_y
     labelled = y >= 0
@@ -81,11 +82,10 @@ def objective(log_joint: Tensor, y: Tensor, settings: Settings,
     cons_loss = confident = torch.zeros_like(log_likelihood)
     if log_joint_augmented is not None:
         nll = (nll + cross_entropy(log_joint_augmented, y.clamp(min=0))) / 2
-        prior = 0 if log_prior_ratio is None else log_prior_ratio
-        target = (log_joint.detach() + prior).softmax(1)  # q
-        is_confident = ~labelled & (target.amax(1) > settings.confidence)
+        q = (log_joint if target is None else target).detach().softmax(1)
+        is_confident = ~labelled & (q.amax(1) > settings.confidence)
         n_unlabelled = (len(batch_y) - n_labelled).clamp(min=1)
-        of_copies = cross_entropy(log_joint_augmented, target)
+        of_copies = cross_entropy(log_joint_augmented, q)
         cons_loss = (of_copies * is_confident).sum() / n_unlabelled
         confident = is_confident.sum() / n_unlabelled
     cl_loss = nll.masked_fill(~labelled, 0).sum() / n_labelled.clamp(min=1)

@@ -59,6 +59,7 @@ class TrainingStep:
         self.optimizer = build_optimizer([self.vector], settings, self.lr)
         self.moments = OPTIMIZERS[settings.optimizer][1]
         self.log_joint: nn.Module = log_joint
+        self.logits = log_joint.logits
         if processes.size > 1:
             # All processes start with the main one's parameters; buffers never change. The option
             # that says so has another name since PyTorch 2.14.
@@ -80,8 +81,9 @@ class TrainingStep:
         """Train on a batch of `sample_batch` -> its Terms, stacked: (T,).
 
         batch: x (B, C, H, W); y (B,), -1 where the label is hidden; for the consistency term, the
-        augmented copies of x, and their log r(y) / p(y), (B, K), if images have priors. Of several
-        processes, each gets its shard's contribution to the terms.
+        augmented copies of x; x without noise, if clf_noise is "train"; and log r(y) / p(y), (B,
+        K), if images have priors. Of several processes, each gets its shard's contribution to the
+        terms.
         """
         return self.captured(*batch) if self.captured else self._run(*batch)
 
@@ -94,14 +96,25 @@ class TrainingStep:
         for i, (micro_x, micro_y, *micro) in enumerate(zip(*shards)):
             with self._gradient_sync(i == len(shards[0]) - 1):
                 if micro:
-                    log_joint, *augmented = self.log_joint(micro_x, micro[0])
+                    log_joint, augmented = self.log_joint(micro_x, micro.pop(0))
+                    target = self._target(log_joint, *micro)
+                    terms = objective(log_joint, micro_y, self.settings, y, augmented, target)
                 else:
-                    log_joint, augmented = self.log_joint(micro_x), []
-                terms = objective(log_joint, micro_y, self.settings, y, *augmented, *micro[1:])
+                    terms = objective(self.log_joint(micro_x), micro_y, self.settings, y)
                 (terms.loss * self.processes.size).backward()  # DistributedDataParallel averages
             batch_terms = batch_terms + torch.stack(terms).detach()
         self._update()
         return batch_terms
+
+    @torch.no_grad()
+    def _target(self, log_joint: Tensor, *of_images: Tensor) -> Tensor:
+        """log q(y) of the consistency term up to a term that does not depend on y, (B, K).
+
+        of_images: x without noise and log r(y) / p(y), each if the settings say so.
+        """
+        rest = list(of_images)
+        target = self.logits(rest.pop(0)) if self.settings.clf_noise == "train" else log_joint
+        return target + rest.pop() if self.settings.spread_labels else target
 
     def _update(self) -> None:
         """The optimiser and the moving average, with the gradients of the parameters."""

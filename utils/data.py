@@ -53,7 +53,7 @@ class SemiSupervisedData:
     def __init__(self, train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor,
                  labelled: Tensor, grey_levels: int | None, device: str | torch.device = "cpu",
                  labelled_ids: Tensor | None = None, validation: Examples | None = None,
-                 augmentation: Augmentation | None = None, clf_noise: bool = True,
+                 augmentation: Augmentation | None = None, clf_noise: str = "true",
                  spread_labels: float = 0.0):
         self.n_classes = int(train_y[labelled].max()) + 1
         self.labelled = labelled.to(device)
@@ -110,9 +110,9 @@ class SemiSupervisedData:
         Each row is, independently, a labelled example with probability `labelled_prob` and
         otherwise an unlabelled one, chosen uniformly with replacement; without unlabelled examples
         all rows are labelled. With `augmented` there is a third tensor: the augmented copies of the
-        same images, dequantised with their own noise, or without noise if `clf_noise` is false; and
-        with `spread_labels` a fourth: log r(y) / p(y) of each row, (B, K), where r is the image's
-        `label_spreading_prior`.
+        same images, dequantised with their own noise, or without noise if `clf_noise` is "false".
+        If it is "train", the images themselves without noise follow; and with `spread_labels`
+        log r(y) / p(y) of each row, (B, K), where r is the image's `label_spreading_prior`.
         """
         def choose(indices: Tensor) -> Tensor:
             return indices[torch.randint(len(indices), (batch_size,), generator=generator,
@@ -127,9 +127,11 @@ class SemiSupervisedData:
             return x, y
         assert self.augmentation is not None, "these data have no augmentation"
         copies = augment(images, self.augmentation, generator)
-        copies = (self.dequantize(copies, generator) if self.clf_noise
-                  else self.middle_of_levels(copies))
-        return (x, y, copies, self.log_prior_ratio[index]) if self.spread_labels else (x, y, copies)
+        copies = (self.middle_of_levels(copies) if self.clf_noise == "false"
+                  else self.dequantize(copies, generator))
+        clean = [self.middle_of_levels(images)] if self.clf_noise == "train" else []
+        ratio = [self.log_prior_ratio[index]] if self.spread_labels else []
+        return x, y, copies, *clean, *ratio
 
     def labelled_prob(self, sup_sample_weight: float) -> float:
         """The probability that a row of a batch is labelled.
@@ -199,8 +201,9 @@ def load_data(settings: Settings, device: str | torch.device = "cpu") -> SemiSup
     dataset = DATASETS[settings.data]
     if settings.cons_weight and not dataset.augmentation:
         raise BadInput(f"cons_weight needs images, for augmentation; {settings.data} has points")
-    if not settings.clf_noise and dataset.grey_levels is None:
-        raise BadInput(f"clf_noise false is for images; {settings.data} has points, without noise")
+    if settings.clf_noise != "true" and dataset.grey_levels is None:
+        raise BadInput(f"clf_noise {settings.clf_noise} is for images; {settings.data} has points, "
+                       "without noise")
     train_x, train_y, test_x, test_y = dataset.load(settings)
     kept, validation = np.arange(len(train_x)), None
     if settings.validation:

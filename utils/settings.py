@@ -179,9 +179,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("spread_labels", _number(float, 0, 1 - 1e-9), 0.0,
         "w: the targets of the consistency term have the prior w s(y) + (1 - w) p(y), where s is "
         "from label spreading over the training images; 0: p(y)")
-    add("clf_noise", _boolean, True,
-        "classify images with dequantisation noise; false: augmented copies, and the images whose "
-        "error is measured, have values in the middle of their grey levels", metavar="true|false")
+    add("clf_noise", str.lower, "true",
+        "classify images with dequantisation noise; train: in training only: the targets of the "
+        "consistency term, and the images whose error is measured, have values in the middle of "
+        "their grey levels; false: augmented copies, and the images whose error is measured, have "
+        "them", choices=("true", "train", "false"))
     for name, kind, text in (("rotation", _number(float, 0, 180, also=(-1,)), "rotation, degrees"),
                              ("scaling", _number(float, 0, 0.9, also=(-1,)),
                               "change of size, as a share of it"),
