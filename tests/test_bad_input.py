@@ -128,6 +128,10 @@ CASES = {
     "priors without consistency": (options(spread_labels=0.5), "it needs cons_weight"),
     "priors from label spreading alone": (options(spread_labels=1, cons_weight=1),
                                           "--spread_labels: must be at most"),
+    "averaged targets without an average": (
+        options(target_weights="averaged", cons_weight=1), "needs a moving average"),
+    "averaged targets without consistency": (
+        options(target_weights="averaged", ema=0.9, validation=100), "for the consistency term"),
     "negative warm-up": (options(warmup_steps=-1), "--warmup_steps"),
     "no draws": (options(draws=0), "--draws: must be at least 1"),
     "negative width": (options(width=-1), "--width"),

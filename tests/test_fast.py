@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import PROJECT, TINY, load_tiny, options, randomize, run_script, runs
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from models import build_model
 from models.bijections import ActNorm
@@ -279,6 +279,8 @@ def make_step(settings, model, micro_bs, **speed):
                                      {"cl_weight": 1, "cons_weight": 30},
                                      {"cons_weight": 30, "spread_labels": 0.9},
                                      {"cons_weight": 3, "spread_labels": 0.9, "clf_noise": "train"},
+                                     {"cons_weight": 30, "target_weights": "averaged", "ema": 0.8,
+                                      "validation": 100},
                                      {"optimizer": "adam", "weight_decay": 0.1},
                                      {"model": "pyramid", "width": 8, "n_blocks": 1,
                                       "cl_weight": 1, "cons_weight": 30, "confidence": 0.101,
@@ -298,16 +300,16 @@ def test_training_steps_change_the_weights_as_plain_ones_do(tmp_path, monkeypatc
         if fast:
             step = make_step(settings, model, micro_bs)
         else:
-            optimizer = plain_optimizer(settings, model)
-        for _ in range(3):
+            optimizer, average = plain_optimizer(settings, model), copy.deepcopy(model)
+            teacher = average if settings.target_weights == "averaged" else model
+        for t in (1, 2, 3):
             batch = data.sample_batch(20, 0.5, generator, augmented=settings.cons_weight > 0)
             if fast:
                 terms.append(step(*batch))
             else:
                 x, y, *more = batch
-                log_joint = target = model.log_joint(x)
-                if settings.clf_noise == "train":
-                    target = model.log_joint(more[1])
+                log_joint = model.log_joint(x)
+                target = teacher.log_joint(more[1] if settings.clf_noise == "train" else x)
                 if settings.spread_labels:
                     target = target + more[-1]
                 augmented = model.log_joint(more[0]) if more else None
@@ -320,6 +322,8 @@ def test_training_steps_change_the_weights_as_plain_ones_do(tmp_path, monkeypatc
                 if settings.clip_gn:
                     torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_gn)
                 optimizer.step()
+                for own, p in zip(average.parameters(), model.parameters()):
+                    own.data.lerp_(p.data, max(1 - settings.ema, 9 / (10 + t)))
         models.append(model.state_dict())
     assert list(models[0]) == list(models[1])
     for key, value in models[0].items():
@@ -409,10 +413,14 @@ def test_the_optimizer_s_state_is_that_of_torch_s_by_parameter(tmp_path, monkeyp
 def test_moving_average_of_the_weights(tmp_path, monkeypatch):
     """It is that of torch's AveragedModel, visible only in its context, and part of the state."""
     monkeypatch.chdir(tmp_path)
-    _, settings = read_settings(options(ema=0.7, validation=100))
+    _, settings = read_settings(options(ema=0.3, validation=100))
     data = load_tiny()
     model = randomize(build_model(settings, data.shape, 10))
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.7))
+
+    def update(average, own, t):            # the decay is 2/11, 3/12, 4/13, and then 0.3
+        decay = min(0.3, float((1 + t) / (10 + t)))
+        return decay * average + (1 - decay) * own
+    average = AveragedModel(model, avg_fn=update)
     average.update_parameters(model)                            # the first call copies
     step = make_step(settings, model, 64)
     generator = torch.Generator().manual_seed(0)
@@ -582,8 +590,9 @@ def test_fidelity_of_the_paper_s_model_on_a_gpu(compiled, monkeypatch):
 def test_captured_steps_are_the_plain_ones_on_a_gpu(tmp_path, monkeypatch, precision, compiled):
     monkeypatch.chdir(tmp_path)
     _, settings = read_settings(options(cl_weight=1, cons_weight=30, clip_gn=100, ema=0.7,
-                                        validation=100))
-    data, results = load_tiny(), []
+                                        validation=100, clf_noise="train",
+                                        target_weights="averaged"))
+    data, results = load_tiny(clf_noise="train"), []
     for cuda_graph in (True, False):
         model = randomize(build_model(settings, data.shape, 10)).cuda()
         step = make_step(settings, model, 64, precision=precision, compile=compiled,

@@ -6,14 +6,13 @@ on one tensor, and the step can be captured as one CUDA graph.
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from utils import Settings
 
@@ -44,8 +43,9 @@ class TrainingStep:
 
     It never synchronises with the device. settings: optimizer, lr, weight_decay, clip_gn, ema, and
     those of `objective`; processes: each computes its shard of every batch. `lr`, on the device, is
-    the learning rate of the next steps. With settings.ema the step maintains the moving average of
-    the weights, starting with the initial ones (`averaged`).
+    the learning rate of the next steps. With settings.ema the step maintains a moving average of
+    the weights (`averaged`): of its step t = 1, 2, ... it takes the share 1 - d, with the decay
+    d = min(ema, (1 + t) / (10 + t)), so that it soon forgets the initial weights.
     """
 
     def __init__(self, log_joint: FastLogJoint, settings: Settings,
@@ -74,7 +74,6 @@ class TrainingStep:
             self.log_joint = DistributedDataParallel(log_joint, **no_sync)
         # After DistributedDataParallel, which may have changed the parameters.
         self.average = self.vector.detach().clone() if settings.ema else None
-        self._update_average = get_ema_multi_avg_fn(settings.ema)
         self.captured = Captured(self._run) if log_joint.cuda_graph else None
 
     def __call__(self, *batch: Tensor) -> Tensor:
@@ -91,30 +90,30 @@ class TrainingStep:
         for p in self.parameters:
             p.grad = None
         n_images = max(self.micro_batch_size // (2 if of_copies else 1), 1)
-        shards = [self.processes.shard(rows).split(n_images) for rows in (x, y, *of_copies)]
+        xs, ys, *more = [self.processes.shard(rows).split(n_images) for rows in (x, y, *of_copies)]
+        copies = more.pop(0) if more else None
+        clean = more.pop(0) if copies and self.settings.clf_noise == "train" else None
+        averaged = copies and self.settings.target_weights == "averaged"
+        targets = self._targets(clean or xs) if clean or averaged else None
         batch_terms = torch.zeros(len(Terms._fields), device=x.device, dtype=x.dtype)
-        for i, (micro_x, micro_y, *micro) in enumerate(zip(*shards)):
-            with self._gradient_sync(i == len(shards[0]) - 1):
-                if micro:
-                    log_joint, augmented = self.log_joint(micro_x, micro.pop(0))
-                    target = self._target(log_joint, *micro)
-                    terms = objective(log_joint, micro_y, self.settings, y, augmented, target)
-                else:
-                    terms = objective(self.log_joint(micro_x), micro_y, self.settings, y)
+        for i in range(len(xs)):
+            with self._gradient_sync(i == len(xs) - 1):
+                log_joint, augmented = (self.log_joint(xs[i], copies[i]) if copies
+                                        else (self.log_joint(xs[i]), None))
+                target = log_joint if targets is None else targets[i]
+                target = target + more[0][i] if more else target
+                terms = objective(log_joint, ys[i], self.settings, y, augmented, target)
                 (terms.loss * self.processes.size).backward()  # DistributedDataParallel averages
             batch_terms = batch_terms + torch.stack(terms).detach()
         self._update()
         return batch_terms
 
     @torch.no_grad()
-    def _target(self, log_joint: Tensor, *of_images: Tensor) -> Tensor:
-        """log q(y) of the consistency term up to a term that does not depend on y, (B, K).
-
-        of_images: x without noise and log r(y) / p(y), each if the settings say so.
-        """
-        rest = list(of_images)
-        target = self.logits(rest.pop(0)) if self.settings.clf_noise == "train" else log_joint
-        return target + rest.pop() if self.settings.spread_labels else target
+    def _targets(self, micro_batches: Sequence[Tensor]) -> list[Tensor]:
+        """For each of micro_batches, x (B, C, H, W), log p(y | x) up to a term that does not depend
+        on y, (B, K), with the weights that the settings want."""
+        with self.averaged(self.settings.target_weights == "averaged"):
+            return [self.logits(x) for x in micro_batches]
 
     def _update(self) -> None:
         """The optimiser and the moving average, with the gradients of the parameters."""
@@ -125,7 +124,9 @@ class TrainingStep:
             nn.utils.clip_grad_norm_([self.vector], self.settings.clip_gn)
         self.optimizer.step()
         if self.average is not None:
-            self._update_average([self.average], [self.vector.detach()], None)
+            t = self.optimizer.state[self.vector]["step"]
+            share = (9 / (10 + t)).clamp(min=1 - self.settings.ema).to(self.average)
+            self.average.lerp_(self.vector.detach(), share)
 
     def _gradient_sync(self, now: bool) -> contextlib.AbstractContextManager:
         """Processes exchange gradients once, with the last micro-batch."""

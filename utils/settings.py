@@ -174,6 +174,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("cons_weight", at_least_zero, 0.0,
         "weight of the consistency term: a confident p(y | x) of an unlabelled image is the target "
         "for its augmented copy; L_clf is then averaged over an image and its copy")
+    add("target_weights", str, "last",
+        "which weights give that p(y | x): the last ones or, if ema is positive, their moving "
+        "average", choices=("last", "averaged"))
     add("confidence", _number(float, 0, 1), 0.95,
         "confidence threshold: p(y | x) is confident if its largest value exceeds it")
     add("spread_labels", _number(float, 0, 1 - 1e-9), 0.0,
@@ -271,6 +274,9 @@ class SettingsParser(ExParser):
         if settings.spread_labels and not settings.cons_weight:
             self.error("spread_labels changes the targets of the consistency term: it needs "
                        "cons_weight")
+        if settings.target_weights == "averaged" and not (settings.cons_weight and settings.ema):
+            self.error("target_weights averaged is for the consistency term, and needs a moving "
+                       "average: --cons_weight and --ema")
         if not settings.validation and not settings.test:
             self.error("test false needs validation examples: --validation N")
         if settings.ema and not settings.validation and not settings.pretrained:
