@@ -90,11 +90,20 @@ class PixelPyramid(MultiScale):
 
     def last_part(self, x: Tensor, n: int) -> Tensor:
         """z_f, without the other groups: x (B, 1, H, W) -> (B, n)."""
+        return self.last_part_given(x)(x)
+
+    def last_part_given(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """z_f of the last group of pixels in x, as a function of the image that the network which
+        shifts it sees: (B, 1, H, W) -> (B, n)."""
         pixels: Any = self.levels[0][0]
         z, _ = pixels.last_group(x)
-        for bijection in self.levels[-1]:
-            z, _ = bijection(z)
-        return z
+
+        def last_part(seen: Tensor) -> Tensor:
+            z_f = z + pixels.shift_of(seen)
+            for bijection in self.levels[-1]:
+                z_f, _ = bijection(z_f)
+            return z_f
+        return last_part
 
 
 def pixel_pyramid(shape: Shape, options: SimpleNamespace, width: int, n_blocks: int, n_bins: int,

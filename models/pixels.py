@@ -194,6 +194,7 @@ class ConditionalPixels(MarginalGaussian):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         z_f, ldj_f = self.last_group(x)
+        z_f = z_f + self.shift_of(x)
         context = self._context(z_f)
         logits = torch.cat([self._logits(x, group, context)
                             for group in range(len(self.networks))], 2)
@@ -202,10 +203,14 @@ class ConditionalPixels(MarginalGaussian):
         return torch.cat((z, z_f), 1), ldj.sum(1) + ldj_f
 
     def last_group(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, 1, H, W) -> z_f (B, n), and its part of ldj (B,)."""
+        """x (B, 1, H, W) -> z_f (B, n) before t is added, and its part of ldj (B,)."""
         pixels = self.order[-self.n_last:]
         z, ldj = self._to_gaussian(x.flatten(1)[:, pixels], pixels, self._last_logits(x))
-        return z + self._shift(x), ldj.sum(1)
+        return z, ldj.sum(1)
+
+    def shift_of(self, x: Tensor) -> Tensor:
+        """t of the last group: x (B, 1, H, W) -> (B, n)."""
+        return self.shift(torch.cat(_subgrids(x, 1)[:3], 1))
 
     def inverse(self, z: Tensor) -> Tensor:
         x = z.new_zeros(len(z), math.prod(self.shape))
@@ -215,7 +220,7 @@ class ConditionalPixels(MarginalGaussian):
         context = self._context(z_f)
         for group, (part, pixels) in enumerate(zip(groups, pixels_of)):
             x[:, pixels] = self._from_gaussian(part, pixels, self._logits(images, group, context))
-        x[:, last] = self._from_gaussian(z_f - self._shift(images), last,
+        x[:, last] = self._from_gaussian(z_f - self.shift_of(images), last,
                                          self._last_logits(images))
         return images
 
@@ -238,10 +243,6 @@ class ConditionalPixels(MarginalGaussian):
     def _last_logits(self, x: Tensor) -> Tensor:
         """l of the last group: x (B, 1, H, W) -> (B, n_bins, n)."""
         return self.networks[-1](torch.cat(_subgrids(x, 1)[:3], 1)).flatten(2)
-
-    def _shift(self, x: Tensor) -> Tensor:
-        """t of the last group: x (B, 1, H, W) -> (B, n)."""
-        return self.shift(torch.cat(_subgrids(x, 1)[:3], 1))
 
     def _to_gaussian(self, x: Tensor, pixels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, n) of these pixels (n,), logits (B, n_bins, n) -> z, ldj, (B, n) each."""

@@ -128,6 +128,7 @@ CASES = {
     "priors without consistency": (options(spread_labels=0.5), "it needs cons_weight"),
     "priors from label spreading alone": (options(spread_labels=1, cons_weight=1),
                                           "--spread_labels: must be at most"),
+    "adversarial training of another model": (options(vat_weight=1), "is for model pyramid"),
     "averaged targets without an average": (
         options(target_weights="averaged", cons_weight=1), "needs a moving average"),
     "averaged targets without consistency": (
@@ -281,8 +282,8 @@ def test_damaged_checkpoint(folder, capsys):
     fewer = {name: value for name, value in average.items() if name != "base_h.logsigma"}
     older = {key: value for key, value in content.items() if key != "format"}
     for damaged, message in (
-            (older, "has format 1, and this version reads format 2"),
-            ({**content, "format": 3}, "has format 3"),
+            (older, "has format 1, and this version reads format 3"),
+            ({**content, "format": 2}, "has format 2"),
             ({**content, "sums": {"loss": torch.zeros(())}}, "is not a checkpoint of a run"),
             (content["model"], "is not a checkpoint of a run"),
             ({**content, "average": fewer}, "the optimiser's state does not fit"),

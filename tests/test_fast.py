@@ -26,6 +26,7 @@ from training.objective import objective
 from training.processes import Processes
 from training.step import TrainingStep
 from training.stopping import Stopping
+from training.vat import virtual_adversarial_loss
 from utils.data import load_data
 from utils.metrics import read_metrics
 from utils.settings import read_settings
@@ -273,6 +274,22 @@ def make_step(settings, model, micro_bs, **speed):
     return TrainingStep(log_joint, settings, Processes())
 
 
+def plain_divergence(model, x, settings):
+    """The virtual adversarial loss with vat_weight, where the pixels of z_f themselves are those
+    of x, and have no gradient."""
+    if not settings.vat_weight:
+        return None
+    pixels, z_steps = model.f_w.levels[0][0], model.f_w.levels[-1]
+    z_last = pixels.last_group(x)[0].detach()
+
+    def logits(seen):
+        z = z_last + pixels.shift_of(seen)
+        for bijection in z_steps:
+            z, _ = bijection(z)
+        return model.log_zf_joint(z)
+    return virtual_adversarial_loss(logits, x, settings.vat_eps)
+
+
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("changes", [{}, {"cl_weight": 1, "clip_gn": 5, "sup_weight": 3},
                                      {"ssl_alg": "em", "weight_decay": 0.1},
@@ -284,12 +301,16 @@ def make_step(settings, model, micro_bs, **speed):
                                      {"optimizer": "adam", "weight_decay": 0.1},
                                      {"model": "pyramid", "width": 8, "n_blocks": 1,
                                       "cl_weight": 1, "cons_weight": 30, "confidence": 0.101,
-                                      "clf_noise": "train"}])
+                                      "clf_noise": "train"},
+                                     {"model": "pyramid", "width": 8, "n_blocks": 1,
+                                      "vat_weight": 10, "vat_eps": 0.5}])
 @pytest.mark.parametrize("micro_bs", [7, 64])
 def test_training_steps_change_the_weights_as_plain_ones_do(tmp_path, monkeypatch, micro_bs,
                                                             changes):
     """Against model.log_joint of the whole batch, and torch's optimiser over the parameters."""
     monkeypatch.chdir(tmp_path)
+    if "vat_weight" in changes:
+        micro_bs = 64                           # random directions are drawn for a micro-batch
     # With this threshold a random model is confident about some rows.
     _, settings = read_settings(options(**{"confidence": 0.2, **changes}))
     data = load_tiny(spread_labels=settings.spread_labels, clf_noise=settings.clf_noise)
@@ -304,6 +325,7 @@ def test_training_steps_change_the_weights_as_plain_ones_do(tmp_path, monkeypatc
             teacher = average if settings.target_weights == "averaged" else model
         for t in (1, 2, 3):
             batch = data.sample_batch(20, 0.5, generator, augmented=settings.cons_weight > 0)
+            torch.manual_seed(t)
             if fast:
                 terms.append(step(*batch))
             else:
@@ -313,7 +335,9 @@ def test_training_steps_change_the_weights_as_plain_ones_do(tmp_path, monkeypatc
                 if settings.spread_labels:
                     target = target + more[-1]
                 augmented = model.log_joint(more[0]) if more else None
-                expected = objective(log_joint, y, settings, y, augmented, target)
+                divergence = plain_divergence(model, x, settings)
+                expected = objective(log_joint, y, settings, y, augmented, target, divergence)
+                assert (expected.vat_loss > 0) == (settings.vat_weight > 0)
                 assert (expected.confident > 0) == (settings.cons_weight > 0)
                 torch.testing.assert_close(terms.pop(0), torch.stack(expected).detach(),
                                            rtol=1e-9, atol=1e-9)
@@ -408,6 +432,33 @@ def test_the_optimizer_s_state_is_that_of_torch_s_by_parameter(tmp_path, monkeyp
         for key in moments:
             torch.testing.assert_close(step.state_dict()["optimizer"][key][name],
                                        optimizer.state[p][key], rtol=1e-6, atol=1e-9, msg=name)
+
+
+@pytest.mark.usefixtures("float64")
+def test_virtual_adversarial_perturbations_change_the_posterior_most():
+    """With two classes and linear logits only one direction changes it, and a step finds it."""
+    torch.manual_seed(0)
+    w = torch.randn(2, 48, requires_grad=True)
+    x, eps = torch.rand(5, 3, 4, 4) / 4, 0.01
+
+    def logits(x):
+        return x.flatten(1) @ w.t()
+    divergence = virtual_adversarial_loss(logits, x, eps)
+    direction = F.normalize(w[1] - w[0], dim=0).detach().view(1, 3, 4, 4)
+    log_p = logits(x).log_softmax(1).detach()
+    kl = torch.stack([(log_p.exp() * (log_p - logits(x + sign * eps * direction).log_softmax(1)))
+                      .sum(1) for sign in (-1, 1)])
+    nearest = (kl - divergence).abs().argmin(0)
+    expected = kl.gather(0, nearest[None])[0]
+    torch.testing.assert_close(divergence, expected)
+    assert divergence.min() > 0
+    for i in range(5):      # no other direction of that length changes it as much, to second order
+        other = eps * F.normalize(torch.randn(200, 48)).view(200, 3, 4, 4)
+        q = logits(x[i] + other).log_softmax(1)
+        assert (log_p[i].exp() * (log_p[i] - q)).sum(1).max() < divergence[i]
+    own, = torch.autograd.grad(divergence.sum(), w)
+    whole, = torch.autograd.grad(expected.sum(), w)
+    torch.testing.assert_close(own, whole)      # r and p(y | x) are constants
 
 
 def test_moving_average_of_the_weights(tmp_path, monkeypatch):

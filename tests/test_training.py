@@ -26,7 +26,7 @@ from utils.data import SemiSupervisedData, load_data
 from utils.settings import read_settings
 
 SGD = {"ssl_alg": "sgd", "sup_weight": 1.0, "cl_weight": 0.0, "cons_weight": 0.0,
-       "confidence": 0.95}
+       "confidence": 0.95, "vat_weight": 0.0}
 POINTS = {"data": "moons", "model": "toy", "ssl_dim": -1, "ssl_l": 1, "conv": "qr", "l": 3}
 
 
@@ -115,12 +115,16 @@ def test_given_targets_are_those_of_consistency_only(batch):
 def test_terms_of_micro_batches_sum_to_those_of_the_batch(batch):
     log_joint, y = batch
     log_joint, augmented = 10 * log_joint, log_joint.flip(0)
-    settings = SimpleNamespace(**{**SGD, "cl_weight": 2.0, "cons_weight": 5.0})
-    whole = torch.stack(objective(log_joint, y, settings, y, augmented))
-    parts = [torch.stack(objective(log_joint[s], y[s], settings, y, augmented[s]))
+    settings = SimpleNamespace(**{**SGD, "cl_weight": 2.0, "cons_weight": 5.0, "vat_weight": 3.0})
+    divergence = torch.arange(1.0, 7.0)
+    whole = objective(log_joint, y, settings, y, augmented, None, divergence)
+    parts = [torch.stack(objective(log_joint[s], y[s], settings, y, augmented[s], None,
+                                   divergence[s]))
              for s in (slice(2), slice(2, 6))]
-    torch.testing.assert_close(sum(parts), whole)
-    assert whole[3] > 0 and whole[4] > 0
+    torch.testing.assert_close(sum(parts), torch.stack(whole))
+    assert whole.cons_loss > 0 and whole.confident > 0 and whole.vat_loss == 3.5
+    without = objective(log_joint, y, settings, y, augmented)
+    assert whole.loss == pytest.approx(float(without.loss) + 3 * 3.5) and without.vat_loss == 0
 
 
 def test_em_has_the_gradient_of_sgd_and_a_lower_value(batch):

@@ -6,6 +6,7 @@ It is tested against the model: equal to rounding, and in bfloat16 within stated
 import copy
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -121,6 +122,14 @@ class FastLogJoint(nn.Module):
         if self.twin.f_w.cheap_last_part:
             return self.twin.log_zf_joint(self.twin.encode_f(x))
         return self._log_joint(x)
+
+    def logits_given(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """`logits` of x (B, 1, H, W), in model pyramid, as a function of the image that the network
+        which shifts z_f sees: (B, 1, H, W) -> (B, K)."""
+        f_w: Any = self.twin.f_w
+        with torch.no_grad():
+            last_part = f_w.last_part_given(x)
+        return lambda seen: self.twin.log_zf_joint(last_part(seen))
 
     def _log_joint(self, x: Tensor) -> Tensor:
         weights = self.weight_log_det.gather()  # on the main stream, as are their gradients

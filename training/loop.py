@@ -98,7 +98,8 @@ class TrainingState:
         """
         sums = dict(zip(Terms._fields, processes.sum(self.sums).tolist()))
         means = {key: sums[key] / self.steps_per_epoch
-                 for key in ("loss", "log_likelihood", "cl_loss", "cons_loss", "confident")}
+                 for key in ("loss", "log_likelihood", "cl_loss", "cons_loss", "vat_loss",
+                             "confident")}
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
         self.sums.zero_()
         return {"train_loss": means.pop("loss"), **means,

@@ -4,7 +4,7 @@ With w_i = sup_weight for a labelled row and 1 for an unlabelled one, normalised
 the batch, the loss is
 
     - sum_{i labelled} w_i log p(x_i, y_i) - sum_{j unlabelled} w_j u(x_j)
-    + cl_weight * L_clf + cons_weight * L_cons
+    + cl_weight * L_clf + cons_weight * L_cons + vat_weight * L_vat
 
     ssl_alg sgd:  u(x) = log p(x)
     ssl_alg em:   u(x) = sum_y q(y) log p(x, y), where q(y) = p(y | x) gets no gradient
@@ -25,6 +25,10 @@ own, r_j, from its neighbours (`label_spreading_prior` in utils/data.py), and q_
 to p(x_j | y) r_j(y). Soft targets under a confidence mask are those of UDA (Xie et al. 2020, arXiv
 1904.12848); FixMatch (Sohn et al. 2020, arXiv 2001.07685) has hard ones. With this term L_clf is
 the mean of those of x_i and x'_i.
+
+L_vat, which the paper does not have, is the mean over all rows of `virtual_adversarial_loss`
+(vat.py) with perturbations of length vat_eps. It is for model pyramid: what is perturbed is the
+image that the network which writes into z_f sees.
 """
 
 from functools import partial
@@ -47,6 +51,7 @@ class Terms(NamedTuple):
     log_likelihood: Tensor   # the weighted mean of log p(x, y) and u(x), in nats
     cl_loss: Tensor          # L_clf, in nats
     cons_loss: Tensor        # L_cons, in nats
+    vat_loss: Tensor         # L_vat, in nats
     confident: Tensor        # share of the unlabelled rows above the confidence threshold
     correct: Tensor          # number of labelled rows that argmax p(y | x) classifies correctly
     labelled: Tensor         # number of labelled rows
@@ -54,14 +59,15 @@ class Terms(NamedTuple):
 
 def objective(log_joint: Tensor, y: Tensor, settings: Settings,
               batch_y: Tensor | None = None, log_joint_augmented: Tensor | None = None,
-              target: Tensor | None = None) -> Terms:
+              target: Tensor | None = None, divergence: Tensor | None = None) -> Terms:
     """The loss of a batch, or the contribution of a micro-batch to it (module docstring).
 
     log_joint: log p(x, y), (B, K); y: (B,), -1 where the label is hidden; settings: ssl_alg,
-    sup_weight, cl_weight, cons_weight, confidence; batch_y: the labels of the whole batch if the
-    rows are a micro-batch of it; log_joint_augmented: log p(x', y) up to a term that does not
-    depend on y, (B, K), or None without augmented copies; target: log q(y) up to such a term, or
-    None where q(y) is p(y | x). The terms of all micro-batches sum to those of the batch.
+    sup_weight, cl_weight, cons_weight, confidence, vat_weight; batch_y: the labels of the whole
+    batch if the rows are a micro-batch of it; log_joint_augmented: log p(x', y) up to a term that
+    does not depend on y, (B, K), or None without augmented copies; target: log q(y) up to such a
+    term, or None where q(y) is p(y | x); divergence: the virtual adversarial loss of each row,
+    (B,), or None. The terms of all micro-batches sum to those of the batch.
     """
     batch_y = y if batch_y is None else batch_y
     labelled = y >= 0
@@ -90,10 +96,14 @@ def objective(log_joint: Tensor, y: Tensor, settings: Settings,
         cons_loss = (of_copies * is_confident).sum() / n_unlabelled
         confident = is_confident.sum() / n_unlabelled
     cl_loss = nll.masked_fill(~labelled, 0).sum() / n_labelled.clamp(min=1)
+    vat_loss = torch.zeros_like(log_likelihood)
+    if divergence is not None:
+        vat_loss = divergence.sum() / len(batch_y)
 
     loss = -log_likelihood
-    for weight, term in ((settings.cl_weight, cl_loss), (settings.cons_weight, cons_loss)):
+    for weight, term in ((settings.cl_weight, cl_loss), (settings.cons_weight, cons_loss),
+                         (settings.vat_weight, vat_loss)):
         loss = loss + weight * term if weight else loss
     correct = (labelled & (log_joint.argmax(1) == y)).sum()
-    return Terms(loss, log_likelihood, cl_loss, cons_loss, confident,
+    return Terms(loss, log_likelihood, cl_loss, cons_loss, vat_loss, confident,
                  correct.to(loss.dtype), labelled.sum().to(loss.dtype))

@@ -20,6 +20,7 @@ from .cuda_graph import Captured
 from .fast import FastLogJoint
 from .objective import Terms, objective
 from .processes import Processes
+from .vat import virtual_adversarial_loss
 
 # The optimisers that settings.optimizer names, and the moments of the gradients in their state.
 # Both take a tensor as learning rate, and can be captured on a GPU.
@@ -59,7 +60,7 @@ class TrainingStep:
         self.optimizer = build_optimizer([self.vector], settings, self.lr)
         self.moments = OPTIMIZERS[settings.optimizer][1]
         self.log_joint: nn.Module = log_joint
-        self.logits = log_joint.logits
+        self.logits, self.logits_given = log_joint.logits, log_joint.logits_given
         if processes.size > 1:
             # All processes start with the main one's parameters; buffers never change. The option
             # that says so has another name since PyTorch 2.14.
@@ -102,7 +103,9 @@ class TrainingStep:
                                         else (self.log_joint(xs[i]), None))
                 target = log_joint if targets is None else targets[i]
                 target = target + more[0][i] if more else target
-                terms = objective(log_joint, ys[i], self.settings, y, augmented, target)
+                divergence = self._divergence((clean or xs)[i])
+                terms = objective(log_joint, ys[i], self.settings, y, augmented, target,
+                                  divergence)
                 (terms.loss * self.processes.size).backward()  # DistributedDataParallel averages
             batch_terms = batch_terms + torch.stack(terms).detach()
         self._update()
@@ -114,6 +117,12 @@ class TrainingStep:
         on y, (B, K), with the weights that the settings want."""
         with self.averaged(self.settings.target_weights == "averaged"):
             return [self.logits(x) for x in micro_batches]
+
+    def _divergence(self, x: Tensor) -> Tensor | None:
+        """The virtual adversarial loss of x (B, C, H, W), (B,), if the settings have it."""
+        if not self.settings.vat_weight:
+            return None
+        return virtual_adversarial_loss(self.logits_given(x), x, self.settings.vat_eps)
 
     def _update(self) -> None:
         """The optimiser and the moving average, with the gradients of the parameters."""

@@ -10,7 +10,7 @@ from .files import atomic_write
 
 Row = dict[str, float]
 
-COLUMNS = ("epoch", "train_loss", "log_likelihood", "cl_loss", "cons_loss", "confident",
+COLUMNS = ("epoch", "train_loss", "log_likelihood", "cl_loss", "cons_loss", "vat_loss", "confident",
            "labelled_acc", "val_log_p", "val_acc", "val_bpd", "ema_val_log_p", "ema_val_acc",
            "ema_val_bpd", "test_log_p", "test_acc", "test_bpd", "lr", "seconds")
 
@@ -19,12 +19,13 @@ class MetricsLog:
     """The rows of the CSV file `path`, with the columns of COLUMNS:
 
     epoch; the means over the epoch's batches of the loss, the log-likelihood term (nats), L_clf
-    (nats; 0 in a batch without labelled rows), the consistency term (nats) and the share of
-    unlabelled rows that it counts as confident; the accuracy on labelled rows (0 to 1); log p(x)
-    (nats), accuracy and bits/dim of the validation set; the same three of the averaged weights; the
-    same three of the test set, with the weights that the run would keep; the learning rate; the
-    seconds since the previous row, of training, evaluation, checkpoints and pictures. What does not
-    apply (bits/dim of points, averages without ema) is NaN.
+    (nats; 0 in a batch without labelled rows), the consistency term and the virtual
+    adversarial loss (nats), and the share of unlabelled rows that consistency counts as confident;
+    the accuracy on labelled rows (0 to 1); log p(x) (nats), accuracy and bits/dim of the validation
+    set; the same three of the averaged weights; the same three of the test set, with the weights
+    that the run would keep; the learning rate; the seconds since the previous row, of training,
+    evaluation, checkpoints and pictures. What does not apply (bits/dim of points, averages without
+    ema) is NaN.
     """
 
     def __init__(self, path: str | Path, up_to_epoch: int = 0):

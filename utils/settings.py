@@ -179,6 +179,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "average", choices=("last", "averaged"))
     add("confidence", _number(float, 0, 1), 0.95,
         "confidence threshold: p(y | x) is confident if its largest value exceeds it")
+    add("vat_weight", at_least_zero, 0.0,
+        "weight of virtual adversarial training, in model pyramid: p(y | x) should not depend on "
+        "small changes of the image, not even on those that change it most")
+    add("vat_eps", above_zero, 2.0,
+        "length of these changes: Euclidean norm over the pixels, of which white is 1")
     add("spread_labels", _number(float, 0, 1 - 1e-9), 0.0,
         "w: the targets of the consistency term have the prior w s(y) + (1 - w) p(y), where s is "
         "from label spreading over the training images; 0: p(y)")
@@ -274,6 +279,8 @@ class SettingsParser(ExParser):
         if settings.spread_labels and not settings.cons_weight:
             self.error("spread_labels changes the targets of the consistency term: it needs "
                        "cons_weight")
+        if settings.vat_weight and settings.model != "pyramid":
+            self.error(f"vat_weight is for model pyramid, not {settings.model}")
         if settings.target_weights == "averaged" and not (settings.cons_weight and settings.ema):
             self.error("target_weights averaged is for the consistency term, and needs a moving "
                        "average: --cons_weight and --ema")
