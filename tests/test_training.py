@@ -243,7 +243,8 @@ def test_training_improves_the_density_and_the_labelled_accuracy(tmp_path, monke
     {"ema": 0.9, "validation": 100, "cons_weight": 1, "lr_schedule": "cosine", "warmup_steps": 6,
      "pixels": "marginal"},
     {"cons_weight": 1, "spread_labels": 0.9, "clf_noise": "false", "position_bias": "true"},
-    {"model": "pyramid", "width": 8, "n_blocks": 1, "optimizer": "adam", "cons_weight": 1},
+    {"model": "pyramid", "width": 8, "n_blocks": 1, "optimizer": "adam", "cons_weight": 1,
+     "clf_noise": "train", "vat_weight": 1},
     POINTS])
 def test_resumed_run_ends_as_one_never_stopped(tmp_path, monkeypatch, capsys, changes):
     monkeypatch.chdir(tmp_path)

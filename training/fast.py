@@ -38,7 +38,8 @@ class FastLogJoint(nn.Module):
     - The log-determinants of ActNorms and unconstrained 1x1 convolutions, which do not depend on x,
       are computed once per pass, for all matrices of one size together (WeightLogDet), on a GPU on
       a side stream.
-    - Images, their gradients and the weights of convolutions are channels-last in memory.
+    - Images, their gradients and the weights of convolutions are channels-last in memory, except
+      around group norm on a CPU.
     - A convolution of a single pixel, and on a CPU one of a tiny image, is a matrix product.
     - With precision bf16 the networks inside the couplings run in bfloat16 under autocast, except
       their first layer, where rounding x would be the largest error. Their output is rounded to
@@ -100,6 +101,11 @@ class FastLogJoint(nn.Module):
                 part.first = _ToBfloat16(part.first)
                 if not model.log_p_y.is_cuda:
                     part.norm = _FusedNorm(part.norm)
+        if not model.log_p_y.is_cuda:
+            norms = [name for name, part in self.twin.named_modules()
+                     if isinstance(part, nn.GroupNorm)]
+            for name in norms:
+                self.twin.set_submodule(name, _ContiguousGroupNorm(self.twin.get_submodule(name)))
         if compile:
             limit = max(torch._dynamo.config.recompile_limit, COMPILED_GRAPHS)
             torch._dynamo.config.recompile_limit = limit
@@ -248,6 +254,17 @@ class _FusedNorm(nn.Module):
         scale = self.norm.logs.exp()
         no_eps = 1e-30  # PyTorch 2.11 refuses 0
         return F.batch_norm(x, self.zeros, self.ones, scale, -self.norm.bias * scale, eps=no_eps)
+
+
+class _ContiguousGroupNorm(nn.Module):
+    """Group norm of channels-first images: of channels-last ones a CPU computes it slowly."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.contiguous())
 
 
 class _Network(nn.Module):
