@@ -103,7 +103,7 @@ class TrainingStep:
                                         else (self.log_joint(xs[i]), None))
                 target = log_joint if targets is None else targets[i]
                 target = target + more[0][i] if more else target
-                divergence = self._divergence((clean or xs)[i])
+                divergence = self._divergence(xs[i])
                 terms = objective(log_joint, ys[i], self.settings, y, augmented, target,
                                   divergence)
                 (terms.loss * self.processes.size).backward()  # DistributedDataParallel averages
