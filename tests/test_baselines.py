@@ -24,6 +24,7 @@ from experiments.neural_baselines import (
     unlabelled_loss,
 )
 from utils.errors import BadInput
+from utils.metrics import read_metrics
 
 EXPERIMENTS = PROJECT / "experiments"
 # Settings with which the networks train in about a second.
@@ -247,3 +248,31 @@ def test_the_picture_of_error_against_minutes(compare, tmp_path, monkeypatch, ca
         with pytest.raises(BadInput, match=message):
             plot.main([*argv, "--save", "other.png"])
     assert not (tmp_path / "other.png").exists()
+
+
+def test_the_picture_of_recipes_against_minutes(compare, tmp_path, monkeypatch):
+    plot = importlib.import_module("plot_progress")
+    for seed in (0, 1):
+        assert run_script(options(epochs=3, num_examples=200, validation=100, seed=seed,
+                                  ema=0.5, log_each=1)) == 0
+    plain = options(epochs=1, num_examples=200)
+    assert run_script(plain) == 0
+    one, two, other = runs(tmp_path)
+    rows = read_metrics(one / "metrics.csv")
+    minutes = min(row["seconds"] for row in rows) / 60
+    curve = plot.progress(one)
+    assert curve["minutes"] == pytest.approx([minutes, 2 * minutes, 3 * minutes])
+    for row, error, bits in zip(rows, curve["error"], curve["bits"]):
+        better = "ema_val" if row["ema_val_log_p"] > row["val_log_p"] else "val"
+        assert error == pytest.approx(100 * (1 - row[f"{better}_acc"]))
+        assert bits == row[f"{better}_bpd"]
+    plot.main(["--runs", "one", str(one), "--runs", "two", str(two), str(one), "--error", "10",
+               "--save", "progress.png"])
+    with Image.open(tmp_path / "progress.png") as picture:
+        assert picture.width > 800 and len(picture.convert("RGB").getcolors(2**20)) > 10
+    for argv, message in ((["--runs", "label", str(other)], "with validation images"),
+                          (["--runs", "label", str(tmp_path)], "with validation images"),
+                          (["--runs", "label"], "a label and one RUN_DIR or more")):
+        with pytest.raises(BadInput, match=message):
+            plot.main([*argv, "--save", "none.png"])
+    assert not (tmp_path / "none.png").exists()

@@ -1,0 +1,83 @@
+"""A picture of validation error and bits/dim against minutes of training, of several recipes.
+
+    python experiments/plot_progress.py --runs LABEL RUN_DIR [RUN_DIR ...] [--runs ...] \
+        --save FILE.png
+
+Each --runs is a recipe with its runs, in one colour. The runs need validation images. A point is an
+evaluation, of the weights that the run would keep then. An epoch counts with the seconds of the
+run's fastest one, so that pauses and other programs on the machine do not matter. Dotted lines show
+the paper's figures, which are of the test set, with --error E and --bits B.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from plot_baselines import COLOURS, MARKERS
+from utils.errors import BadInput, OneLineParser, run_command
+from utils.figures import save
+from utils.metrics import average_is_better, read_metrics
+
+PANELS = {"error": "validation error, %", "bits": "validation bits/dim"}
+PERCENT, MINUTES = (0.5, 1, 2, 5, 10, 20, 50), (1, 2, 5, 10, 20, 60, 180)       # labels of axes
+
+
+def main(argv=None):
+    parser = OneLineParser(description="Plot validation error and bits/dim against minutes.",
+                           allow_abbrev=False)
+    parser.add_argument("--runs", nargs="+", action="append", required=True,
+                        metavar=("LABEL", "RUN_DIR"))
+    parser.add_argument("--error", type=float, metavar="E", help="the paper's error, %%")
+    parser.add_argument("--bits", type=float, metavar="B", help="the paper's bits/dim")
+    parser.add_argument("--save", type=Path, required=True, metavar="FILE.png")
+    own = parser.parse_args(argv)
+    if any(len(recipe) < 2 for recipe in own.runs) or len(own.runs) > len(COLOURS):
+        raise BadInput(f"--runs is a label and one RUN_DIR or more, {len(COLOURS)} times at most")
+    recipes = [(label, [progress(Path(run)) for run in runs]) for label, *runs in own.runs]
+    plot(recipes, {"error": own.error, "bits": own.bits}, own.save)
+
+
+def progress(run):
+    """The run's {"minutes", "error", "bits"}: a list each, with a value per logged epoch."""
+    rows = read_metrics(run / "metrics.csv")
+    if not rows or math.isnan(rows[0]["val_bpd"]):
+        raise BadInput(f"{run} is not the directory of a run on images with validation images")
+    epochs = [row["epoch"] for row in rows]
+    fastest = min(row["seconds"] / (epoch - before)
+                  for row, epoch, before in zip(rows, epochs, [0, *epochs]))
+    kept = ["ema_val" if average_is_better(row) else "val" for row in rows]
+    return {"minutes": [epoch * fastest / 60 for epoch in epochs],
+            "error": [100 * (1 - row[f"{key}_acc"]) for row, key in zip(rows, kept)],
+            "bits": [row[f"{key}_bpd"] for row, key in zip(rows, kept)]}
+
+
+def plot(recipes, published, path):
+    """recipes: (label, [what `progress` returns]) of each; published: the paper's figures."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, (quantity, label) in zip(panels, PANELS.items()):
+        for (title, runs), colour, marker in zip(recipes, COLOURS, MARKERS):
+            for i, run in enumerate(runs):
+                axes.plot(run["minutes"], run[quantity], marker + "-", color=colour, markersize=4,
+                          label=None if i else title)
+        if published[quantity] is not None:
+            axes.axhline(published[quantity], color="0.4", linestyle=":", label="the paper (test)")
+        axes.set_xscale("log")
+        axes.set_xlabel("minutes of training and evaluation")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    panels[0].set_yscale("log")
+    panels[0].set_yticks(PERCENT, [f"{percent:g}" for percent in PERCENT])
+    for axes in panels:
+        axes.set_xticks(MINUTES, [str(minutes) for minutes in MINUTES])
+        axes.minorticks_off()
+    panels[1].legend()
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    run_command(main)
