@@ -104,7 +104,8 @@ def assert_parity(model, x, reference):
     assert_close(model.log_joint(x), reference.log_joint)
     assert_close(model.log_prob(x), reference.log_marginal)
 
-    settings = SimpleNamespace(ssl_alg="sgd", sup_weight=1.0, cl_weight=0.0, cons_weight=0.0)
+    settings = SimpleNamespace(ssl_alg="sgd", sup_weight=1.0, cl_weight=0.0, cons_weight=0.0,
+                               vat_weight=0.0)
     optimizer = torch.optim.Adamax(model.parameters(), lr=1e-3, weight_decay=1e-5)
     y = torch.from_numpy(reference.train_y)
     for step, theirs in enumerate(reference.losses):
