@@ -471,7 +471,7 @@ def test_training_in_bfloat16_on_a_cpu(tmp_path, monkeypatch, capsys, changes):
 
 def test_the_averaged_weights_of_a_checkpoint_can_be_evaluated(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run_script(options(epochs=2, ema=0.8, validation=100)) == 0
+    assert run_script(options(epochs=2, ema=0.99, validation=100, lr=5e-3)) == 0
     run, = runs(tmp_path)
     row, evaluated = read_metrics(run)[-1], []
     for weights in ("last", "averaged"):
@@ -482,7 +482,7 @@ def test_the_averaged_weights_of_a_checkpoint_can_be_evaluated(tmp_path, monkeyp
         assert "Validation set 100 examples" in out and "Test" not in out
         evaluated.append(float(out.split("log p(x)")[1].split()[0]))
     assert evaluated == pytest.approx([row["val_log_p"], row["ema_val_log_p"]], abs=2e-3)
-    assert abs(evaluated[0] - evaluated[1]) > 0.1
+    assert abs(evaluated[0] - evaluated[1]) > 1
     plain = options(pretrained=str(run / "model.torch"), weights="averaged")
     assert run_script(plain) == 2
     assert "model.torch has no averaged weights" in capsys.readouterr().err
@@ -623,7 +623,11 @@ def test_evaluation_is_exact_and_repeatable():
     model = build_model(TINY, data.shape, 10)
     data.test_x, data.test_y = data.test_x[:359], data.test_y[:359]     # the last batch is filled
     infer, sizes = Inference(FastLogJoint(model)), []
-    infer.log_joint = lambda x: (sizes.append(len(x)), model.log_joint(x))[1]
+
+    def log_joint_of(x):
+        sizes.append(len(x))
+        return model.log_joint(x)
+    infer.log_joint = log_joint_of
 
     def evaluate_with(seed):
         with torch.no_grad():
@@ -677,11 +681,11 @@ def test_the_small_run_on_mnist_end_to_end(tmp_path, monkeypatch, capsys, mnist_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config, bits_at_the_start", [
-    ("config.yaml", (5, 9)),                                            # the uniform density has 8
-    ("configs/mnist-marginal.yaml", (1.6, 2.6))])                       # independent pixels
+@pytest.mark.parametrize("config, steps_per_epoch, bits_at_the_start", [
+    ("config.yaml", 1875, (5, 9)),                                      # the uniform density has 8
+    ("configs/mnist-marginal.yaml", 1719, (1.6, 2.6))])                 # independent pixels
 def test_the_paper_s_network_trains_and_evaluates(tmp_path, monkeypatch, mnist_root, config,
-                                                  bits_at_the_start):
+                                                  steps_per_epoch, bits_at_the_start):
     """On MNIST: two training steps of 32 images, and an evaluation of 40."""
     monkeypatch.chdir(tmp_path)
     _, settings = read_settings(["--config", str(PROJECT / config),
@@ -696,7 +700,7 @@ def test_the_paper_s_network_trains_and_evaluates(tmp_path, monkeypatch, mnist_r
     log_joint = FastLogJoint(model, *choose_speed(settings, data.device, processes))
     assert log_joint.micro_batch_size == 16
     state = TrainingState.create(model, log_joint, data, generator, settings, processes)
-    assert state.steps_per_epoch == -(-len(data.train_x) // 32)
+    assert state.steps_per_epoch == steps_per_epoch
     state.steps_per_epoch = 2
     infer = Inference(log_joint)
     start = {key: value.clone() for key, value in model.named_parameters()}

@@ -13,8 +13,8 @@ def virtual_adversarial_loss(logits: Callable[[Tensor], Tensor], x: Tensor, eps:
     """KL[p(y | x) || p(y | x + r)], in nats, for each image: x (B, C, H, W) -> (B,).
 
     r is the change of length `eps`, in the Euclidean norm over an image, that increases this
-    divergence the most, found by one power iteration from a random direction (equations 5 to 11
-    there). p(y | x) and r get no gradient. logits: x -> log p(y | x) up to a term that does not
+    divergence the most, found by one power iteration from a random direction, as there.
+    p(y | x) and r get no gradient. logits: x -> log p(y | x) up to a term that does not
     depend on y, (B, K).
     """
     with torch.no_grad():
