@@ -177,7 +177,7 @@ def toy_flow(shape: Shape, options: SimpleNamespace) -> MultiScale:
 
 FLOWS: dict[str, Callable[[Shape, SimpleNamespace], MultiScale]] = {
     "mnist-masked": partial(masked_glow, width=64, n_blocks=4),
-    "mnist-small": partial(masked_glow, width=32, n_blocks=1, squeeze_first=True,
+    "mnist-glow": partial(masked_glow, width=32, n_blocks=1, squeeze_first=True,
                            padding_mode="zeros"),
     "digits-masked": partial(masked_glow, width=16, n_blocks=1),
     "pyramid": partial(pixel_pyramid, width=64, n_blocks=2, n_bins=32, n_maps=8, shift_width=64,

@@ -140,7 +140,7 @@ CASES = {
         ["--config", "mine.yaml", "--pretrained"],
         "no weights ship for mine.yaml (there is no pretrained/mine.torch)"),
     "shipped weights for another model": (
-        ["--config", str(CONFIGS / "digits.yaml"), "--model", "mnist-small", "--device", "cpu",
+        ["--config", str(CONFIGS / "digits.yaml"), "--model", "mnist-glow", "--device", "cpu",
          "--pretrained"], "digits.torch holds weights of another architecture"),
     "one epoch, at learning rate zero": (options(lr_schedule="linear", epochs=1),
                                          "a single one would change nothing"),

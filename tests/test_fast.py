@@ -33,7 +33,7 @@ from utils.settings import read_settings
 
 POINTS = {"model": "toy", "ssl_dim": 2, "ssl_l": 1, "ssl_k": 2, "ssl_hd": 8, "l": 3}
 IMAGES = {**{f"digits, {conv}": {**TINY, "conv": conv, "ssl_conv": conv} for conv in CONVS},
-          "squeezed first": {**TINY, "model": "mnist-small", "width": 8},
+          "squeezed first": {**TINY, "model": "mnist-glow", "width": 8},
           "digits, cond-shift": {**TINY, "ssl_model": "cond-shift"},
           "digits, marginal": {**TINY, "pixels": "marginal"},
           "digits, position_bias": {**TINY, "position_bias": True},
