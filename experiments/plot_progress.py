@@ -5,8 +5,10 @@
 
 Each --runs is a recipe with its runs, in one colour. The runs need validation images. A point is an
 evaluation, of the weights that the run would keep then. An epoch counts with the seconds of the
-run's fastest one, so that pauses and other programs on the machine do not matter. Dotted lines show
-the paper's figures, which are of the test set, with --error E and --bits B.
+run's fastest one, so that pauses and other programs on the machine do not matter, or with those of
+--epoch_seconds S [S ...], one for each --runs: recipes whose runs had different machines can be
+compared if an epoch of each is timed on the same one. Dotted lines show the paper's figures, which
+are of the test set, with --error E and --bits B.
 """
 
 import math
@@ -31,26 +33,36 @@ def main(argv=None):
                            allow_abbrev=False)
     parser.add_argument("--runs", nargs="+", action="append", required=True,
                         metavar=("LABEL", "RUN_DIR"))
+    parser.add_argument("--epoch_seconds", type=float, nargs="+", metavar="S",
+                        help="seconds of an epoch of each --runs; default: of the fastest one")
     parser.add_argument("--error", type=float, metavar="E", help="the paper's error, %%")
     parser.add_argument("--bits", type=float, metavar="B", help="the paper's bits/dim")
     parser.add_argument("--save", type=Path, required=True, metavar="FILE.png")
     own = parser.parse_args(argv)
     if any(len(recipe) < 2 for recipe in own.runs) or len(own.runs) > len(COLOURS):
         raise BadInput(f"--runs is a label and one RUN_DIR or more, {len(COLOURS)} times at most")
-    recipes = [(label, [progress(Path(run)) for run in runs]) for label, *runs in own.runs]
+    seconds = own.epoch_seconds or [None] * len(own.runs)
+    if len(seconds) != len(own.runs) or not all(s is None or 0 < s < math.inf for s in seconds):
+        raise BadInput(f"--epoch_seconds needs {len(own.runs)} positive numbers, one per --runs")
+    recipes = [(label, [progress(Path(run), s) for run in runs])
+               for (label, *runs), s in zip(own.runs, seconds)]
     plot(recipes, {"error": own.error, "bits": own.bits}, own.save)
 
 
-def progress(run):
-    """The run's {"minutes", "error", "bits"}: a list each, with a value per logged epoch."""
+def progress(run, epoch_seconds=None):
+    """The run's {"minutes", "error", "bits"}: a list each, with a value per logged epoch.
+
+    epoch_seconds: of an epoch, by default the run's fastest one.
+    """
     rows = read_metrics(run / "metrics.csv")
     if not rows or math.isnan(rows[0]["val_bpd"]):
         raise BadInput(f"{run} is not the directory of a run on images with validation images")
     epochs = [row["epoch"] for row in rows]
-    fastest = min(row["seconds"] / (epoch - before)
-                  for row, epoch, before in zip(rows, epochs, [0, *epochs]))
+    if epoch_seconds is None:
+        epoch_seconds = min(row["seconds"] / (epoch - before)
+                            for row, epoch, before in zip(rows, epochs, [0, *epochs]))
     kept = ["ema_val" if average_is_better(row) else "val" for row in rows]
-    return {"minutes": [epoch * fastest / 60 for epoch in epochs],
+    return {"minutes": [epoch * epoch_seconds / 60 for epoch in epochs],
             "error": [100 * (1 - row[f"{key}_acc"]) for row, key in zip(rows, kept)],
             "bits": [row[f"{key}_bpd"] for row, key in zip(rows, kept)]}
 

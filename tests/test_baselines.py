@@ -266,13 +266,16 @@ def test_the_picture_of_recipes_against_minutes(compare, tmp_path, monkeypatch):
         better = "ema_val" if row["ema_val_log_p"] > row["val_log_p"] else "val"
         assert error == pytest.approx(100 * (1 - row[f"{better}_acc"]))
         assert bits == row[f"{better}_bpd"]
+    assert plot.progress(one, 30)["minutes"] == [0.5, 1, 1.5]
     plot.main(["--runs", "one", str(one), "--runs", "two", str(two), str(one), "--error", "10",
                "--save", "progress.png"])
     with Image.open(tmp_path / "progress.png") as picture:
         assert picture.width > 800 and len(picture.convert("RGB").getcolors(2**20)) > 10
     for argv, message in ((["--runs", "label", str(other)], "with validation images"),
                           (["--runs", "label", str(tmp_path)], "with validation images"),
-                          (["--runs", "label"], "a label and one RUN_DIR or more")):
+                          (["--runs", "label"], "a label and one RUN_DIR or more"),
+                          (["--runs", "one", str(one), "--epoch_seconds", "3", "4"], "needs 1 pos"),
+                          (["--runs", "one", str(one), "--epoch_seconds", "0"], "needs 1 pos")):
         with pytest.raises(BadInput, match=message):
             plot.main([*argv, "--save", "none.png"])
     assert not (tmp_path / "none.png").exists()

@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_tiny
-from sklearn.neighbors import KNeighborsClassifier
 
-from utils.data import (Augmentation, SemiSupervisedData, augment, choose_labelled,
-                        label_spreading_prior)
+from utils.data import (Augmentation, SemiSupervisedData, augment, choose_labelled)
 from utils.errors import BadInput
 
 DIGITS = {"num_examples": -1, "supervised": 100}
@@ -120,24 +118,6 @@ def test_images_without_noise_follow_their_copies():
                                                                         augmented=True)
     assert all(map(torch.equal, batch, noisy))
     torch.testing.assert_close(clean, ((batch[0] * 17).floor() + 0.5) / 17)
-
-
-def test_label_spreading_gives_each_image_a_prior():
-    data = load_tiny(**DIGITS, spread_labels=0.9)
-    hidden = load_tiny(**{**DIGITS, "supervised": -1}).train_y
-    prior = label_spreading_prior(data, 0.9)
-    torch.testing.assert_close(prior.sum(1), torch.ones(len(prior), dtype=torch.float64))
-    assert prior.min() >= 0.1 * data.class_probs.min() - 1e-9
-    torch.testing.assert_close(label_spreading_prior(data, 0.0)[0], data.class_probs)
-    images, own = data.train_x.flatten(1).numpy(), data.labelled
-    nearest = KNeighborsClassifier(1).fit(images[own], data.train_y[own]).predict(images)
-    right = (prior.argmax(1) == hidden).float().mean()
-    assert right > (torch.from_numpy(nearest) == hidden).float().mean() + 0.01
-    torch.testing.assert_close(data.log_prior_ratio, (prior * 10).log().float())
-    *_, y, _, ratio = data.sample_batch(200, 0.5, generator(), augmented=True)
-    labelled = y >= 0
-    assert torch.equal(ratio.argmax(1)[labelled], y[labelled])
-    assert len(load_tiny(**DIGITS).sample_batch(20, 0.5, generator(), augmented=True)) == 3
 
 
 def test_augment_translates_rotates_and_scales():

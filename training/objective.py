@@ -21,8 +21,8 @@ threshold `confidence`, its posterior is the target for the copy,
 where q_j(y) = p(y | x_j) gets no gradient. With `clf_noise` train, it is that of x_j without
 dequantisation noise; with `target_weights` averaged, that of the moving average of the weights, as
 in Tarvainen & Valpola 2017 (arXiv 1703.01780). With `spread_labels` the image has a prior of its
-own, r_j, from its neighbours (`label_spreading_prior` in utils/data.py), and q_j(y) is proportional
-to p(x_j | y) r_j(y). Soft targets under a confidence mask are those of UDA (Xie et al. 2020, arXiv
+own, r_j, from label spreading (`log_prior_ratio` in utils/data.py), and q_j(y) is proportional to
+p(x_j | y) r_j(y). Soft targets under a confidence mask are those of UDA (Xie et al. 2020, arXiv
 1904.12848); FixMatch (Sohn et al. 2020, arXiv 2001.07685) has hard ones. With this term L_clf is
 the mean of those of x_i and x'_i.
 

@@ -15,16 +15,14 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits, make_circles, make_moons
 from sklearn.model_selection import train_test_split
-from sklearn.semi_supervised import LabelSpreading
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import Settings
 from .errors import BadInput
+from .label_spreading import spread_labels
 
 MOONS_NOISE, CIRCLES_NOISE, CIRCLES_FACTOR = 0.1, 0.05, 0.5
-
-SPREADING_NEIGHBOURS = 10       # on digits; fewer or more are worse
 
 Examples = tuple[Tensor, Tensor]        # x (N, C, H, W), y (N,)
 
@@ -47,7 +45,7 @@ class SemiSupervisedData:
     train_x is a part of it. val_x, val_y: validation examples, which are not in train_x; none if
     `validation` is None. augmentation: of the copies that `sample_batch` makes. clf_noise: whether
     these copies, and the images whose classification is evaluated, are dequantised with noise.
-    spread_labels: w of `label_spreading_prior`, with which `sample_batch` returns priors.
+    spread_labels: w of `log_prior_ratio`, which `sample_batch` then returns.
     """
 
     def __init__(self, train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor,
@@ -82,9 +80,12 @@ class SemiSupervisedData:
 
     @cached_property
     def log_prior_ratio(self) -> Tensor:
-        """log r(y) / p(y) of each training image, (N, K), r being its `label_spreading_prior`."""
-        prior = label_spreading_prior(self, self.spread_labels)
-        ratio = (prior / self.class_probs).log()
+        """log r(y) / p(y) of each training image, (N, K), for its prior r = w s + (1 - w) p.
+
+        s is from `spread_labels` (label_spreading.py), w is self.spread_labels.
+        """
+        s, w = spread_labels(self.train_x, self.train_y), self.spread_labels
+        ratio = ((w * s + (1 - w) * self.class_probs) / self.class_probs).log()
         return ratio.to(torch.get_default_dtype()).to(self.device)
 
     def dequantize(self, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -112,7 +113,7 @@ class SemiSupervisedData:
         all rows are labelled. With `augmented` there is a third tensor: the augmented copies of the
         same images, dequantised with their own noise, or without noise if `clf_noise` is "false".
         If it is "train", the images themselves without noise follow; and with `spread_labels`
-        log r(y) / p(y) of each row, (B, K), where r is the image's `label_spreading_prior`.
+        each row's `log_prior_ratio`, (B, K).
         """
         def choose(indices: Tensor) -> Tensor:
             return indices[torch.randint(len(indices), (batch_size,), generator=generator,
@@ -174,20 +175,6 @@ def augment(images: Tensor, largest: Augmentation, generator: torch.Generator) -
                              torch.stack((sin * width / height, cos, dy), 1)), 1)
     grid = F.affine_grid(to_source, list(images.shape), align_corners=False)
     return F.grid_sample(images.to(grid.dtype), grid, align_corners=False).round().to(images.dtype)
-
-
-def label_spreading_prior(data: SemiSupervisedData, share: float) -> Tensor:
-    """A prior over the classes for each training image: w s + (1 - w) p(y), (N, K) float64.
-
-    s: the distribution over the classes that label spreading (Zhou et al. 2003, "Learning with
-    local and global consistency") gives the image, from the labelled ones along a graph in which
-    each image is connected to its nearest neighbours in Euclidean distance; share: w.
-    """
-    x, y = data.train_x.flatten(1).cpu().numpy(), data.train_y.cpu().numpy()
-    spreading = LabelSpreading(kernel="knn", n_neighbors=SPREADING_NEIGHBOURS, alpha=0.5,
-                               max_iter=1000)
-    s = torch.from_numpy(spreading.fit(x, y).label_distributions_)
-    return share * s + (1 - share) * data.class_probs
 
 
 def load_data(settings: Settings, device: str | torch.device = "cpu") -> SemiSupervisedData:

@@ -1,0 +1,92 @@
+"""Label spreading along a graph of images that look alike."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import load_tiny
+from sklearn.neighbors import KNeighborsClassifier
+from torch.nn import functional as F
+
+from utils.label_spreading import deskew, orientation_histograms, spread_labels
+
+DIGITS = {"num_examples": -1, "supervised": 100}
+
+
+def bar(size=28):
+    """An upright bar, 4 of 28 pixels wide, in the middle: (1, 1, size, size), uint8."""
+    image = torch.zeros(1, 1, size, size)
+    image[..., size // 7:-(size // 7), 3 * size // 7:4 * size // 7] = 200
+    return image.to(torch.uint8)
+
+
+def shear(image, slant):
+    """Row y of the image moves by -slant * (y - the middle)."""
+    to_source = torch.tensor([[[1, slant, 0.], [0, 1, 0]]])
+    return F.grid_sample(image.float(), F.affine_grid(to_source, list(image.shape),
+                                                      align_corners=False), align_corners=False)
+
+
+def test_labels_spread_further_than_to_the_nearest_images():
+    data = load_tiny(**DIGITS, spread_labels=0.9)
+    hidden = load_tiny(**{**DIGITS, "supervised": -1}).train_y
+    s = spread_labels(data.train_x, data.train_y)
+    torch.testing.assert_close(s.sum(1), torch.ones(len(s), dtype=torch.float64))
+    images, own = data.train_x.flatten(1).numpy(), data.labelled
+    nearest = KNeighborsClassifier(1).fit(images[own], data.train_y[own]).predict(images)
+    error, of_nearest = (float((torch.as_tensor(predicted) != hidden).float().mean())
+                         for predicted in (s.argmax(1), nearest))
+    assert error < 0.03 and error < of_nearest / 3
+    sure = s.amax(1) > 0.95
+    assert sure.float().mean() > 0.3 and (s.argmax(1) == hidden)[sure].float().mean() > 0.99
+    torch.testing.assert_close(data.log_prior_ratio, (10 * (0.9 * s + 0.01)).log().float())
+
+
+def test_batches_have_the_priors_of_their_images():
+    data = load_tiny(**DIGITS, spread_labels=0.9)
+    *_, y, _, ratio = data.sample_batch(200, 0.5, torch.Generator().manual_seed(0), augmented=True)
+    labelled = y >= 0
+    assert torch.equal(ratio.argmax(1)[labelled], y[labelled])
+    other = load_tiny(**DIGITS)
+    assert len(other.sample_batch(20, 0.5, torch.Generator(), augmented=True)) == 3
+
+
+def test_labels_spread_within_a_group_of_images():
+    upright, lying = bar(), bar().transpose(2, 3)
+    images = torch.cat([torch.roll(image, shift, (2, 3)) for image in (upright, lying)
+                        for shift in itertools.product(range(-2, 2), (-3, 0, 3))])
+    s = spread_labels(images, torch.tensor([0, *[-1] * 11, 1, *[-1] * 11]))
+    assert s.shape == (24, 2) and s.dtype == torch.float64
+    assert s.argmax(1).tolist() == [0] * 12 + [1] * 12
+    few = spread_labels(images[10:14], torch.tensor([0, -1, 1, -1]))      # fewer than neighbours
+    assert few.shape == (4, 2) and bool(few.isfinite().all())
+
+
+@pytest.mark.parametrize("size", [8, 28, 32])
+def test_histograms_are_of_the_orientations_of_edges(size):
+    """The left edge of a bar has gradient (+, 0), the right one (-, 0): orientations 0 and 4."""
+    strength = orientation_histograms(bar(size)).view(8, 7, 7)
+    of_orientation = strength.sum((1, 2)) / strength.sum()
+    assert of_orientation[0] + of_orientation[4] > 0.6
+    assert of_orientation[0] == pytest.approx(of_orientation[4].item(), rel=0.02)
+    assert strength[0, :, :3].sum() > 5 * strength[0, :, 4:].sum()
+    lying = orientation_histograms(bar(size).transpose(2, 3)).view(8, 7, 7)
+    torch.testing.assert_close(lying.sum((1, 2)).roll(-2)[[0, 4]],
+                               strength.sum((1, 2))[[0, 4]], rtol=0.02, atol=0)
+
+
+def test_histograms_hardly_depend_on_slant_position_and_brightness():
+    image = bar()
+    one = orientation_histograms(image)
+    for other in (shear(image, 0.3), torch.roll(image, (2, -3), (2, 3)), image // 2):
+        assert F.cosine_similarity(orientation_histograms(other), one) > 0.97
+    assert F.cosine_similarity(orientation_histograms(image.transpose(2, 3)), one) < 0.5
+
+
+def test_deskewing_makes_the_main_axis_upright():
+    slanted = shear(bar(), math.tan(math.radians(20)))
+    torch.testing.assert_close(deskew(deskew(slanted)), deskew(slanted), rtol=0, atol=12)
+    columns = deskew(slanted)[0, 0].sum(0) / slanted.sum()
+    assert columns[11:17].sum() > 0.97 > 0.8 > slanted[0, 0].sum(0)[11:17].sum() / slanted.sum()
+    assert bool(deskew(torch.zeros(2, 1, 28, 28)).eq(0).all())
