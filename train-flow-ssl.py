@@ -122,6 +122,8 @@ def train(model, data, settings, speed, processes, stopping, run_dir, checkpoint
           f"{len(data.labelled)} labelled of {len(data.train_x)} examples; "
           f"{state.steps_per_epoch} training steps per epoch; "
           f"{speed.precision}{', compiled' * speed.compile}")
+    if data.spread_labels:
+        print(f"Before the first step: label spreading over {len(data.train_x):,} images")
 
     with CheckpointWriter(run_dir and run_dir / "checkpoint.pt", settings) as writer:
         if processes.is_main:

@@ -5,9 +5,9 @@
 
 Each method gets the labelled examples that the config's run has with this data_seed, and the
 unlabelled ones if it can use them. Settings of scikit-learn's methods are chosen, from the grids in
-METHODS, by the error on the validation examples; the networks' settings are fixed
-(`neural_baselines.py`). The test examples are classified once, by the method chosen. Of a config
-without validation examples the first setting of each grid is used.
+METHODS, by the error on the validation examples; those of the other methods are fixed
+(`neural_baselines.py`, utils/label_spreading.py). The test examples are classified once, by the
+method chosen. Of a config without validation examples the first setting of each grid is used.
 
 Prints a table, and with --save writes a JSON file with all of it: errors in %, seconds of fitting
 and of classifying the test examples (without the search), the chosen settings.
@@ -28,7 +28,7 @@ import sklearn
 import torch
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.semi_supervised import LabelPropagation, LabelSpreading, SelfTrainingClassifier
 from sklearn.svm import SVC
 
@@ -41,6 +41,7 @@ from training.processes import Processes
 from utils.data import load_data
 from utils.errors import BadInput, OneLineParser, run_command
 from utils.files import atomic_write
+from utils.label_spreading import NEIGHBOURS, orientation_histograms, spread_labels
 from utils.settings import read_settings
 
 # Unlabelled examples of methods whose memory or time grows as the square of the examples. RBF label
@@ -67,8 +68,8 @@ class Arrays(NamedTuple):
 class Method:
     """A row of the table.
 
-    Either `fit_network` trains a network (`neural_baselines.py`), or `build` returns one of
-    scikit-learn's classifiers for the settings of a point of `grid`. gamma is in `grid` as a
+    Either `fit_images` takes the images themselves, or `build` returns one of scikit-learn's
+    classifiers for the settings of a point of `grid`. gamma is in `grid` as a
     multiple of 1 / (D v), where D is the number of dimensions of x and v the variance of all values
     in it. max_unlabelled: unlabelled examples that it gets, at random; None: all.
     """
@@ -77,7 +78,7 @@ class Method:
     build: Callable[..., Any] | None = None
     grid: dict[str, tuple[float, ...]] | None = None
     max_unlabelled: int | None = 0
-    fit_network: Callable[..., Any] | None = None
+    fit_images: Callable[..., Any] | None = None
     density: str = "no"         # whether it gives p(x)
     samples: str = "no"
 
@@ -86,6 +87,22 @@ def self_training(threshold, **settings):
     """Self-training of a support vector machine, whose probabilities are calibrated."""
     svm = CalibratedClassifierCV(SVC(**settings), ensemble=False, cv=CALIBRATION_FOLDS)
     return SelfTrainingClassifier(svm, threshold=threshold)
+
+
+def spread_along_edges(data, seed):
+    """Label spreading along the graph of a run with `spread_labels`.
+
+    A new image has the mean distribution of its nearest training images.
+    """
+    s = spread_labels(data.train_x, data.train_y)
+    neighbours = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(s)))
+    neighbours.fit(orientation_histograms(data.train_x).numpy())
+
+    def classify_images(images):
+        nearest = neighbours.kneighbors(orientation_histograms(images).numpy(),
+                                        return_distance=False)
+        return s[torch.from_numpy(nearest)].mean(1).argmax(1)
+    return classify_images
 
 
 # The first value of each setting is used where there are no validation examples.
@@ -110,9 +127,11 @@ METHODS = {
         lambda **settings: LabelSpreading(kernel="rbf", max_iter=SPREADING_ITERATIONS, **settings),
         {"gamma": (30, 3, 10, 100, 300), "alpha": (0.2, 0.8, 0.95)},
         MAX_UNLABELLED_RBF),
-    "m1m2": Method("M1+M2 VAE", fit_network=fit_m1_m2, max_unlabelled=None,
+    "spreading-edges": Method("label spreading, edges", max_unlabelled=None,
+                              fit_images=spread_along_edges),
+    "m1m2": Method("M1+M2 VAE", fit_images=fit_m1_m2, max_unlabelled=None,
                    density="lower bound", samples="yes"),
-    "fixmatch": Method("FixMatch, CNN", fit_network=fit_fixmatch, max_unlabelled=None),
+    "fixmatch": Method("FixMatch, CNN", fit_images=fit_fixmatch, max_unlabelled=None),
 }
 
 
@@ -169,7 +188,7 @@ def as_arrays(data):
 def why_not(method, data):
     """Why `method` cannot be used on these examples, or None if it can."""
     per_class = torch.bincount(data.train_y[data.labelled], minlength=data.n_classes)
-    if method.fit_network and data.grey_levels is None:
+    if method.fit_images and data.grey_levels is None:
         return "it is for images"
     if method.build is self_training:
         if not len(data.unlabelled):
@@ -185,15 +204,15 @@ def why_not(method, data):
 
 def evaluate(method, data, arrays, seed):
     """Fit `method`, and classify the validation and test examples -> a run, as in the JSON file."""
-    if method.fit_network:
+    if method.fit_images:
         start = time.perf_counter()
-        network = method.fit_network(data, seed)
+        classify_images = method.fit_images(data, seed)
         seconds = time.perf_counter() - start
         run = {"settings": {}, "settings_tried": 0, "validation_error": None}
         if len(data.val_x):
-            run["validation_error"] = error(network(data.val_x).cpu(), data.val_y.cpu())
+            run["validation_error"] = error(classify_images(data.val_x).cpu(), data.val_y.cpu())
         start = time.perf_counter()
-        predicted = network(data.test_x).cpu()
+        predicted = classify_images(data.test_x).cpu()
     else:
         classifier, seconds, run = search(method, arrays, seed)
         start = time.perf_counter()

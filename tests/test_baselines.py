@@ -211,6 +211,17 @@ def test_the_table_and_the_file(compare, tmp_path):
     assert used == [0, 0, *4 * [report["unlabelled"]]]
 
 
+def test_label_spreading_along_edges_classifies_new_images(compare, tmp_path):
+    line = options(num_examples=-1, supervised=100, validation=100)
+    code, out, err = compare(*line, "--seeds", "3", "--methods", "spreading-edges", "spreading-knn",
+                             "--save", "all.json")
+    assert code == 0, err
+    edges, pixels = json.loads((tmp_path / "all.json").read_text())["methods"].values()
+    assert edges["mean_test_error"] < 3 < pixels["mean_test_error"]
+    assert edges["mean_validation_error"] < 5 and edges["runs"][0]["settings_tried"] == 0
+    assert " fixed " in out and edges["grid"] is None and edges["density"] == "no"
+
+
 def test_points_leave_out_what_is_for_images(compare):
     code, out, err = compare("--config", str(PROJECT / "configs" / "moons.yaml"), "--seeds", "0",
                              "--methods", "knn1", "spreading-knn", "fixmatch")

@@ -652,8 +652,9 @@ def test_evaluation_is_exact_and_repeatable():
 
 
 @pytest.mark.slow
-def test_the_small_run_on_mnist_end_to_end(tmp_path, monkeypatch, capsys, mnist_root):
-    """configs/mnist-small.yaml as it is, with few images, stopped after a step and continued."""
+@pytest.mark.parametrize("config", ["mnist-small.yaml", "mnist-glow.yaml"])
+def test_a_run_on_mnist_end_to_end(tmp_path, monkeypatch, capsys, mnist_root, config):
+    """A config as it is, with few images, stopped after a step and continued."""
     monkeypatch.chdir(tmp_path)
     full = load_data
 
@@ -663,7 +664,7 @@ def test_the_small_run_on_mnist_end_to_end(tmp_path, monkeypatch, capsys, mnist_
         data.val_x, data.val_y = data.val_x[:60], data.val_y[:60]
         return data
     monkeypatch.setattr("utils.data.load_data", smaller)
-    line = ["--config", str(PROJECT / "configs" / "mnist-small.yaml"), "--device", "cpu",
+    line = ["--config", str(PROJECT / "configs" / config), "--device", "cpu",
             "--data_root", str(mnist_root), "--num_examples", "150", "--epochs", "1"]
     assert run_script([*line, "--time_limit", "0.0001"]) == 0
     run, = runs(tmp_path)

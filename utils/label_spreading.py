@@ -26,8 +26,8 @@ def spread_labels(images: Tensor, y: Tensor) -> Tensor:
     is right: on MNIST 99 % of the images whose largest value is between 0.5 and 0.6 are of that
     class. It is therefore squared and normalised.
     """
-    features = torch.cat([orientation_histograms(part) for part in images.cpu().split(1000)])
-    graph = kneighbors_graph(features.numpy(), min(NEIGHBOURS, len(images) - 1))
+    features = orientation_histograms(images).numpy()
+    graph = kneighbors_graph(features, min(NEIGHBOURS, len(images) - 1))
     graph = graph.maximum(graph.T)
     spreading = LabelSpreading(kernel=lambda *_: graph, alpha=ALPHA, max_iter=1000)
     spreading.fit(np.zeros((len(images), 1)), y.cpu().numpy())
@@ -38,13 +38,17 @@ def spread_labels(images: Tensor, y: Tensor) -> Tensor:
 def orientation_histograms(images: Tensor) -> Tensor:
     """How strong the edges of each orientation are, in each part of the upright image.
 
-    images: (N, C, H, W) -> (N, 8 * 7 * 7) float32. A variant of HOG (Dalal & Triggs 2005) without
-    its normalisation. The images, averaged over channels, are resized to 28 x 28 pixels and
-    sheared upright. The gradient of each pixel is shared by the two orientations next to its own,
-    and each orientation is averaged over overlapping cells, 4 pixels apart.
+    images: (N, C, H, W) -> (N, 8 * 7 * 7) float32, on the CPU. A variant of HOG (Dalal & Triggs
+    2005) without its normalisation. The images, averaged over channels, are resized to 28 x 28
+    pixels and sheared upright. The gradient of each pixel is shared by the two orientations next
+    to its own, and each orientation is averaged over overlapping cells, 4 pixels apart.
     """
-    x = images.float().mean(1, keepdim=True)
-    x = deskew(F.interpolate(x / x.max().clamp(min=1), (SIDE, SIDE), mode="bilinear"))
+    return torch.cat([_histograms(part.float()) for part in images.cpu().split(1000)])
+
+
+def _histograms(images: Tensor) -> Tensor:
+    x = images.mean(1, keepdim=True)
+    x = deskew(F.interpolate(x, (SIDE, SIDE), mode="bilinear"))
     padded = F.pad(x, (1, 1, 1, 1))
     dx = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]
     dy = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]
