@@ -9,7 +9,7 @@ and on every 20th. Then writes
 - results/NAME: params.yaml, metrics.csv, log.txt, labelled.txt, the pictures, and evaluation.json,
   which has the numbers for the card in pretrained/README.md.
 
---half stores the networks inside the couplings in half precision, if error and bits/dim then agree
+--half stores the residual networks in half precision, if error and bits/dim then agree
 with float32's to 0.02 points and 0.001; it says so if they do not.
 """
 
@@ -53,7 +53,7 @@ def main(argv=None):
     parser.add_argument("run", type=Path, metavar="RUN_DIR")
     parser.add_argument("name", metavar="NAME", help="of the weights and of the folder of evidence")
     parser.add_argument("--half", action="store_true",
-                        help="store the couplings' networks in half precision, if figures agree")
+                        help="store the residual networks in half precision, if figures agree")
     parser.add_argument("--to", type=Path, default=PROJECT, metavar="FOLDER",
                         help="the folder of pretrained/ and results/; default: the project")
     parser.add_argument("--commit", help="of the run, if its params.yaml does not have it")
@@ -92,7 +92,7 @@ def main(argv=None):
         if all(abs(mean(halved_figures[key]) - mean(figures[key])) <= tolerance
                for key, tolerance in TOLERANCES.items() if key in figures):
             weights, figures = halved, halved_figures
-            stored = "float32, the couplings' networks in half precision"
+            stored = "float32, the residual networks in half precision"
         else:
             print("They do not agree: stored in float32")
 
@@ -157,7 +157,7 @@ def evaluate_weights(model, weights, data, settings):
 
 
 def to_half(weights, model):
-    """`weights` with those of the networks inside the couplings in half precision."""
+    """`weights` with those of the residual networks in half precision."""
     networks = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, ResNet))
     return {key: value.half() if key.startswith(networks) and value.is_floating_point() else value
             for key, value in weights.items()}
