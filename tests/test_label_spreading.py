@@ -43,6 +43,12 @@ def test_labels_spread_further_than_to_the_nearest_images():
     torch.testing.assert_close(data.log_prior_ratio, (10 * (0.9 * s + 0.01)).log().float())
 
 
+def test_double_precision_changes_nothing(float64):
+    images = torch.randint(256, (10, 1, 28, 28), generator=torch.Generator().manual_seed(0))
+    histograms = orientation_histograms(images.to(torch.uint8))
+    assert histograms.shape == (10, 392) and histograms.dtype == torch.float32
+
+
 def test_batches_have_the_priors_of_their_images():
     data = load_tiny(**DIGITS, spread_labels=0.9)
     *_, y, _, ratio = data.sample_batch(200, 0.5, torch.Generator().manual_seed(0), augmented=True)
@@ -59,6 +65,8 @@ def test_labels_spread_within_a_group_of_images():
     s = spread_labels(images, torch.tensor([0, *[-1] * 11, 1, *[-1] * 11]))
     assert s.shape == (24, 2) and s.dtype == torch.float64
     assert s.argmax(1).tolist() == [0] * 12 + [1] * 12
+    other = spread_labels(images, torch.tensor([0, 1, *[-1] * 22]))       # only of the first group
+    assert other[12:].eq(0.5).all() and other[:2].argmax(1).tolist() == [0, 1]
     few = spread_labels(images[10:14], torch.tensor([0, -1, 1, -1]))      # fewer than neighbours
     assert few.shape == (4, 2) and bool(few.isfinite().all())
 

@@ -24,7 +24,7 @@ def spread_labels(images: Tensor, y: Tensor) -> Tensor:
     images are connected if one of them is among the 7 nearest neighbours of the other, by the
     Euclidean distance of their `orientation_histograms`. What comes out is far less sure than it
     is right: on MNIST 99 % of the images whose largest value is between 0.5 and 0.6 are of that
-    class. It is therefore squared and normalised.
+    class. It is therefore squared and normalised. It is uniform where no label can be reached.
     """
     features = orientation_histograms(images).numpy()
     graph = kneighbors_graph(features, min(NEIGHBOURS, len(images) - 1))
@@ -32,7 +32,8 @@ def spread_labels(images: Tensor, y: Tensor) -> Tensor:
     spreading = LabelSpreading(kernel=lambda *_: graph, alpha=ALPHA, max_iter=1000)
     spreading.fit(np.zeros((len(images), 1)), y.cpu().numpy())
     s = torch.from_numpy(spreading.label_distributions_) ** SHARPNESS
-    return s / s.sum(1, keepdim=True)
+    total = s.sum(1, keepdim=True)
+    return torch.where(total > 0, s / total, 1 / s.shape[1])
 
 
 def orientation_histograms(images: Tensor) -> Tensor:
@@ -65,14 +66,14 @@ def deskew(x: Tensor) -> Tensor:
     """Images whose rows are moved so that the main axis is upright, and the centre of mass in the
     middle: x (N, 1, H, W) -> (N, 1, H, W)."""
     # Coordinates as those of grid_sample: from -1 to 1 between the outer edges.
-    coordinates = (2 * torch.arange(SIDE) + 1) / SIDE - 1
+    coordinates = (2 * torch.arange(SIDE, dtype=x.dtype) + 1) / SIDE - 1
     mass = x[:, 0] / x.sum((1, 2, 3)).clamp(min=1e-6)[:, None, None]
     of_rows, of_columns = mass.sum(2), mass.sum(1)
     center_y, center_x = of_rows @ coordinates, of_columns @ coordinates
     dy, dx = coordinates - center_y[:, None], coordinates - center_x[:, None]
     covariance = (mass * dy[:, :, None] * dx[:, None]).sum((1, 2))
     slant = covariance / (of_rows * dy ** 2).sum(1).clamp(min=1e-6)
-    to_source = torch.zeros(len(x), 2, 3)
+    to_source = x.new_zeros(len(x), 2, 3)
     to_source[:, 0, 0] = to_source[:, 1, 1] = 1
     to_source[:, 0, 1], to_source[:, 0, 2], to_source[:, 1, 2] = slant, center_x, center_y
     return F.grid_sample(x, F.affine_grid(to_source, list(x.shape), align_corners=False),
