@@ -94,9 +94,9 @@ def spread_along_edges(data, seed):
 
     A new image has the mean distribution of its nearest training images.
     """
-    s = spread_labels(data.train_x, data.train_y)
-    neighbours = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(s)))
-    neighbours.fit(orientation_histograms(data.train_x).numpy())
+    histograms = orientation_histograms(data.train_x)
+    s = spread_labels(histograms, data.train_y)
+    neighbours = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(s))).fit(histograms.numpy())
 
     def classify_images(images):
         nearest = neighbours.kneighbors(orientation_histograms(images).numpy(),

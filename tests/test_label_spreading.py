@@ -31,7 +31,7 @@ def shear(image, slant):
 def test_labels_spread_further_than_to_the_nearest_images():
     data = load_tiny(**DIGITS, spread_labels=0.9)
     hidden = load_tiny(**{**DIGITS, "supervised": -1}).train_y
-    s = spread_labels(data.train_x, data.train_y)
+    s = spread_labels(orientation_histograms(data.train_x), data.train_y)
     torch.testing.assert_close(s.sum(1), torch.ones(len(s), dtype=torch.float64))
     images, own = data.train_x.flatten(1).numpy(), data.labelled
     nearest = KNeighborsClassifier(1).fit(images[own], data.train_y[own]).predict(images)
@@ -62,12 +62,13 @@ def test_labels_spread_within_a_group_of_images():
     upright, lying = bar(), bar().transpose(2, 3)
     images = torch.cat([torch.roll(image, shift, (2, 3)) for image in (upright, lying)
                         for shift in itertools.product(range(-2, 2), (-3, 0, 3))])
-    s = spread_labels(images, torch.tensor([0, *[-1] * 11, 1, *[-1] * 11]))
+    histograms = orientation_histograms(images)
+    s = spread_labels(histograms, torch.tensor([0, *[-1] * 11, 1, *[-1] * 11]))
     assert s.shape == (24, 2) and s.dtype == torch.float64
     assert s.argmax(1).tolist() == [0] * 12 + [1] * 12
-    other = spread_labels(images, torch.tensor([0, 1, *[-1] * 22]))       # only of the first group
+    other = spread_labels(histograms, torch.tensor([0, 1, *[-1] * 22]))   # only of the first group
     assert other[12:].eq(0.5).all() and other[:2].argmax(1).tolist() == [0, 1]
-    few = spread_labels(images[10:14], torch.tensor([0, -1, 1, -1]))      # fewer than neighbours
+    few = spread_labels(histograms[10:14], torch.tensor([0, -1, 1, -1]))  # fewer than neighbours
     assert few.shape == (4, 2) and bool(few.isfinite().all())
 
 

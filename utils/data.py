@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from . import Settings
 from .errors import BadInput
-from .label_spreading import spread_labels
+from .label_spreading import orientation_histograms, spread_labels
 
 MOONS_NOISE, CIRCLES_NOISE, CIRCLES_FACTOR = 0.1, 0.05, 0.5
 
@@ -84,7 +84,8 @@ class SemiSupervisedData:
 
         s is from `spread_labels` (label_spreading.py), w is self.spread_labels.
         """
-        s, w = spread_labels(self.train_x, self.train_y), self.spread_labels
+        s = spread_labels(orientation_histograms(self.train_x), self.train_y)
+        w = self.spread_labels
         ratio = ((w * s + (1 - w) * self.class_probs) / self.class_probs).log()
         return ratio.to(torch.get_default_dtype()).to(self.device)
 

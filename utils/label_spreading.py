@@ -16,21 +16,20 @@ ALPHA = 0.99            # share of an image's distribution that its neighbours d
 SHARPNESS = 2
 
 
-def spread_labels(images: Tensor, y: Tensor) -> Tensor:
+def spread_labels(histograms: Tensor, y: Tensor) -> Tensor:
     """A distribution over the classes for each image: (N, K), float64.
 
-    images: (N, C, H, W), grey levels; y: (N,), -1 where the label is hidden. The labels spread
-    (Zhou et al. 2003, "Learning with local and global consistency") along a graph in which two
-    images are connected if one of them is among the 7 nearest neighbours of the other, by the
-    Euclidean distance of their `orientation_histograms`. What comes out is far less sure than it
-    is right: on MNIST 99 % of the images whose largest value is between 0.5 and 0.6 are of that
-    class. It is therefore squared and normalised. It is uniform where no label can be reached.
+    histograms: (N, D), the `orientation_histograms` of the images; y: (N,), -1 where the label is
+    hidden. The labels spread (Zhou et al. 2003, "Learning with local and global consistency") along
+    a graph in which two images are connected if one of them is among the 7 nearest neighbours of
+    the other, by Euclidean distance. What comes out is far less sure than it is right: on MNIST 99
+    % of the images whose largest value is between 0.5 and 0.6 are of that class. It is therefore
+    squared and normalised. It is uniform where no label can be reached.
     """
-    features = orientation_histograms(images).numpy()
-    graph = kneighbors_graph(features, min(NEIGHBOURS, len(images) - 1))
+    graph = kneighbors_graph(histograms.numpy(), min(NEIGHBOURS, len(histograms) - 1))
     graph = graph.maximum(graph.T)
     spreading = LabelSpreading(kernel=lambda *_: graph, alpha=ALPHA, max_iter=1000)
-    spreading.fit(np.zeros((len(images), 1)), y.cpu().numpy())
+    spreading.fit(np.zeros((len(histograms), 1)), y.cpu().numpy())
     s = torch.from_numpy(spreading.label_distributions_) ** SHARPNESS
     total = s.sum(1, keepdim=True)
     return torch.where(total > 0, s / total, 1 / s.shape[1])
