@@ -19,11 +19,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from measure import fresh_model, measure_limits, random_data, read_arguments, report
+from measure import (StepOfTensors, fresh_model, measure_limits, random_data, read_arguments,
+                     report)
 from training import fast
 from training.device import choose_speed
 from training.processes import Processes
-from training.step import TrainingStep, build_optimizer
+from training.step import TrainingStep
 from utils.errors import BadInput, run_command
 
 # Each part of training/fast.py: the class that it consists of, and what takes its place.
@@ -33,39 +34,23 @@ PARTS = {"dense product for a tiny image": ("_TinyConv3x3", lambda conv, shape: 
 MICRO_BATCHES, ONE_VECTOR = "micro-batches", "parameters as one vector"
 
 
-class StepOfTensors(TrainingStep):
-    """A training step whose optimiser has the parameters one by one."""
-
-    def __init__(self, log_joint, settings, processes):
-        super().__init__(log_joint, settings, processes)
-        self.optimizer = build_optimizer(self.parameters, settings, self.lr)
-        self.averages = [p.detach().clone() for p in self.parameters]
-
-    def _update(self):
-        if self.settings.clip_gn:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_gn)
-        self.optimizer.step()
-        if self.average is not None:
-            self._update_average(self.averages, [p.detach() for p in self.parameters], None)
-
-
 def build_steps(settings, data, speed):
     """{name: TrainingStep} with every part, and without each of those that it uses."""
-    def build(name, speed=speed, step=TrainingStep, patch=contextlib.nullcontext):
+    def build(speed=speed, patch=contextlib.nullcontext):
         with patch():
-            log_joint = fast.FastLogJoint(fresh_model(settings, data), *speed)
-        steps[name] = step(log_joint, settings, Processes())
-    steps = {}
-    build("all parts")
-    parts = list(steps["all parts"].log_joint.modules())
+            return fast.FastLogJoint(fresh_model(settings, data), *speed)
+    all_parts = build()
+    log_joints = {"all parts": all_parts}
     for name, (class_name, substitute) in PARTS.items():
-        if any(type(part).__name__ == class_name for part in parts):
-            build(name, patch=lambda c=class_name, s=substitute: mock.patch.object(fast, c, s))
+        if any(type(part).__name__ == class_name for part in all_parts.modules()):
+            log_joints[name] = build(
+                patch=lambda c=class_name, s=substitute: mock.patch.object(fast, c, s))
     rows = settings.train_bs * (2 if settings.cons_weight else 1)
-    if steps["all parts"].micro_batch_size < rows:
-        build(MICRO_BATCHES, speed=speed._replace(micro_bs=rows))
-    build(ONE_VECTOR, step=StepOfTensors)
-    return steps
+    if all_parts.micro_batch_size < rows:
+        log_joints[MICRO_BATCHES] = build(speed=speed._replace(micro_bs=rows))
+    steps = {name: TrainingStep(log_joint, settings, Processes())
+             for name, log_joint in log_joints.items()}
+    return {**steps, ONE_VECTOR: StepOfTensors(build(), settings)}
 
 
 def main():

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from measure import (COLUMNS, Mode, convolutions_in, flops_per_image, fresh_model, measure_limits,
+from measure import (COLUMNS, Mode, convolutions_in, count_flops, fresh_model, measure_limits,
                      random_data, read_arguments, report, row_of, start_mode, time_calls)
 from training.cuda_graph import WARM_UP_CALLS
 from training.device import Speed
@@ -30,12 +30,14 @@ def main():
     data = random_data(settings, device)
     precisions = sorted({"fp32", *(mode.precision for mode in own.modes)})
     limits = measure_limits(precisions, settings.test_bs, device)
-    flops, _ = flops_per_image(settings, data)
     n = DATASETS[settings.data].n_test
     n_batches = -(-n // settings.test_bs)
     batch_size = -(-n // n_batches)
     warm_up = WARM_UP_CALLS + 2 if device.type == "cuda" else 1
     x = data.dequantize(data.test_x[:batch_size], torch.Generator(device).manual_seed(0))
+    model = fresh_model(settings, data)
+    with torch.no_grad():
+        flops = count_flops(lambda: model.log_prob(x[:4])) / 4 * batch_size
     rows = []
     for mode in own.modes:
         start_mode(device)
@@ -58,7 +60,7 @@ def main():
     for row in rows:
         row["all_s"] = n_batches * row["ms"] / 1e3
     title = (f"A test batch of {batch_size} images of {settings.data}: "
-             f"{batch_size * flops / 1e12:.3f} TFLOP; median of {own.batches}")
+             f"{flops / 1e12:.3f} TFLOP; median of {own.batches}")
     columns = {**COLUMNS, "all_s": (f"{n:,} images, s", ".1f")}
     report(title, device, limits, rows, columns, own.json)
 

@@ -21,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import build_model
 from training.device import Speed, device_name, set_up_torch
+from training.fast import FastLogJoint
 from training.processes import Processes
+from training.step import TrainingStep, build_optimizer
 from utils.data import DATASETS, SemiSupervisedData
 from utils.errors import BadInput, OneLineParser, value_errors_as_bad_input
 from utils.files import atomic_write
@@ -112,7 +114,8 @@ def random_data(settings, device):
         x = torch.randint(dataset.grey_levels, x.shape, dtype=torch.uint8, generator=generator)
     y = torch.arange(2 * n) % dataset.n_classes
     return SemiSupervisedData(x[:n], y[:n], x[n:], y[n:], torch.arange(100), dataset.grey_levels,
-                              device, augmentation=dataset.augmentation)
+                              device, augmentation=dataset.augmentation,
+                              clf_noise=settings.clf_noise, spread_labels=settings.spread_labels)
 
 
 def fresh_model(settings, data):
@@ -130,18 +133,40 @@ def fresh_model(settings, data):
     return model
 
 
-def flops_per_image(settings, data):
-    """FLOPs per image of convolutions and matrix products: (forward, forward and backward)."""
-    model, n = fresh_model(settings, data), 4
-    x = data.dequantize(data.train_x[:n], torch.Generator(data.device).manual_seed(0))
-    counts = []
-    for backward in (False, True):
-        with FlopCounterMode(display=False) as counter:
-            log_p = model.log_prob(x)
-            if backward:
-                log_p.sum().backward()
-        counts.append(counter.get_total_flops() / n)
-    return counts
+class PlainLogJoint(FastLogJoint):
+    """`model.log_joint` itself, in place of the fast path."""
+
+    cuda_graph, side_stream, micro_batch_size = False, None, sys.maxsize
+
+    def __init__(self, model):
+        torch.nn.Module.__init__(self)
+        self.twin, self.named_model_parameters = model, list(model.named_parameters())
+
+    def _log_joint(self, x):
+        return self.twin.log_joint(x)
+
+
+class StepOfTensors(TrainingStep):
+    """A training step whose optimiser has the parameters one by one."""
+
+    def __init__(self, log_joint, settings):
+        super().__init__(log_joint, settings, Processes())
+        self.optimizer = build_optimizer(self.parameters, settings, self.lr)
+        self.averages = [] if self.average is None else self._by_name(self.average).values()
+
+    def _update(self):
+        if self.settings.clip_gn:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_gn)
+        self.optimizer.step()
+        for average, p in zip(self.averages, self.parameters):
+            average.lerp_(p.detach(), 1 - self.settings.ema)
+
+
+def count_flops(call):
+    """The FLOPs of the convolutions and matrix products in `call()`."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 def time_calls(run, n, device, warm_up):
@@ -268,9 +293,9 @@ def quartiles(seconds):
 
 
 def row_of(mode, seconds, first, images, flops, limits, device):
-    """The table's row for a mode: what both benchmarks print."""
+    """The table's row for a mode: what both benchmarks print. flops: of a call."""
     median, low, high = quartiles(seconds)
-    tflops = images * flops / median / 1e9
+    tflops = flops / median / 1e9
     of_matmul = 100 * tflops / limits["matrix product bf16"] if device.type == "cuda" else None
     return {"mode": mode.name, "ms": median, "ms_low": low, "ms_high": high,
             "images_per_s": 1e3 * images / median, "tflops": tflops,

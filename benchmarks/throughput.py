@@ -6,8 +6,8 @@
 For each mode: milliseconds per training step (batch, forward, backward, optimiser), images per
 second, TFLOP/s counted from the model, their share of what a 64-channel 3x3 convolution and a large
 matrix product reach on the same machine in the same run, seconds per epoch, peak memory, and the
-seconds of the first call, which include compilation. `plain` is model.log_joint and the optimiser
-without the fast path.
+seconds of the first call, which include compilation. `plain` is model.log_joint instead of the fast
+path, and an optimiser that has the parameters one by one.
 """
 
 import sys
@@ -17,28 +17,26 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from measure import (COLUMNS, convolutions_in, flops_per_image, fresh_model, measure_limits,
-                     random_data, read_arguments, report, row_of, start_mode, time_calls)
+from measure import (COLUMNS, PlainLogJoint, StepOfTensors, convolutions_in, count_flops,
+                     fresh_model, measure_limits, random_data, read_arguments, report, row_of,
+                     start_mode, time_calls)
 from training.cuda_graph import WARM_UP_CALLS
 from training.fast import FastLogJoint
-from training.objective import objective
 from training.processes import Processes
-from training.step import TrainingStep, build_optimizer
+from training.step import TrainingStep
 from utils.data import DATASETS
 from utils.errors import run_command
 
 
-def build_plain_step(model, settings):
-    """A training step without the fast path."""
-    optimizer = build_optimizer(list(model.parameters()), settings, settings.lr)
+def random_batch(data, settings, generator):
+    return data.sample_batch(settings.train_bs, 1 / 3, generator, settings.cons_weight > 0)
 
-    def step(x, y, *augmented):
-        log_joints = model.log_joint(torch.cat((x, *augmented))).chunk(1 + len(augmented))
-        loss = objective(log_joints[0], y, settings, y, *log_joints[1:]).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return step
+
+def count_flops_of_step(settings, data):
+    """The FLOPs of a training step of the plain model."""
+    step = StepOfTensors(PlainLogJoint(fresh_model(settings, data)), settings)
+    batch = random_batch(data, settings, torch.Generator(data.device).manual_seed(0))
+    return count_flops(lambda: step(*batch))
 
 
 def main():
@@ -47,9 +45,7 @@ def main():
     settings.lr = 1e-6                              # on random images the weights should stay put
     data, batch_size = random_data(settings, device), settings.train_bs
     limits = measure_limits(sorted({mode.precision for mode in own.modes}), batch_size, device)
-    augmented = settings.cons_weight > 0
-    _, flops = flops_per_image(settings, data)
-    flops *= 2 if augmented else 1
+    flops = count_flops_of_step(settings, data)
     steps_per_epoch = -(-DATASETS[settings.data].n_train // batch_size)
     rows = []
     for mode in own.modes:
@@ -57,13 +53,11 @@ def main():
         model = fresh_model(settings, data)
         generator = torch.Generator(device).manual_seed(0)
         with convolutions_in(mode.precision):
-            if mode.plain:
-                step = build_plain_step(model, settings)
-            else:
-                step = TrainingStep(FastLogJoint(model, *mode.speed), settings, Processes())
+            step = (StepOfTensors(PlainLogJoint(model), settings) if mode.plain else
+                    TrainingStep(FastLogJoint(model, *mode.speed), settings, Processes()))
 
             def run(step=step, generator=generator):
-                step(*data.sample_batch(batch_size, 1 / 3, generator, augmented))
+                step(*random_batch(data, settings, generator))
             warm_up = WARM_UP_CALLS + 2 if device.type == "cuda" else 1
             seconds, first = time_calls(run, own.steps, device, warm_up)
         row = row_of(mode, seconds, first, batch_size, flops, limits, device)
@@ -71,7 +65,7 @@ def main():
         print(f"{mode.name}: {row['ms']:.2f} ms", file=sys.stderr)
         del model, step, run
     title = (f"A training step of {batch_size} images of {settings.data}: "
-             f"{batch_size * flops / 1e12:.3f} TFLOP; median of {own.steps}")
+             f"{flops / 1e12:.3f} TFLOP; median of {own.steps}")
     columns = {**COLUMNS, "epoch_s": (f"{steps_per_epoch} steps, s", ".1f")}
     report(title, device, limits, rows, columns, own.json)
 
