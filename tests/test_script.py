@@ -250,11 +250,15 @@ def test_a_fault_in_one_of_two_processes_is_told_once(tmp_path):
     assert not runs(tmp_path) and (runs(tmp_path, "fails")[0] / "traceback.txt").exists()
 
 
+CONSISTENCY = {"cons_weight": 1, "clf_noise": "train", "target_weights": "averaged", "ema": 0.9,
+               "spread_labels": 0.9, "validation": 100}
+
+
 @pytest.mark.parametrize("benchmark", ["throughput", "evaluate"])
 def test_benchmarks(tmp_path, benchmark):
     count, images = {"throughput": ("--steps", 64), "evaluate": ("--batches", 180)}[benchmark]
-    command = [sys.executable, str(PROJECT / "benchmarks" / f"{benchmark}.py"), *options(),
-               count, "2", "--json", "out.json"]
+    command = [sys.executable, str(PROJECT / "benchmarks" / f"{benchmark}.py"),
+               *options(**CONSISTENCY), count, "2", "--json", "out.json"]
     done = execute(tmp_path, [*command, "--modes", "plain,fp32"])
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "out.json").read_text())
@@ -286,14 +290,15 @@ def test_wrong_arguments_of_benchmarks(tmp_path, monkeypatch, capsys, wrong, mes
 def test_benchmarks_fill_large_batches(monkeypatch):
     monkeypatch.syspath_prepend(PROJECT / "benchmarks")
     measure = importlib.import_module("measure")
-    settings = SimpleNamespace(data="digits", train_bs=3000, test_bs=5000)
+    settings = SimpleNamespace(data="digits", train_bs=3000, test_bs=5000, clf_noise="true",
+                               spread_labels=0)
     data = measure.random_data(settings, "cpu")
     assert len(data.train_x) >= 3000 and len(data.test_x) >= 5000
 
 
 def test_benchmark_of_the_parts(tmp_path):
     command = [sys.executable, str(PROJECT / "benchmarks" / "ablation.py"),
-               *options(cons_weight=1, micro_bs=32), "--rounds", "2", "--json", "out.json"]
+               *options(**CONSISTENCY, micro_bs=32), "--rounds", "2", "--json", "out.json"]
     done = execute(tmp_path, command)
     assert done.returncode == 0, done.stderr
     all_parts, *others = json.loads((tmp_path / "out.json").read_text())["modes"]
