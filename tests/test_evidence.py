@@ -82,11 +82,13 @@ def test_the_readme_s_table_of_cpu_runs_agrees_with_results():
             assert len(figures["error"]) == len(figures["bits_per_dim"]) == 3
             assert error == f"{mean(figures['error']):.2f}"
             assert bits == f"{mean(figures['bits_per_dim']):.3f}"
-            # The seconds of an epoch count pauses too: those of all, at the pace of the fastest.
+            # The seconds of an epoch count pauses and other programs too. With those, the seconds
+            # are of all epochs at the pace of the fastest.
             rows = read_metrics(folder / "metrics.csv")
-            fastest = min(row["seconds"] for row in rows)
             assert len(rows) == rows[-1]["epoch"]
-            assert numbers(seconds) == [round(len(rows) * fastest)]
+            at_best = round(len(rows) * min(row["seconds"] for row in rows))
+            taken = figures["training_seconds"]
+            assert numbers(seconds) == [taken if taken < 1.1 * at_best else at_best]
             params = yaml.safe_load((folder / "params.yaml").read_text())
             assert params["supervised"] == numbers(row["labelled"])[0]
             continue
