@@ -145,6 +145,16 @@ def test_the_readme_s_baselines_agree_with_results():
     assert ours["MNIST: seconds"] == mnist["seconds"]
 
 
+def test_label_spreading_on_the_labels_of_mnist_small():
+    results = PROJECT / "results"
+    report = json.loads((results / "baselines" / "mnist-small.json").read_text())
+    assert report["seeds"] == [10, 11, 12] and report["validation"] == 5000
+    errors = [run["test_error"] for run in report["methods"]["spreading-edges"]["runs"]]
+    each = ", ".join(f"{error:.2f}" for error in errors)
+    readme = " ".join((PROJECT / "README.md").read_text().split())
+    assert f"has {mean(errors):.2f} % on its own with the same labels ({each})" in readme
+
+
 ABLATIONS = {"config.yaml": "config-fp32", "mnist-glow, float32": "mnist-glow-fp32",
              "mnist-glow, bfloat16": "mnist-glow-bf16", "digits": "digits",
              "digits, consistency": "digits-consistency", "digits, bfloat16": "digits-bf16",
