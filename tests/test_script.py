@@ -254,11 +254,12 @@ CONSISTENCY = {"cons_weight": 1, "clf_noise": "train", "target_weights": "averag
                "spread_labels": 0.9, "validation": 100}
 
 
-@pytest.mark.parametrize("benchmark", ["throughput", "evaluate"])
-def test_benchmarks(tmp_path, benchmark):
+@pytest.mark.parametrize("benchmark, changes", [
+    ("throughput", {}), ("throughput", CONSISTENCY), ("evaluate", {})])
+def test_benchmarks(tmp_path, benchmark, changes):
     count, images = {"throughput": ("--steps", 64), "evaluate": ("--batches", 180)}[benchmark]
     command = [sys.executable, str(PROJECT / "benchmarks" / f"{benchmark}.py"),
-               *options(**CONSISTENCY), count, "2", "--json", "out.json"]
+               *options(**changes), count, "2", "--json", "out.json"]
     done = execute(tmp_path, [*command, "--modes", "plain,fp32"])
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "out.json").read_text())
