@@ -107,9 +107,11 @@ def train(model, data, settings, speed, processes, stopping, run_dir, checkpoint
         labelled_prob = data.labelled_prob(settings.sup_sample_weight)
         x, _ = data.sample_batch(settings.train_bs, labelled_prob, generator)
         model.initialize(x, data.train_x)
+    # Compiling for evaluation takes longer than what it saves.
+    evaluation = RunEvaluation(FastLogJoint(model, *speed._replace(compile=False)), data, settings,
+                               processes)
     log_joint = FastLogJoint(model, *speed)
     state = TrainingState.create(model, log_joint, data, generator, settings, processes)
-    evaluation = RunEvaluation(log_joint, data, settings, processes)
     if checkpoint:
         state.load_state_dict(checkpoint, processes)
         print(f"Continuing after {state}")

@@ -18,6 +18,7 @@ from models.bijections import ActNorm
 from models.conv1x1 import CONVS, FullConv, log_abs_det, over_channels
 from models.networks import Conv3x3
 from training.checkpoint import CheckpointWriter, load_weights, save_atomically
+from training.cuda_graph import Captured
 from training.device import choose_speed
 from training.evaluation import Inference
 from training.fast import FastLogJoint, _TinyConv3x3, _trace_shapes
@@ -675,6 +676,20 @@ def test_the_paper_s_step_is_captured_on_a_gpu(tmp_path, monkeypatch):
     losses = [float(step(x.cuda(), y.cuda())[0]) for _ in range(8)]
     assert step.captured.graph is not None
     assert all(map(math.isfinite, losses)) and len(set(losses)) == 8
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_captured_is_called_on_a_gpu(capsys):
+    """One that waits for the GPU cannot be: what it does to tensors is done once per call."""
+    total = torch.zeros(3, device="cuda")
+
+    def add(x):
+        total.add_(x)
+        return total * float(x.sum())
+    call, x = Captured(add), torch.ones(3, device="cuda")
+    outputs = [call(x).tolist() for _ in range(6)]
+    assert outputs == [[3.0 * n] * 3 for n in range(1, 7)] and call.graph is None
+    assert capsys.readouterr().out.count("Not captured as a CUDA graph") == 1
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import PROJECT, SCRIPT, execute, options, run_script, runs
@@ -71,21 +72,21 @@ def timed_run(monkeypatch):
 
 def test_parts_are_joined_and_checked(tmp_path, monkeypatch, timed_run):
     monkeypatch.setattr(timed_run, "PART_BYTES", 1000)
-    packed, out, home = tmp_path / "packed", tmp_path / "out", tmp_path / "home"
-    evidence = packed / "results" / "mnist"
-    evidence.mkdir(parents=True)
-    (evidence / "log.txt").write_text("a line\n")
-    weights = tmp_path / "model.torch"
-    weights.write_bytes(bytes(range(256)) * 10)
-    timed_run.pack(packed, "mnist", weights, True, out)
-    assert len(list(out.glob("model.torch.part*"))) == 3
-    timed_run.join(out, home)
-    assert (home / "pretrained" / "model.torch").read_bytes() == weights.read_bytes()
-    assert (home / "results" / "mnist" / "log.txt").read_text() == "a line\n"
-    assert "model.torch" in (home / "pretrained" / "SHA256SUMS").read_text()
+    run, out, home = tmp_path / "000001-run", tmp_path / "out", tmp_path / "home"
+    run.mkdir()
+    (run / "log.txt").write_text("a line\n")
+    (run / "checkpoint.pt").write_text("large")
+    weights = np.random.default_rng(0).bytes(2500)                  # which gzip cannot compress
+    (run / "model.torch").write_bytes(weights)
+    timed_run.pack(run, True, "abc", out)
+    assert len(list(out.glob("run.part*"))) == 3
+    assert timed_run.join(out, home) == home / run.name
+    assert (home / run.name / "model.torch").read_bytes() == weights
+    assert (home / run.name / "log.txt").read_text() == "a line\n"
+    assert not (home / run.name / "checkpoint.pt").exists()
     with pytest.raises(timed_run.BadInput, match="is there already"):
         timed_run.join(out, home)
-    part = out / "model.torch.part01"
+    part = out / "run.part01"
     part.write_bytes(part.read_bytes()[::-1])
     with pytest.raises(timed_run.BadInput, match="part01 is missing or damaged"):
         timed_run.join(out, tmp_path / "elsewhere")
@@ -112,27 +113,27 @@ def test_a_timed_run_that_is_cut_off_keeps_its_evidence(tmp_path, capsys, timed_
         os.killpg(state["wrapper"], signal.SIGKILL)
         os.waitpid(state["wrapper"], 0)
         assert timed_run.watch(work, 1) and "its processes are gone" in capsys.readouterr().out
-    assert not timed_run.finish(work, "cut", out)
+    assert not timed_run.finish(work, out)
     how = {"stopped": "0: Stopped by SIGTERM", "killed": "unknown"}[end]
     assert f"not a result: exit code {how}" in capsys.readouterr().out
-    timed_run.join(out, home)
-    evidence = home / "results" / "cut"
-    assert len((evidence / "metrics.csv").read_text().splitlines()) > 1
-    assert (evidence / "state.json").is_file()
-    assert torch.load(evidence / "cut.partial.torch") and not (home / "pretrained").exists()
+    run = timed_run.join(out, home)
+    assert len((run / "metrics.csv").read_text().splitlines()) > 1
+    assert (run / "plan.json").is_file() and (run / "run.log").is_file()
+    assert torch.load(run / "partial.torch") and not (run / "model.torch").exists()
     with pytest.raises(timed_run.BadInput, match="no run was started"):
         timed_run.watch(tmp_path, 1)
 
 
 def test_what_a_run_spends_its_time_on(timed_run):
-    """From three rows: two epochs with compilation (30 s), two without, one; log_each 2."""
-    start, epoch, evaluation = 12.0, 6.0, 1.5
+    """From three rows: two epochs with compilation (30 s), two without, one; log_each 2. An epoch
+    of the run is ten times as long."""
+    start, epoch, evaluation = 12.0, 0.6, 1.5
     rows = [30 + 2 * epoch + evaluation, 2 * epoch + evaluation, epoch + evaluation]
-    cost = timed_run.Cost.of_probe(rows, total=start + sum(rows))
-    assert (cost.start, cost.epoch, cost.evaluation) == pytest.approx((42, 6, 1.5))
-    assert cost.seconds(100, 10) == pytest.approx(42 + 600 + 15)
-    assert cost.seconds(101, 10) == pytest.approx(42 + 606 + 16.5)
-    noisy = timed_run.Cost.of_probe([2.0, 1.0, 1.1], total=5)               # of short epochs
+    cost = timed_run.Cost.of_probe(rows, start + sum(rows), 10)
+    assert (cost.start, cost.epoch, cost.evaluation) == pytest.approx((12, 6, 1.5))
+    assert cost.seconds(100, 10) == pytest.approx(12 + 600 + 15)
+    assert cost.seconds(101, 10) == pytest.approx(12 + 606 + 16.5)
+    noisy = timed_run.Cost.of_probe([2.0, 1.0, 1.1], 5, 1)                  # of short epochs
     assert noisy.epoch > 0 and noisy.evaluation >= 0 and noisy.start >= 0
 
 
@@ -149,29 +150,10 @@ def test_a_failure_of_the_first_epochs_brings_home_its_traceback(tmp_path, capfd
 
 @pytest.fixture
 def finished(tmp_path, monkeypatch):
-    """A folder with a finished run, and what `start` and the run leave in it."""
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
+    """A folder with a finished run."""
+    monkeypatch.chdir(tmp_path)
     assert run_script(options(epochs=2)) == 0
-    state = {"deadline": 0, "epochs": 2, "wrapper": 2**22 + 1, "examples": 200, "commit": "abc"}
-    (work / "state.json").write_text(json.dumps(state))
-    (work / "exit_code").write_text("0\n")
-    (work / "run.log").write_text("end")
-    return work
-
-
-def test_the_evaluation_of_a_timed_run_compiles_nothing(finished, monkeypatch, timed_run):
-    run, = runs(finished)
-    params = (run / "params.yaml").read_text()
-    (run / "params.yaml").write_text(params.replace("compile: auto", "compile: 'on'"))
-    monkeypatch.setattr("training.device._can_compile", lambda: False)     # it would be an error
-    for name in ("a/b", "../evil", "", "good/"):
-        with pytest.raises(timed_run.BadInput, match="NAME must"):
-            timed_run.finish(finished, name, finished / "out")
-    assert timed_run.finish(finished, "x", finished / "out")
-    timed_run.join(finished / "out", finished / "home")
-    assert (finished / "home" / "pretrained" / "x.torch").exists()
+    return tmp_path
 
 
 @pytest.mark.parametrize("rest, message", [

@@ -3,26 +3,29 @@
     python tools/timed_run.py prepare FOLDER --data_root data      at home: what to take along
     python tools/timed_run.py start WORK --folder FOLDER --minutes 27 -- --config config.yaml
     python tools/timed_run.py watch WORK --seconds 540             as often as needed
-    python tools/timed_run.py finish WORK NAME --to OUT            stop, evaluate and pack the run
-    python tools/timed_run.py join OUT                             at home: unpack into the project
+    python tools/timed_run.py finish WORK --to OUT                 stop and pack the run
+    python tools/timed_run.py join OUT                             at home: unpack it
     python tools/timed_run.py --dry-run                            rehearse all of it on the CPU
 
-`start` installs the wheels of FOLDER, unpacks its data, trains a few epochs to measure what the run
-will spend its time on, and starts it in the background with as many epochs as fit (at most those of
-its settings), so that the learning rate schedule reaches its end. WORK holds what the commands need
-to know of each other. Every file in OUT is smaller than 16 MiB; `join` checks the SHA-256 of each,
-and writes results/NAME and pretrained/NAME.torch.
+`start` installs the wheels of FOLDER, unpacks its data, and starts a process in the background. It
+trains a few short epochs to measure what the run will spend its time on, and then, without
+compiling anything twice, the run, with as many epochs as fit (at most those of its settings), so
+that the learning rate schedule reaches its end. WORK holds what the commands need to know of each
+other. Every file in OUT is smaller than 16 MiB; `join` checks the SHA-256 of each, and unpacks the
+run's directory into logs/, for tools/ship.py.
 """
 
 import argparse
 import contextlib
+import gc
 import gzip
-import hashlib
 import importlib
+import io
 import json
 import math
 import os
-import re
+import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -44,11 +47,14 @@ from utils.files import PROJECT, atomic_write, sha256
 PATH_OPTIONS = ("--config", "--data_root")
 PACKAGES = ("exman", "ConfigArgParse", "strconv", "inputimeout", "GitPython", "gitdb", "smmap")
 PART_BYTES = 15 * 2**20     # of the largest file in OUT
+SCRIPT = PROJECT / "train-flow-ssl.py"
+RUNS = PROJECT / "logs" / "exman-train-flow-ssl.py" / "runs"
 # The measurement logs epochs 2, 4 and 5: two epochs with compilation, two without, one.
-PROBE = ("--epochs", "5", "--log_each", "2", "--time_limit", "0")
+PROBE = ("--tmp", "--epochs", "5", "--log_each", "2", "--time_limit", "0", "--lr_schedule", "no")
+PROBE_STEPS = 120           # of each of its epochs, at most
 SPARE = 0.03                # share of the training time kept for slow epochs
 SHOWN_LINES = 60            # of the output of a command that failed
-MARGIN = 3                  # minutes kept for evaluation and packing; the run may use one of them
+MARGIN = 1                  # minutes kept for packing; the run may use half of it
 GRACE = 120                 # seconds for a run to stop after SIGTERM
 REHEARSAL = ["--config", str(PROJECT / "configs" / "digits.yaml"), "--device", "cpu",
              "--epochs", "500", "--log_each", "2", "--num_examples", "400", "--ssl_k", "1",
@@ -62,7 +68,8 @@ def prepare(folder, data_root=None, packages=PACKAGES):
     if git("status", "--porcelain", "--untracked-files=no"):
         print("Uncommitted changes stay at home: the project is taken as it was committed")
     (folder / "commit.txt").write_text(commit + "\n")
-    git("archive", "-o", str(folder.resolve() / "project.tar.gz"), "HEAD")
+    git("archive", "-o", str(folder.resolve() / "project.tar.gz"), "HEAD", ".",
+        ":(exclude)pretrained/*.torch")
     if data_root:
         raw = data_root / "MNIST" / "raw"
         files = sorted(raw.glob("*-ubyte"))
@@ -85,7 +92,8 @@ def git(*words):
 
 
 def start(work, folder, minutes, settings):
-    """Install and unpack `folder`, fit the epochs to `minutes`, and start the run in `work`."""
+    """Install and unpack `folder`, and start `train` in the background; wait for its measurement.
+    """
     deadline = time.time() + 60 * minutes
     if (work / "state.json").exists():
         raise BadInput(f"{work} has a run already: watch or finish it, or use another folder")
@@ -97,7 +105,6 @@ def start(work, folder, minutes, settings):
         command([sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", *wheels],
                 "installing the wheels")
         importlib.invalidate_caches()
-    from utils.metrics import read_metrics
     from utils.settings import read_settings
 
     raw = work.resolve() / "data" / "MNIST" / "raw"
@@ -108,19 +115,49 @@ def start(work, folder, minutes, settings):
     settings = with_absolute_paths(settings)                 # the run's working directory is `work`
     if any(raw.iterdir()):
         settings = [*settings, "--data_root", str(raw.parent.parent)]
-
     with contextlib.chdir(work):                             # where the parser makes its folders
         wanted = read_settings(settings)[1]
     if wanted.tmp:
         raise BadInput("a timed run cannot be a --tmp run")
-    script = [sys.executable, str(PROJECT / "train-flow-ssl.py"), *settings]
-    probe_start = time.time()
-    output = command([*script, "--tmp", *PROBE, "--lr_schedule", "no"], "training a few epochs",
-                     cwd=work, timeout=max(deadline - probe_start, 1))
-    cost = Cost.of_probe([row["seconds"] for row in
-                          read_metrics(newest(work, "tmp") / "metrics.csv")],
-                         time.time() - probe_start)
-    left = deadline - time.time() - 60 * MARGIN
+    commit = folder / "commit.txt"
+    state = {"deadline": deadline, "settings": settings,
+             "commit": commit.read_text().strip() if commit.is_file() else None}
+    # The shell waits for the run and records its exit code, whichever processes are gone by then.
+    shell = ('"$@" > run.log 2>&1 & echo $! > pid; wait $!; '
+             'echo $? > code.partial; mv code.partial exit_code')
+    line = [sys.executable, str(Path(__file__).resolve()), "train", "."]
+    wrapper = subprocess.Popen(["sh", "-c", shell, "sh", *line], cwd=work, start_new_session=True,
+                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    write_state(work, {**state, "wrapper": wrapper.pid})
+    while not (work / "plan.json").exists():
+        if how := how_it_ended(work, read_state(work)):
+            show_failure(work)
+            raise BadInput(f"the run has not started, {how}")
+        time.sleep(0.2)
+    print(read_plan(work)["words"])
+
+
+def train(work):
+    """Measure a few epochs, then train as many as fit. `start` runs it in the background."""
+    from utils.data import load_data
+    from utils.metrics import read_metrics
+    from utils.settings import read_settings
+
+    while not (work / "state.json").exists():
+        time.sleep(0.05)
+    settings, probe_start = read_state(work)["settings"], time.time()
+    wanted = read_settings(settings)[1]
+    examples = measured = len(load_data(wanted).train_x)
+    if not wanted.spread_labels:                    # whose time is that of all examples
+        measured = min(examples, PROBE_STEPS * wanted.train_bs)
+    run_script([*settings, *PROBE, "--num_examples", str(measured)])
+    rows = read_metrics(newest(work, "tmp") / "metrics.csv")
+    def steps(n):
+        return -(-n // wanted.train_bs)
+    cost = Cost.of_probe([row["seconds"] for row in rows], time.time() - probe_start,
+                         steps(examples) / steps(measured))
+    left = read_state(work)["deadline"] - time.time() - 60 * MARGIN
     epochs = wanted.epochs
     while epochs and cost.seconds(epochs, wanted.log_each) > left * (1 - SPARE):
         epochs -= 1
@@ -130,30 +167,32 @@ def start(work, folder, minutes, settings):
     if wanted.lr_schedule == "hat" and wanted.lr_warmup >= epochs:
         raise BadInput(f"lr_warmup {wanted.lr_warmup} does not fit into the {epochs} epochs for "
                        "which there is time")
-    line = [*script, "--epochs", str(epochs), "--time_limit", f"{left / 60 + 1:.2f}"]
-    # The shell waits for the run and records its exit code, whichever processes are gone by then.
-    shell = ('"$@" > run.log 2>&1 & echo $! > pid; wait $!; '
-             'echo $? > code.partial; mv code.partial exit_code')
-    wrapper = subprocess.Popen(["sh", "-c", shell, "sh", *line], cwd=work, start_new_session=True,
-                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    commit = folder / "commit.txt"
-    state = {"deadline": deadline, "epochs": epochs, "wrapper": wrapper.pid, "command": line,
-             "examples": int(re.search(r"labelled of (\d+) examples", output)[1]),
-             "commit": commit.read_text().strip() if commit.is_file() else None}
-    with atomic_write(work / "state.json") as f:
-        json.dump(state, f, indent=1)
-    print(f"An epoch takes {cost.epoch:.2f} s, its evaluation {cost.evaluation:.2f} s, the start "
-          f"{cost.start:.0f} s: {epochs} of {wanted.epochs} epochs, "
-          f"{cost.seconds(epochs, wanted.log_each) / 60:.1f} of {left / 60:.1f} minutes")
+    words = (f"An epoch takes {cost.epoch:.2f} s, its evaluation {cost.evaluation:.2f} s, the "
+             f"start {cost.start:.0f} s: {epochs} of {wanted.epochs} epochs, "
+             f"{cost.seconds(epochs, wanted.log_each) / 60:.1f} of {left / 60:.1f} minutes")
+    with atomic_write(work / "plan.json") as f:
+        json.dump({"epochs": epochs, "examples": examples, "words": words}, f, indent=1)
+    gc.collect()                                    # what the measurement left on the GPU
+    limit = (left + 60 * MARGIN / 2) / 60
+    run_script([*settings, "--epochs", str(epochs), "--time_limit", f"{limit:.2f}"])
+
+
+def run_script(argv):
+    """Run train-flow-ssl.py in this process. Raises SystemExit unless it succeeds."""
+    sys.argv = [str(SCRIPT), *argv]
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
 
 
 @dataclass
 class Cost:
     """What a run spends its time on, in seconds.
 
-    start: once, before the first epoch and in it, including compilation; epoch: of training;
-    evaluation: of a logged epoch, with its checkpoint.
+    start: once, before the first epoch and after the last; epoch: of training; evaluation: of a
+    logged epoch, with its checkpoint.
     """
 
     start: float
@@ -161,15 +200,15 @@ class Cost:
     evaluation: float
 
     @classmethod
-    def of_probe(cls, rows, total):
-        """The cost of what `PROBE` trained. rows: the seconds of its rows; total: of the command.
+    def of_probe(cls, rows, total, ratio):
+        """The cost of what `PROBE` trained.
 
-        With compile, `start` is an upper bound: the run finds compiled code on the disk.
+        rows: the seconds of its rows; total: of all; ratio: of an epoch to one of the probe.
         """
-        compiling, two_epochs, one_epoch = rows
+        _, two_epochs, one_epoch = rows
         # Of a short epoch, noise may leave nothing.
-        epoch = max(two_epochs - one_epoch, one_epoch / 2)
-        return cls(start=total - sum(rows) + max(compiling - two_epochs, 0), epoch=epoch,
+        epoch = max(two_epochs - one_epoch, one_epoch / 10)
+        return cls(start=total - sum(rows), epoch=ratio * epoch,
                    evaluation=max(one_epoch - epoch, 0))
 
     def seconds(self, epochs, log_each):
@@ -185,16 +224,11 @@ def with_absolute_paths(settings):
             for before, word in zip(["", *words], words)]
 
 
-def command(line, what, **options):
+def command(line, what):
     """Run a command -> its output. If it fails, print the end of that and raise BadInput."""
-    try:
-        done = subprocess.run(line, capture_output=True, text=True, **options)
-    except subprocess.TimeoutExpired as error:
-        raise BadInput(f"{what} took more than the {error.timeout:.0f} s that were left") from None
+    done = subprocess.run(line, capture_output=True, text=True)
     if done.returncode:
         show_end_of(done.stdout + done.stderr)
-        if "cwd" in options:                # a run's error is one line, its directory has the rest
-            show_traceback(options["cwd"])
         raise BadInput(f"{what} failed with exit code {done.returncode}: "
                        f"{last_line(done.stderr or done.stdout)}")
     return done.stdout
@@ -209,8 +243,10 @@ def show_end_of(text):
     print(*text.strip().splitlines()[-SHOWN_LINES:], sep="\n", file=sys.stderr)
 
 
-def show_traceback(work):
-    """Print the traceback, if any, of the last run in `work` that failed, to stderr."""
+def show_failure(work):
+    """Print the end of what the background process printed, and the traceback, if any, to stderr.
+    """
+    show_end_of((work / "run.log").read_text())
     failed = newest(work, "fails")
     if failed and (failed / "traceback.txt").is_file():
         show_end_of((failed / "traceback.txt").read_text())
@@ -250,8 +286,7 @@ def watch(work, seconds, interval=30.0):
         if how := how_it_ended(work, state):
             print(f"The run has ended, {how}")
             if not how.startswith("exit code 0"):
-                show_end_of((work / "run.log").read_text())
-                show_traceback(work)
+                show_failure(work)
             return True
         if time.time() >= until:
             return False
@@ -264,34 +299,27 @@ def progress(work, state):
     """One line: epoch, pace, how long the run will still take, how much time is left."""
     from utils.metrics import read_metrics, result
 
-    left = state["deadline"] - time.time()
+    left, plan = state["deadline"] - time.time(), read_plan(work)
     run = newest(work, "runs")
     path = run / "metrics.csv" if run else None
     rows = read_metrics(path) if run else []
     if not rows:
         return f"no epoch logged yet, {left / 60:.1f} min left"
-    last, epochs = rows[-1], state["epochs"]
+    last, epochs = rows[-1], plan["epochs"]
     epoch = last["epoch"]
     pace = last["seconds"] / (epoch - (rows[-2]["epoch"] if len(rows) > 1 else 0))
     to_go = 0
     if epoch < epochs:
         to_go = max((epochs - epoch) * pace - (time.time() - path.stat().st_mtime), 0)
-    too_little = ", TOO LITTLE" if to_go > left - 60 * (MARGIN - 1) else ""
-    return (f"epoch {epoch:.0f} of {epochs}, {state['examples'] / pace:,.0f} images/s, "
+    too_little = ", TOO LITTLE" if to_go > left - 60 * MARGIN / 2 else ""
+    return (f"epoch {epoch:.0f} of {epochs}, {plan['examples'] / pace:,.0f} images/s, "
             f"loss {last['train_loss']:.2f}; {result(last)}; "
             f"ends in {to_go / 60:.1f} min, {left / 60:.1f} min left{too_little}")
 
 
-def finish(work, name, out):
-    """Stop the run if it still trains; evaluate it; pack evidence and weights into `out`.
-
-    -> whether the run was complete.
+def finish(work, out):
+    """Stop the run if it still trains, and pack its directory into `out`. -> whether it is complete
     """
-    import ship
-
-    from training.checkpoint import load_file, save_atomically
-
-    ship.check_name(name)
     state = read_state(work)
     patience, signalled = time.time() + GRACE, False
     while not how_it_ended(work, state):
@@ -305,84 +333,60 @@ def finish(work, name, out):
             raise BadInput(f"the run in {work} has not stopped within {GRACE} s of SIGTERM")
         time.sleep(0.2)
     run = newest(work, "runs") or newest(work, "fails")
-    packed, evidence = work / "packed", work / "packed" / "results" / name
-    evidence.mkdir(parents=True, exist_ok=True)
-    complete, weights = bool(run) and (run / "model.torch").exists(), None
-    if complete:
-        commit = ["--commit", state["commit"]] if state["commit"] else []
-        # Compiling for one evaluation takes longer than the evaluation.
-        eager = ("--compile", "off", "--cuda_graph", "off")
-        ship.main([str(run), name, "--half", "--to", str(packed), *commit, *eager])
-        weights = packed / "pretrained" / f"{name}.torch"
-    else:                                           # no result, but what there is comes home
+    if not run:
+        raise BadInput(f"there is no run in {work}: {how_it_ended(work, state)}")
+    complete = (run / "model.torch").exists()
+    if not complete:                                # no result, but what there is comes home
         print(f"Not complete, so not a result: {how_it_ended(work, state)}")
-        if run:
-            ship.copy_evidence(run, evidence)
-        if run and (run / "checkpoint.pt").exists():
-            weights = packed / f"{name}.partial.torch"
-            state_dict = load_file(run / "checkpoint.pt")["model"]
-            save_atomically({key: value.half() if value.is_floating_point() else value
-                             for key, value in state_dict.items()}, weights)
-    for path in (work / "run.log", work / "state.json"):
-        shutil.copy(path, evidence)
-    pack(packed, name, weights, complete, out)
+        if (run / "checkpoint.pt").exists():
+            from training.checkpoint import load_file, save_atomically
+            save_atomically(load_file(run / "checkpoint.pt")["model"], run / "partial.torch")
+    for name in ("run.log", "state.json", "plan.json"):
+        if (work / name).exists():
+            shutil.copy(work / name, run)
+    pack(run, complete, state["commit"], out)
     return complete
 
 
-def pack(packed, name, weights, complete, out):
-    """Write to `out` the evidence, the weights, if any, in parts, and a manifest with SHA-256s."""
+def pack(run, complete, commit, out):
+    """Write to `out` the directory `run` without its checkpoint, in parts, and a manifest."""
     out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"{name}.evidence.tar.gz"]
-    with tarfile.open(paths[0], "w:gz") as tar:
-        tar.add(packed / "results" / name, name)
-    content = weights.read_bytes() if weights else b""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz", compresslevel=1) as tar:
+        tar.add(run, run.name,
+                filter=lambda member: None if member.name.endswith("checkpoint.pt") else member)
+    content, sums = content.getvalue(), {}
     for i in range(0, len(content), PART_BYTES):
-        paths.append(out / f"{weights.name}.part{i // PART_BYTES:02d}")
-        paths[-1].write_bytes(content[i:i + PART_BYTES])
-    manifest = {"name": name, "complete": complete, "weights": weights and weights.name,
-                "sha256": hashlib.sha256(content).hexdigest(),
-                "files": {path.name: sha256(path) for path in paths}}
+        path = out / f"run.part{i // PART_BYTES:02d}"
+        path.write_bytes(content[i:i + PART_BYTES])
+        sums[path.name] = sha256(path)
+    manifest = {"run": run.name, "complete": complete, "commit": commit, "files": sums}
     with atomic_write(out / "manifest.json") as f:
         json.dump(manifest, f, indent=1)
-    largest = max(path.stat().st_size for path in paths) / 2**20
-    print(f"{out}: {len(paths) + 1} files, the largest {largest:.1f} MiB")
+    print(f"{out}: {len(sums) + 1} files, {len(content) / 2**20:.1f} MiB")
 
 
-def join(out, to=PROJECT):
-    """Unpack what `finish` packed: `to`/results/NAME, `to`/pretrained/NAME.torch and its SHA-256.
-
-    The weights of an incomplete run go beside its evidence. Nothing is overwritten.
-    """
-    import ship
-
+def join(out, to=RUNS):
+    """Unpack what `finish` packed into the folder `to`. Nothing is overwritten. -> its path"""
     if not (out / "manifest.json").is_file():
         raise BadInput(f"{out} has no manifest.json: `finish` did not write it")
     manifest = json.loads((out / "manifest.json").read_text())
-    ship.check_name(manifest["name"])
-    results = to / "results" / manifest["name"]
-    folder = to / "pretrained" if manifest["complete"] else results
-    weights = folder / (manifest["weights"] or "none")
-    for path, digest in manifest["files"].items():
-        if not (out / path).is_file() or sha256(out / path) != digest:
-            raise BadInput(f"{out / path} is missing or damaged")
-    for path in (results, weights):
-        if path.exists():
-            raise BadInput(f"{path} is there already: move it away first")
-    parts = sorted(path for path in manifest["files"] if ".part" in path)
-    content = b"".join((out / path).read_bytes() for path in parts)
-    if hashlib.sha256(content).hexdigest() != manifest["sha256"]:
-        raise BadInput(f"the parts of {manifest['weights']} do not add up to the whole")
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(out / f"{manifest['name']}.evidence.tar.gz") as tar:
-        tar.extractall(results.parent, filter="data")
-    if content:
-        weights.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(weights, "wb") as f:
-            f.write(content)
-        print(weights)
+    for name, digest in manifest["files"].items():
+        if not (out / name).is_file() or sha256(out / name) != digest:
+            raise BadInput(f"{out / name} is missing or damaged")
+    run = to / manifest["run"]
+    if run.exists():
+        raise BadInput(f"{run} is there already: move it away first")
+    to.mkdir(parents=True, exist_ok=True)
+    content = b"".join((out / name).read_bytes() for name in sorted(manifest["files"]))
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        tar.extractall(to, filter="data")
+    print(run)
     if manifest["complete"]:
-        ship.list_sum(weights.parent / "SHA256SUMS", weights.name, manifest["sha256"])
-    print(results)
+        commit = f" --commit {manifest['commit']}" if manifest["commit"] else ""
+        print(f"To ship its weights: python tools/ship.py {shlex.quote(str(run))} NAME --data_root "
+              f"data{commit}")
+    return run
 
 
 def rehearse():
@@ -393,7 +397,7 @@ def rehearse():
         start(here / "work", here / "folder", MARGIN + 0.75, REHEARSAL)
         while not watch(here / "work", 10, interval=5):
             pass
-        complete = finish(here / "work", "digits", here / "out")
+        complete = finish(here / "work", here / "out")
         join(here / "out", here / "home")
         print("Rehearsed: " + ("complete" if complete else "the run was not complete"))
 
@@ -402,6 +406,17 @@ def read_state(work):
     if not (work / "state.json").is_file():
         raise BadInput(f"no run was started in {work}")
     return json.loads((work / "state.json").read_text())
+
+
+def write_state(work, state):
+    with atomic_write(work / "state.json") as f:
+        json.dump(state, f, indent=1)
+
+
+def read_plan(work):
+    """What `train` measured and decided, or nothing yet."""
+    path = work / "plan.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def newest(work, kind):
@@ -434,11 +449,12 @@ def main(argv=None):
     one.add_argument("--seconds", type=float, default=540)
     one = commands.add_parser("finish")
     one.add_argument("work", type=Path)
-    one.add_argument("name", metavar="NAME", help="of the weights and of the folder of evidence")
     one.add_argument("--to", type=Path, required=True, metavar="OUT")
     one = commands.add_parser("join")
     one.add_argument("out", type=Path, metavar="OUT")
-    one.add_argument("--to", type=Path, default=PROJECT, metavar="FOLDER")
+    one.add_argument("--to", type=Path, default=RUNS, metavar="FOLDER",
+                     help="default: where the project keeps its runs")
+    commands.add_parser("train").add_argument("work", type=Path)     # what `start` starts
     own = parser.parse_args(argv)
     if own.dry_run:
         rehearse()
@@ -450,10 +466,12 @@ def main(argv=None):
         if not settings:
             raise BadInput("put the settings of the run after --, such as -- --config config.yaml")
         start(own.work, own.folder, own.minutes, settings)
+    elif own.command == "train":
+        train(own.work)
     elif own.command == "watch":
         watch(own.work, own.seconds)
     elif own.command == "finish":
-        finish(own.work, own.name, own.to)
+        finish(own.work, own.to)
     elif own.command == "join":
         join(own.out, own.to)
     else:
