@@ -179,12 +179,14 @@ def train(work):
 
 def run_script(argv):
     """Run train-flow-ssl.py in this process. Raises SystemExit unless it succeeds."""
-    sys.argv = [str(SCRIPT), *argv]
+    own, sys.argv = sys.argv, [str(SCRIPT), *argv]
     try:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     except SystemExit as end:
         if end.code:
             raise
+    finally:
+        sys.argv = own
 
 
 @dataclass
