@@ -56,7 +56,7 @@ def set_up_torch(settings: Settings, processes: Processes) -> torch.device:
     if device.type == "cuda":
         if (device.index or 0) >= n_gpus:
             raise BadInput(f"no device {name}: PyTorch {torch.__version__} sees {n_gpus} GPUs")
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)    # it refuses a device without an index
         torch.backends.cudnn.benchmark = not settings.deterministic
         # MAGMA's LU waits for the device. The option is experimental, and warns of that.
         with warnings.catch_warnings(action="ignore"):
