@@ -75,6 +75,8 @@ def main(processes):
     if settings.resume:
         checkpoint = load_checkpoint(Path(settings.resume, "checkpoint.pt"), model, settings)
         processes.barrier()                         # before the main process moves a failed run
+    elif settings.initial_weights:
+        load_weights(model, settings.initial_weights)
     run = None
     try:
         with stopping, contextlib.ExitStack() as stack:
@@ -103,7 +105,7 @@ def train(model, data, settings, speed, processes, stopping, run_dir, checkpoint
     -> None, or why and where `stopping` ended it. Raises TrainingFailed.
     """
     generator = torch.Generator(data.device).manual_seed(settings.seed)
-    if not checkpoint:
+    if not checkpoint and not settings.initial_weights:
         labelled_prob = data.labelled_prob(settings.sup_sample_weight)
         x, _ = data.sample_batch(settings.train_bs, labelled_prob, generator)
         model.initialize(x, data.train_x)

@@ -84,6 +84,8 @@ CASES = {
                                        "code.torch is no checkpoint"),
     "weights that are a tensor": (options(pretrained="tensor.torch"), "tensor.torch"),
     "weights of another architecture": (options(pretrained="other.torch"), "another architecture"),
+    "initial weights of another": (options(initial_weights="other.torch"), "another architecture"),
+    "no initial weights": (options(initial_weights="typo.torch"), "no file typo.torch"),
     "weights that do not ship": (
         ["--config", str(CONFIGS / "moons.yaml"), "--device", "cpu", "--pretrained"],
         "no weights ship for moons.yaml (there is no pretrained/moons.torch): train them (python "

@@ -523,6 +523,19 @@ def test_training_and_resuming_on_a_gpu(tmp_path, monkeypatch):
     assert rows[-1]["test_log_p"] > rows[0]["test_log_p"]
 
 
+def test_a_run_starts_from_given_weights(tmp_path, monkeypatch):
+    """A tiny learning rate leaves them as they are."""
+    monkeypatch.chdir(tmp_path)
+    assert run_script(options(epochs=2)) == 0
+    first, = runs(tmp_path)
+    given = {"initial_weights": first / "model.torch", "lr": 1e-30, "lr_schedule": "no"}
+    assert run_script(options(epochs=1, seed=5, **given)) == 0
+    _, second = runs(tmp_path)
+    assert_same(*weights_of(first, second))
+    (first / "model.torch").unlink()                    # a resumed run has its own
+    assert run_script(["--resume", str(second), "--epochs", "2"]) == 0
+
+
 def test_resume_takes_changes_that_keep_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run_script(options(epochs=2, lr_schedule="no")) == 0

@@ -206,6 +206,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("weights", str, "last",
         "which weights --pretrained evaluates if FILE is the checkpoint.pt of a run with ema",
         choices=("last", "averaged"))
+    add("initial_weights", str, "", "start from the weights in FILE, not from random ones",
+        metavar="FILE")
     add("resume", str, "", "continue the run in this directory", metavar="RUN_DIR")
     add("device", str, "auto", "auto, cpu, cuda or cuda:N; auto: cuda if available")
     add("threads", _number(int, 0, 4096), 0, "CPU threads; 0: PyTorch's choice")
