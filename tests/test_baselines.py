@@ -271,19 +271,29 @@ def test_the_picture_of_recipes_against_minutes(compare, tmp_path, monkeypatch):
     one, two, other = runs(tmp_path)
     rows = read_metrics(one / "metrics.csv")
     minutes = min(row["seconds"] for row in rows) / 60
-    curve = plot.progress(one)
+    curve = plot.progress(one, "validation")
     assert curve["minutes"] == pytest.approx([minutes, 2 * minutes, 3 * minutes])
     for row, error, bits in zip(rows, curve["error"], curve["bits"]):
         better = "ema_val" if row["ema_val_log_p"] > row["val_log_p"] else "val"
         assert error == pytest.approx(100 * (1 - row[f"{better}_acc"]))
         assert bits == row[f"{better}_bpd"]
-    assert plot.progress(one, 30)["minutes"] == [0.5, 1, 1.5]
+    assert plot.progress(one, "validation", 30)["minutes"] == [0.5, 1, 1.5]
     plot.main(["--runs", "one", str(one), "--runs", "two", str(two), str(one), "--error", "10",
                "--save", "progress.png"])
     with Image.open(tmp_path / "progress.png") as picture:
         assert picture.width > 800 and len(picture.convert("RGB").getcolors(2**20)) > 10
-    for argv, message in ((["--runs", "label", str(other)], "with validation images"),
-                          (["--runs", "label", str(tmp_path)], "with validation images"),
+    stages = [plot.progress(other, "test", s) for s in (30, 60)]
+    plot.chain(stages)
+    assert stages[0]["minutes"] == [0.5] and stages[1]["minutes"] == [0.5, 1.5]
+    error = 100 * (1 - read_metrics(other / "metrics.csv")[0]["test_acc"])
+    assert stages[1]["error"] == pytest.approx([error, error])
+    plot.main(["--test", "--chain", "--runs", "first", str(other), "--runs", "second", str(other),
+               "--save", "stages.png"])
+    assert (tmp_path / "stages.png").exists()
+    for argv, message in ((["--runs", "label", str(other)], "evaluated on validation images"),
+                          (["--runs", "label", str(tmp_path)], "evaluated on validation images"),
+                          (["--test", "--runs", "label", str(one)], "evaluated on test images"),
+                          (["--chain", "--runs", "a", str(one), str(two)], "label and one RUN_DIR"),
                           (["--runs", "label"], "a label and one RUN_DIR or more"),
                           (["--runs", "one", str(one), "--epoch_seconds", "3", "4"], "needs 1 pos"),
                           (["--runs", "one", str(one), "--epoch_seconds", "0"], "needs 1 pos")):
