@@ -259,7 +259,31 @@ class ConditionalShift(nn.Module):
         return z_h + embed(self.mu, y)
 
 
+class ConditionalGaussian(ConditionalShift):
+    """h_phi of a Gaussian mixture with a diagonal covariance of each class, which the paper does
+    not have: z_h = (z_f - mu_y) / sigma_y, ldj = -sum_i log sigma_yi.
+
+    log sigma, an embedding (K, ssl_dim), is zero at the start: then it is SCNF-GMM.
+    """
+
+    def __init__(self, dim: int, n_classes: int, options: SimpleNamespace):
+        super().__init__(dim, n_classes, options)
+        self.log_sigma = nn.Embedding(n_classes, dim)
+        nn.init.zeros_(self.log_sigma.weight)
+
+    def forward(self, z_f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """z_f (B, ssl_dim), y (B,) -> z_h (B, ssl_dim), ldj (B,)."""
+        shifted, _ = super().forward(z_f, y)
+        log_sigma = embed(self.log_sigma, y)
+        return shifted * (-log_sigma).exp(), -log_sigma.sum(1)
+
+    def inverse(self, z_h: Tensor, y: Tensor) -> Tensor:
+        """z_h (B, ssl_dim), y (B,) -> z_f (B, ssl_dim)."""
+        return super().inverse(z_h * embed(self.log_sigma, y).exp(), y)
+
+
 HEADS: dict[str, Callable[[int, int, SimpleNamespace], ConditionalFlow | ConditionalShift]] = {
     "cond-flow": ConditionalFlow,
     "cond-shift": ConditionalShift,
+    "cond-gmm": ConditionalGaussian,
 }

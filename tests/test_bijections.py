@@ -122,6 +122,7 @@ CONDITIONAL = {
     **{f"h_phi cond-flow, {conv}": (
         partial(h_phi, ssl_l=2, ssl_k=2, ssl_hd=8, ssl_conv=conv), torch.long) for conv in CONVS},
     "h_phi cond-shift": (partial(h_phi, ssl_model="cond-shift"), torch.long),
+    "h_phi cond-gmm": (partial(h_phi, ssl_model="cond-gmm"), torch.long),
 }
 
 

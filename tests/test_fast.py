@@ -36,6 +36,7 @@ POINTS = {"model": "toy", "ssl_dim": 2, "ssl_l": 1, "ssl_k": 2, "ssl_hd": 8, "l"
 IMAGES = {**{f"digits, {conv}": {**TINY, "conv": conv, "ssl_conv": conv} for conv in CONVS},
           "squeezed first": {**TINY, "model": "mnist-glow", "width": 8},
           "digits, cond-shift": {**TINY, "ssl_model": "cond-shift"},
+          "digits, cond-gmm": {**TINY, "ssl_model": "cond-gmm"},
           "digits, marginal": {**TINY, "pixels": "marginal"},
           "digits, position_bias": {**TINY, "position_bias": True},
           "pyramid": {**TINY, "model": "pyramid", "width": 8, "n_blocks": 1}}

@@ -22,7 +22,7 @@ def small(scale=1.0, **changes):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("ssl_model", ["cond-flow", "cond-shift"])
+@pytest.mark.parametrize("ssl_model", ["cond-flow", "cond-shift", "cond-gmm"])
 @pytest.mark.parametrize("conv", ["full", "qr", "qr-abs", "hh"])
 def test_log_joint_is_the_equation_class_by_class(ssl_model, conv):
     probs = torch.arange(1.0, 11)
@@ -43,7 +43,7 @@ def test_log_joint_is_the_equation_class_by_class(ssl_model, conv):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("ssl_model", ["cond-flow", "cond-shift"])
+@pytest.mark.parametrize("ssl_model", ["cond-flow", "cond-shift", "cond-gmm"])
 def test_posterior_from_h_phi_alone_is_that_of_the_joint(ssl_model):
     model = small(ssl_model=ssl_model)
     x = torch.rand(8, 1, 8, 8)
@@ -78,7 +78,7 @@ def test_density_of_points_integrates_to_one():
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("ssl_model", ["cond-flow", "cond-shift"])
+@pytest.mark.parametrize("ssl_model", ["cond-flow", "cond-shift", "cond-gmm"])
 @torch.no_grad()
 def test_samples_follow_the_density(ssl_model):
     """The mean of log p(x | y) over samples is, within Monte Carlo error, its integral on a grid.
@@ -111,7 +111,7 @@ def test_samples_are_clamped_images_and_noise_fixes_them():
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("ssl_model", ["cond-flow", "cond-shift"])
+@pytest.mark.parametrize("ssl_model", ["cond-flow", "cond-shift", "cond-gmm"])
 def test_sample_is_the_inverse_of_the_density_s_path(ssl_model):
     model = small(scale=0.3, ssl_model=ssl_model)
     model.image = False                                         # samples are not clamped

@@ -85,7 +85,7 @@ def test_config_yaml_is_the_paper_s_run_and_lists_every_setting():
     assert keys == set(defaults) - {"config_file", "tmp", "git_dirty", "resume"}
 
 
-@pytest.mark.parametrize("config", sorted((PROJECT / "configs").glob("*.yaml")),
+@pytest.mark.parametrize("config", sorted((PROJECT / "configs").glob("**/*.yaml")),
                          ids=lambda path: path.name)
 def test_shipped_configs_are_accepted(config):
     settings = read_settings(["--config", str(config)])[1]
@@ -267,3 +267,27 @@ def test_works_without_a_git_binary(here):
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert str(root(here) / "runs") in done.stdout
+
+
+def test_a_config_extends_another_one(tmp_path, here):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "base.yaml").write_text("lr: 0.5\nepochs: 7\nseed: 3\n")
+    (tmp_path / "sub" / "middle.yaml").write_text("extends: ../base.yaml\nepochs: 8\n")
+    (tmp_path / "sub" / "last.yaml").write_text("seed: 4\nextends: middle.yaml\n")
+    settings = read_settings(["--config", str(tmp_path / "sub" / "last.yaml"), "--lr", "0.25"])[1]
+    assert (settings.lr, settings.epochs, settings.seed) == (0.25, 8, 4)
+
+
+@pytest.mark.parametrize("files, message", [
+    ({"a.yaml": "extends: b.yaml"}, "cannot read b.yaml, which it extends: No such"),
+    ({"a.yaml": "extends: a.yaml"}, "a.yaml: extends goes in a circle, back to a.yaml"),
+    ({"a.yaml": "extends: b.yaml", "b.yaml": "extends: a.yaml"}, "b.yaml: extends goes in a c"),
+    ({"a.yaml": "extends: [b.yaml]"}, "takes the name of one file"),
+    ({"a.yaml": "extends:"}, "takes the name of one file"),
+    ({"a.yaml": "extends: b.yaml", "b.yaml": "typo: 1"}, "b.yaml: unknown setting typo")])
+def test_a_config_that_extends_nothing_good(here, files, message):
+    for name, text in files.items():
+        Path(name).write_text(text)
+    with pytest.raises(BadInput, match=message) as raised:
+        read_settings(["--config", "a.yaml"])
+    assert "\n" not in str(raised.value)

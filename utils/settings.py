@@ -36,6 +36,7 @@ from .errors import BadInput
 from .files import PROJECT, atomic_write
 
 UNUSED_PUBLISHED_KEYS = ("k", "hid_dim", "logits", "lr_gamma", "lr_steps", "sup_ohe", "status")
+EXTENDS = "extends"     # the key of a config file that names another one
 EXMAN_KEYS = ("root", "time", "id", "commit", "dirty")  # what exman adds to a run's params.yaml
 RESUMABLE = ("device", "threads", "data_root", "log_each", "epochs", "deterministic", "precision",
              "compile", "cuda_graph", "micro_bs", "time_limit", "config_file", "resume",
@@ -151,13 +152,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
             ("conv", str, "invertible 1x1 convolutions of f_w"),
             ("hh_factors", positive, "Householder reflections of conv qr, qr-abs and hh"),
             ("l", positive, "flow steps of model toy"),
-            ("ssl_model", str, "h_phi: cond-flow (SCNF-GLOW) or cond-shift (SCNF-GMM)"),
+            ("ssl_model", str, "h_phi: cond-flow (SCNF-GLOW), cond-shift (SCNF-GMM), or cond-gmm, "
+             "SCNF-GMM with a diagonal covariance of each class"),
             ("ssl_dim", _number(int, 2, large, also=(-1,)),
              "dimensions of z_f, an even number; -1: all of z"),
             ("ssl_l", positive, "levels of cond-flow"),
             ("ssl_k", positive, "flow steps per level of cond-flow"),
             ("ssl_hd", positive, "width of the networks of cond-flow"),
-            ("ssl_std", above_zero, "standard deviation of the means of cond-shift at the start"),
+            ("ssl_std", above_zero,
+             "standard deviation of the means of cond-shift and cond-gmm at the start"),
             ("ssl_conv", str, "invertible 1x1 convolutions of h_phi"),
             ("ssl_hh", positive, "Householder reflections of ssl_conv qr, qr-abs and hh")):
         add(name, kind, MODEL_OPTIONS[name], text, choices=MODEL_CHOICES.get(name))
@@ -376,7 +379,8 @@ class _ConfigFile(configargparse.YAMLConfigFileParser):
     """Reads a YAML mapping of known keys, each at most once, to scalars or lists.
 
     Each value is passed on as text to the type of its option, so that `no` is a word and `3e-4` a
-    number.
+    number. The key EXTENDS names another such file, relative to the folder of the first, whose
+    values are taken where the first has none.
     """
 
     def __init__(self, parser: SettingsParser):
@@ -384,6 +388,10 @@ class _ConfigFile(configargparse.YAMLConfigFileParser):
         self.parser = parser
 
     def parse(self, stream: IO[str]) -> dict[str, Any]:
+        return self._parse(stream, [])
+
+    def _parse(self, stream: IO[str], extending: list[Path]) -> dict[str, Any]:
+        """extending: the files that extend this one, directly or not."""
         error = configargparse.ConfigFileParserException
         try:
             content = yaml.load(stream, Loader=_WithoutDuplicates)
@@ -395,6 +403,8 @@ class _ConfigFile(configargparse.YAMLConfigFileParser):
             raise error(f"{stream.name} is not a YAML mapping of settings to values")
         known = [action.dest for action in self.parser._actions if action.dest != "help"]
         settings = {}
+        if EXTENDS in content:
+            settings = self._parse_extended(stream.name, content.pop(EXTENDS), extending)
         for key, value in content.items():
             if key in EXMAN_KEYS:
                 continue
@@ -406,6 +416,20 @@ class _ConfigFile(configargparse.YAMLConfigFileParser):
             if value not in ("", "null", "~"):
                 settings[key] = value
         return settings
+
+    def _parse_extended(self, name: str, extended: Any, extending: list[Path]) -> dict[str, Any]:
+        """The settings of the file that the one called `name` extends."""
+        error = configargparse.ConfigFileParserException
+        if not isinstance(extended, str) or not extended:
+            raise error(f"{name}: {EXTENDS} takes the name of one file, not {extended}")
+        path, own = Path(name).parent / extended, Path(name).resolve()
+        if path.resolve() in (chain := [*extending, own]):
+            raise error(f"{name}: {EXTENDS} goes in a circle, back to {path}")
+        try:
+            with open(path) as stream:
+                return self._parse(stream, chain)
+        except OSError as e:
+            raise error(f"{name}: cannot read {path}, which it {EXTENDS}: {e.strerror}") from None
 
 
 class Run(exman.parser.SafeExperiment):

@@ -1,0 +1,115 @@
+"""experiments/table.py: the paper's table, run and collected."""
+
+import importlib
+import sys
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import PROJECT, TINY, execute, runs
+
+from utils.errors import BadInput
+from utils.metrics import read_metrics
+
+SCRIPT = PROJECT / "experiments" / "table.py"
+
+
+@pytest.fixture
+def table(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    return importlib.import_module("table")
+
+
+@pytest.fixture
+def configs(tmp_path):
+    """Two configs, the second of which extends the first."""
+    glow, gmm = tmp_path / "glow.yaml", tmp_path / "gmm.yaml"
+    glow.write_text(yaml.dump({**TINY, "epochs": 2, "num_examples": 100}))
+    gmm.write_text("extends: glow.yaml\nssl_model: cond-shift\nssl_alg: em\ncl_weight: 1\n")
+    return [str(glow), str(gmm)]
+
+
+def mean_and_deviation(values, digits):
+    series = pd.Series(values)
+    return f"{series.mean():.{digits}f} ± {series.std():.{digits}f}"
+
+
+@pytest.mark.slow
+def test_a_table_is_run_stopped_and_continued(tmp_path, configs):
+    folder = tmp_path / "runs of a table"
+    line = [sys.executable, str(SCRIPT), *configs, "--seeds", "3", "4"]
+    first = execute(tmp_path, [*line, "--to", str(folder), "--jobs", "2", "--time_limit", "0.0001"])
+    assert first.returncode == 1 and "glow-seed3 (stopped after epoch 0 of 2)" in first.stdout
+    assert "| 0 | glow |" in first.stdout
+    done = execute(tmp_path, [*line, "--to", str(folder), "--time_limit", "0"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {run.name.split("-", 7)[-1]: run for run in runs(folder)}
+    assert sorted(found) == ["glow-seed3", "glow-seed4", "gmm-seed3", "gmm-seed4"]
+    params = yaml.safe_load((found["gmm-seed4"] / "params.yaml").read_text())
+    assert (params["seed"], params["data_seed"], params["ssl_alg"]) == (4, 4, "em")
+    last = {name: read_metrics(run / "metrics.csv")[-1] for name, run in found.items()}
+    rows = pd.read_csv(folder / "table.csv")
+    assert rows["config"].tolist() == ["glow", "gmm"] and rows["n"].tolist() == [2, 2]
+    assert rows["model"].tolist() == ["SCNF-GLOW", "SCNF-GMM"]
+    assert rows["error, % (paper)"].tolist() == ["1.9 ± 0.3", "16.9 ± 5.3"]
+    for (_, row), name in zip(rows.iterrows(), ("glow", "gmm"), strict=True):
+        of_seeds = [last[f"{name}-seed{seed}"] for seed in (3, 4)]
+        assert row["error, %"] == mean_and_deviation(
+            [100 * (1 - r["test_acc"]) for r in of_seeds], 2)
+        assert row["bits/dim"] == mean_and_deviation([r["test_bpd"] for r in of_seeds], 3)
+    assert (folder / "table.md").read_text() == done.stdout
+    each = pd.read_csv(folder / "runs.csv")
+    assert (each["config"] + "-seed" + each["seed"].astype(str)).tolist() == sorted(found)
+    assert each["bits/dim"].tolist() == [last[name]["test_bpd"] for name in sorted(found)]
+    # Nothing is trained again, and what is broken is named and left out.
+    before = {run: (run / "metrics.csv").stat().st_mtime_ns for run in runs(folder)}
+    (found["glow-seed3"] / "model.torch").unlink()
+    collected = execute(tmp_path, [*line, "--collect", str(folder)])
+    assert collected.returncode == 1 and "glow-seed3 (stopped after epoch 2" in collected.stdout
+    assert pd.read_csv(folder / "table.csv")["n"].tolist() == [1, 2]
+    assert before == {run: (run / "metrics.csv").stat().st_mtime_ns for run in runs(folder)}
+    other = execute(tmp_path, [*line, "--to", str(folder), "--lr", "0.5"])
+    assert other.returncode == 2 and other.stderr.count("\n") == 1
+    assert "has lr " in other.stderr and "0.5 is asked for: use another folder" in other.stderr
+
+
+@pytest.mark.slow
+def test_a_failed_run_is_named(tmp_path, configs):
+    done = execute(tmp_path, [sys.executable, str(SCRIPT), *configs, "--seeds", "0", "--to", "out",
+                              "--lr", "1e30"])
+    assert done.returncode == 1
+    assert "glow-seed0 (exit code 1: train-flow-ssl.py: error: " in done.stdout
+    assert "not finite" in done.stdout and "gmm-seed0" in done.stdout
+
+
+@pytest.mark.parametrize("argv, message", [
+    ([], "name a folder for the runs"), (["--to", "a", "--collect", "b"], "name a folder"),
+    (["--collect", "nowhere"], "no folder nowhere"), (["--to", "a", "--jobs", "0"], "--jobs must"),
+    (["--to", "a", "--seeds", "1", "1"], "is there twice"), (["--to", "a", "--tmp"], "new runs"),
+    (["--to", "a", "--lr", "x"], "invalid float value"), (["--to", "a", "--typo", "1"], "typo")])
+def test_bad_input(tmp_path, monkeypatch, table, configs, argv, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match=message):
+        table.main([*configs, *argv])
+
+
+def test_the_rows_have_the_settings_of_the_paper_s_table(table, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = [PROJECT / "config.yaml", *sorted((PROJECT / "configs" / "table").glob("mnist-*"))]
+    rows = [table.wanted(path, 0, [], tmp_path).settings for path in paths]
+    kinds = {(row.ssl_model, row.ssl_alg, row.cl_weight > 0) for row in rows}
+    assert kinds == {*table.PUBLISHED, ("cond-gmm", "sgd", False)} and len(rows) == len(kinds)
+    kept = {key: value for key, value in vars(rows[0]).items()
+            if key not in ("ssl_model", "ssl_alg", "cl_weight", "config_file", "name")}
+    assert all(kept.items() <= vars(row).items() for row in rows)
+    small = [table.wanted(path, 0, [], tmp_path).settings
+             for path in (PROJECT / "configs" / "table").glob("digits-*")]
+    assert {(row.ssl_model, row.ssl_alg, row.cl_weight > 0) for row in small} == kinds
+
+
+def test_the_published_figures_are_those_of_the_readme(table):
+    lines = (PROJECT / "README.md").read_text().splitlines()
+    for (model, algorithm, clf), figures in table.PUBLISHED.items():
+        start = (f"| {table.MODELS[model]} | {table.ALGORITHMS[algorithm]} | "
+                 f"{'yes' if clf else 'no'} | {' | '.join(figures)} |")
+        assert any(line.startswith(start) for line in lines), start
