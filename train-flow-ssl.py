@@ -28,8 +28,8 @@ import numpy as np
 import torch
 
 from models import build_model
-from training.checkpoint import (CheckpointWriter, copy_to_cpu, load_checkpoint, load_weights,
-                                 save_atomically, shipped_weights)
+from training.checkpoint import (CheckpointWriter, copy_to_cpu, load_checkpoint, load_pretrained,
+                                 load_weights, save_atomically)
 from training.device import choose_speed, device_name, set_up_torch
 from training.evaluation import RunEvaluation, print_evaluation
 from training.fast import FastLogJoint
@@ -41,7 +41,7 @@ from utils.data import load_data
 from utils.errors import BadInput, one_line, value_errors_as_bad_input
 from utils.figures import plot_run
 from utils.metrics import MetricsLog, average_is_better, line, result
-from utils.settings import SHIPPED, Run, read_settings
+from utils.settings import Run, read_settings
 
 SECONDS_BETWEEN_PLOTS = 300     # during training
 
@@ -64,10 +64,7 @@ def main(processes):
                             data.grey_levels).to(device)
 
     if settings.pretrained:
-        shipped = settings.pretrained == SHIPPED
-        path = shipped_weights(settings.config_file) if shipped else settings.pretrained
-        which = load_weights(model, path, averaged=settings.weights == "averaged")
-        print(f"Weights      {path}{which and f', the {which} ones'}")
+        print(f"Weights      {load_pretrained(model, settings)}")
         print_evaluation(FastLogJoint(model, *speed), data, settings, processes)
         return
 

@@ -18,12 +18,10 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.errors import BadInput, OneLineParser, run_command
-from utils.figures import save
+from utils.figures import COLOURS, save
 from utils.metrics import read_metrics
 
-# Okabe and Ito's colours, which colour-blind people can tell apart, and shapes on top of them.
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
-MARKERS = "osD^vP"      # as many; further methods have the same ones, hollow
+MARKERS = "osD^vP"      # as many as COLOURS; further methods have the same ones, hollow
 SHORTEST = 0.1 / 60     # minutes: what takes less is drawn here
 TICKS = {"0.1 s": 0.1 / 60, "1 s": 1 / 60, "10 s": 1 / 6, "1 min": 1, "10 min": 10, "1 h": 60}
 

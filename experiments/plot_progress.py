@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from plot_baselines import COLOURS, MARKERS
+from plot_baselines import MARKERS
 from utils.errors import BadInput, OneLineParser, run_command
-from utils.figures import save
-from utils.metrics import average_is_better, read_metrics
+from utils.figures import COLOURS, save
+from utils.metrics import name_of_kept, read_metrics
 
 PANELS = {"error": "error, %", "bits": "bits/dim"}
 # Labels of axes; of MINUTES, up to the end of the longest run.
@@ -73,8 +73,7 @@ def progress(run, which, epoch_seconds=None):
     if epoch_seconds is None:
         epoch_seconds = min(row["seconds"] / (epoch - before)
                             for row, epoch, before in zip(rows, epochs, [0, *epochs]))
-    kept = ["test" if which == "test" else "ema_val" if average_is_better(row) else "val"
-            for row in rows]
+    kept = ["test" if which == "test" else name_of_kept(row) for row in rows]
     return {"minutes": [epoch * epoch_seconds / 60 for epoch in epochs],
             "error": [100 * (1 - row[f"{key}_acc"]) for row, key in zip(rows, kept)],
             "bits": [row[f"{key}_bpd"] for row, key in zip(rows, kept)]}

@@ -18,7 +18,7 @@ from utils import Settings
 from utils.errors import BadInput, value_errors_as_bad_input
 from utils.files import PROJECT, atomic_write, sha256
 from utils.metrics import read_metrics
-from utils.settings import RESUMABLE
+from utils.settings import RESUMABLE, SHIPPED
 
 from .objective import Terms
 from .step import OPTIMIZERS
@@ -58,6 +58,18 @@ def load_weights(model: SemiConditionalFlow, path: str | Path, averaged: bool = 
         raise BadInput(f"{path} has values that are not finite: {not_finite[0]}")
     model.load_state_dict(state, strict=False)
     return which
+
+
+def load_pretrained(model: SemiConditionalFlow, settings: Settings) -> str:
+    """Load the weights that settings.pretrained names, or those that ship for the config.
+
+    settings: pretrained, weights, config_file. -> the file and which of its weights, in words.
+    Raises BadInput as `shipped_weights` and `load_weights` do.
+    """
+    shipped = settings.pretrained == SHIPPED
+    path = shipped_weights(settings.config_file) if shipped else settings.pretrained
+    which = load_weights(model, path, averaged=settings.weights == "averaged")
+    return f"{path}{which and f', the {which} ones'}"
 
 
 def shipped_weights(config_file: str | None) -> Path:

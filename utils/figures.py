@@ -1,5 +1,9 @@
-"""The pictures of a run: curves.png, samples.png, and for points in the plane density.png."""
+"""The pictures of a run: curves.png, samples.png, and for points in the plane density.png.
 
+experiments/pictures.py draws the others.
+"""
+
+import itertools
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +13,17 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from models import SemiConditionalFlow
 
 from .data import SemiSupervisedData
 from .files import atomic_write
-from .metrics import Row
+from .metrics import Row, name_of_kept
 
 CLASS_COLOURS = ["#1f77b4", "#d62728"]   # of points
+# Okabe and Ito's colours, which colour-blind people can tell apart.
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 # Of the curves, in every panel; colour-blind people can tell them apart (Okabe and Ito).
 CURVES = {"train": ("training", "0.5"), "labelled": ("training, labelled", "0.5"),
           "val": ("validation", "#0072b2"),
@@ -76,27 +83,51 @@ def plot_curves(rows: list[Row], path: Path) -> None:
     save(figure, path)
 
 
-def plot_samples(model: SemiConditionalFlow, path: Path, seed: int) -> None:
+def plot_curves_of_runs(runs: dict[str, list[Row]], path: Path) -> None:
+    """Training loss, error and likelihood of several runs, {label: rows of a MetricsLog}, against
+    the epoch. Error and likelihood are those of the validation set or, without one, of the test
+    set, and of the weights that the run would keep.
+    """
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    loss, error, likelihood = figure.subplots(1, 3)
+    for (label, rows), colour in zip(runs.items(), itertools.cycle(COLOURS)):
+        epoch = [row["epoch"] for row in rows]
+        names = [name_of_kept(row) for row in rows]
+        images = np.isfinite([row[f"{name}_bpd"] for row, name in zip(rows, names)]).any()
+        style = {"color": colour, "marker": "." if len(rows) < 30 else None}
+        loss.plot(epoch, [row["train_loss"] for row in rows], label=label, **style)
+        error.plot(epoch, [100 * (1 - row[f"{name}_acc"]) for row, name in zip(rows, names)],
+                   **style)
+        likelihood.plot(epoch, [row[f"{name}_{'bpd' if images else 'log_p'}"]
+                                for row, name in zip(rows, names)], **style)
+        likelihood.set_ylabel("bits/dim" if images else "log p(x), nats")
+    loss.set_ylabel("training loss, nats")
+    loss.legend()
+    error.set_ylabel("error, %")
+    error.set_ylim(bottom=0)
+    for axes in (loss, error, likelihood):
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+    save(figure, path)
+
+
+def plot_samples(model: SemiConditionalFlow, path: Path, seed: int,
+                 temperature: float = 1.0) -> None:
     """Samples from p(x | y), a column per class, a row per noise vector.
 
-    The noise depends on `seed` alone.
+    The noise depends on `seed` alone. temperature: its standard deviation; less than 1 gives
+    samples that are less varied and more typical.
     """
     k, device = model.n_classes, model.log_p_y.device
     rows = IMAGES_PER_CLASS if model.image else POINTS_PER_CLASS
     noise = torch.randn(rows, model.dim, generator=torch.Generator().manual_seed(seed))
+    noise = temperature * noise
     y = torch.arange(k, device=device).repeat(rows)
     x = model.sample(y, noise.repeat_interleave(k, 0).to(device, model.log_p_y.dtype)).cpu()
     x = x.unflatten(0, (rows, k)).float()  # (rows, K, C, H, W)
     if model.image:
-        from torchvision.utils import make_grid  # imported here because it takes a second
-
-        w = x.shape[-1]
-        grid = make_grid(x.flatten(0, 1), nrow=k, padding=1, pad_value=0.5)  # (3, height, width)
-        figure = Figure(figsize=(k * 0.6, rows * 0.6 + 0.5), layout="constrained")
-        axes = figure.subplots()
-        axes.imshow(grid.permute(1, 2, 0).numpy(), vmin=0, vmax=1, interpolation="nearest")
-        axes.set_xticks([(j + 0.5) * (w + 1) for j in range(k)], [str(j) for j in range(k)])
-        axes.set_yticks([])
+        figure, axes = draw_grid(x)
+        axes.set_xticks(*_middles(x, k))
         axes.set_xlabel("class y")
     else:
         figure = Figure(figsize=(4 * k, 4), layout="constrained")
@@ -104,6 +135,83 @@ def plot_samples(model: SemiConditionalFlow, path: Path, seed: int) -> None:
             axes.scatter(*x[:, j, :, 0, 0].numpy().T, s=4, color=CLASS_COLOURS[j])
             axes.set_title(f"x ~ p(x | y = {j})")
             axes.set_aspect("equal")
+    save(figure, path)
+
+
+def draw_grid(x: Tensor) -> tuple[Figure, Axes]:
+    """Images x (rows, columns, C, H, W), from 0 to 1, in one figure without ticks."""
+    from torchvision.utils import make_grid  # imported here because it takes a second
+
+    rows, columns = x.shape[:2]
+    grid = make_grid(x.flatten(0, 1).clamp(0, 1), nrow=columns, padding=1, pad_value=0.5)
+    figure = Figure(figsize=(columns * 0.6 + 0.5, rows * 0.6 + 0.5), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(grid.permute(1, 2, 0).numpy(), vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    return figure, axes
+
+
+def _middles(x: Tensor, n: int, first: int = 0) -> tuple[list[float], list[str]]:
+    """Ticks at n columns of `draw_grid`(x), from column `first` on, and labels from 0 to n - 1."""
+    width = x.shape[-1] + 1                     # with the line between images
+    return [(first + j + 0.5) * width for j in range(n)], list(map(str, range(n)))
+
+
+@torch.no_grad()
+def plot_redrawn(model: SemiConditionalFlow, x: Tensor, y: Tensor, path: Path) -> None:
+    """Images x (N, C, H, W) of classes y (N,), each at the left of its row, and re-drawn as every
+    class: z_aux and z_h = h_phi(z_f; y) stay the same, and the label in h_phi's inverse differs.
+    """
+    k = model.n_classes
+    z_aux, z_f = model.split_latent(model.encode(x)[0])
+    z_h, _ = model.h_phi(z_f, y)
+    other = torch.arange(k, device=x.device).repeat(len(x))                 # (N * K,)
+    z_f = model.h_phi.inverse(z_h.repeat_interleave(k, 0), other)
+    redrawn = model.decode(torch.cat((z_aux.repeat_interleave(k, 0), z_f), 1)).unflatten(0, (-1, k))
+    images = torch.cat((x[:, None], redrawn), 1).cpu().float()              # (N, 1 + K, C, H, W)
+    figure, axes = draw_grid(images)
+    places, labels = _middles(images, k, first=1)
+    axes.set_xticks([0.5 * (images.shape[-1] + 1), *places], ["image", *labels])
+    axes.set_xlabel("re-drawn as class")
+    save(figure, path)
+
+
+@torch.no_grad()
+def plot_interpolation(model: SemiConditionalFlow, x: Tensor, other: Tensor, y: Tensor, path: Path,
+                       steps: int = 9) -> None:
+    """In each row, from an image of x to one of `other`, (N, C, H, W) each, of the same class, y
+    (N,), in equal steps of (z_aux, z_h).
+    """
+    def encode(images: Tensor) -> Tensor:
+        z_aux, z_f = model.split_latent(model.encode(images)[0])
+        return torch.cat((z_aux, model.h_phi(z_f, y)[0]), 1)
+    share = torch.linspace(0, 1, steps, device=x.device, dtype=x.dtype)[:, None]
+    z = torch.lerp(encode(x)[:, None], encode(other)[:, None], share)       # (N, steps, D)
+    z_aux, z_h = model.split_latent(z.flatten(0, 1))
+    z_f = model.h_phi.inverse(z_h, y.repeat_interleave(steps))
+    images = model.decode(torch.cat((z_aux, z_f), 1)).unflatten(0, (-1, steps)).cpu().float()
+    figure, axes = draw_grid(images)
+    axes.set_xticks(_middles(images, steps)[0], [f"{float(s):.0%}" for s in share])
+    axes.set_xlabel("from one test image to another of its class")
+    save(figure, path)
+
+
+@torch.no_grad()
+def plot_latent_space(model: SemiConditionalFlow, x: Tensor, y: Tensor, path: Path) -> None:
+    """For points x (N, 2, 1, 1) of classes y (N,): z_f, and z_h given the class. ssl_dim must be 2.
+    """
+    z_f = model.split_latent(model.encode(x)[0])[1]
+    z_h, _ = model.h_phi(z_f, y)
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    for axes, z, title in zip(figure.subplots(1, 2), (z_f, z_h), ("z_f", "z_h, given the class")):
+        for k, marker in zip(range(model.n_classes), "ox"):
+            axes.scatter(*z[y == k].cpu().numpy().T, s=12, marker=marker, linewidths=0.8,
+                         color=CLASS_COLOURS[k], alpha=0.7, label=f"class {k}")
+        axes.set_title(title)
+        axes.set_aspect("equal")
+        axes.grid(alpha=0.3)
+    axes.legend()
     save(figure, path)
 
 

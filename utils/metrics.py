@@ -68,6 +68,14 @@ def average_is_better(row: Mapping[str, float]) -> bool:
     return row.get("ema_val_log_p", math.nan) > row.get("val_log_p", math.nan)
 
 
+def name_of_kept(row: Mapping[str, float]) -> str:
+    """The prefix of the metrics by which a run is judged after an epoch: val, ema_val, or, without
+    validation examples, test."""
+    if math.isnan(row["val_log_p"]):
+        return "test"
+    return "ema_val" if average_is_better(row) else "val"
+
+
 def line(row: Row) -> str:
     """The terminal's line for a row."""
     parts = [f"epoch {row['epoch']:4.0f}  loss {row['train_loss']:9.3f}  "

@@ -1,0 +1,174 @@
+"""What the parts of the latent space know about the class: z_f, z_h and z_aux of a trained model.
+
+    python experiments/obfuscation.py --config configs/digits.yaml --pretrained [FILE]
+        [--picture FILE.png] [--save FILE.npz] [--json FILE.json] [options of train-flow-ssl.py]
+
+With a flow that models p(z_f | y) well, z_h = h_phi(z_f; y) follows the same distribution whatever
+the class, so nothing can tell the class from z_h: the label has been taken out of it. This is the
+paper's claim of obfuscation. To test it, training and test images are mapped to z_f, z_aux and,
+with their own labels, z_h, and on each of these a classifier is trained with the labels of all
+training images: the one of the authors' code (five linear layers), and logistic regression. A test
+accuracy near chance, the share of the largest class, means that the class is not to be found.
+
+Prints a table, which --json writes too; --picture draws z_f and z_h of test images in the plane, by
+t-SNE; --save writes the latents of all images.
+"""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from sklearn.linear_model import LogisticRegression
+from sklearn.manifold import TSNE
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models import build_model
+from training.checkpoint import load_pretrained
+from training.device import set_up_torch
+from training.processes import Processes
+from utils.data import load_data
+from utils.errors import BadInput, OneLineParser, run_command, value_errors_as_bad_input
+from utils.figures import save
+from utils.files import atomic_write
+from utils.settings import read_settings
+
+PARTS = ("z_f", "z_h", "z_aux")
+WIDTH, DROPOUT, EPOCHS, BATCH = 256, 0.3, 100, 256      # of the authors' classifier
+LEARNING_RATE = 1e-3
+MAX_ITERATIONS = 1000                                   # of logistic regression
+IN_PICTURE, MARKER_SIZE = 5000, 20                      # test images, and their size
+
+
+def main(argv=None):
+    parser = OneLineParser(description="What z_f, z_h and z_aux know about the class.",
+                           allow_abbrev=False,
+                           epilog="All other options are those of train-flow-ssl.py.")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png")
+    parser.add_argument("--save", type=Path, metavar="FILE.npz")
+    parser.add_argument("--json", type=Path, metavar="FILE.json")
+    own, rest = parser.parse_known_args(argv)
+    _, settings = read_settings(rest)
+    if not settings.pretrained:
+        raise BadInput("name the weights: --pretrained FILE, or --pretrained for those that ship")
+    for path in filter(None, (own.picture, own.save, own.json)):
+        if not path.parent.is_dir():
+            raise BadInput(f"there is no folder {path.parent} for {path.name}")
+    device = set_up_torch(settings, Processes())
+    settings.supervised = -1                    # the labels of all training images
+    data = load_data(settings, device)
+    torch.manual_seed(settings.seed)
+    with value_errors_as_bad_input():
+        model = build_model(settings, data.shape, data.n_classes, data.class_probs,
+                            data.grey_levels).to(device)
+    print(f"Weights  {load_pretrained(model, settings)}")
+    noise = torch.Generator(device).manual_seed(settings.seed)
+    train, test = (latents(model, data.dequantize(x, noise), y, settings.test_bs)
+                   for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)))
+    y, test_y = data.train_y, data.test_y
+    chance = float(test_y.bincount().max() / len(test_y))
+    rows = {part: {"dimensions": train[part].shape[1],
+                   "classifier": accuracy_of_classifier(train[part], y, test[part], test_y,
+                                                        settings.seed),
+                   "linear": accuracy_of_linear_probe(train[part], y, test[part], test_y)}
+            for part in PARTS if train[part].shape[1]}
+    report = {"weights": settings.pretrained, "config": settings.config_file,
+              "train": len(y), "test": len(test_y), "chance": chance, "parts": rows}
+    show(report)
+    if own.json:
+        with atomic_write(own.json) as f:
+            f.write(json.dumps(report, indent=1) + "\n")
+    if own.save:
+        arrays = {f"{name}_{part}": z[part].cpu().numpy()
+                  for name, z in (("train", train), ("test", test)) for part in PARTS}
+        with atomic_write(own.save, "wb") as f:
+            np.savez_compressed(f, train_y=y.cpu().numpy(), test_y=test_y.cpu().numpy(), **arrays)
+    if own.picture:
+        plot_latents(test, test_y, own.picture, settings.seed)
+
+
+@torch.no_grad()
+def latents(model, x, y, batch_size):
+    """x (N, C, H, W), y (N,) -> {"z_f": (N, ssl_dim), "z_h": the same, "z_aux": the rest of z}.
+
+    z_h = h_phi(z_f; y), with the label of each image.
+    """
+    found = {part: [] for part in PARTS}
+    for images, labels in zip(x.split(batch_size), y.split(batch_size)):
+        z_aux, z_f = model.split_latent(model.encode(images)[0])
+        for part, z in zip(PARTS, (z_f, model.h_phi(z_f, labels)[0], z_aux)):
+            found[part].append(z)
+    return {part: torch.cat(batches) for part, batches in found.items()}
+
+
+def accuracy_of_classifier(x, y, test_x, test_y, seed):
+    """The test accuracy of the classifier of the authors' code, trained on x (N, D) and y (N,).
+
+    Five linear layers with LeakyReLU, dropout after the first; Adam, with a learning rate that
+    decays linearly to zero.
+    """
+    torch.manual_seed(seed)
+    k = int(y.max()) + 1
+    widths = [x.shape[1], *[WIDTH] * 4]
+    hidden = [layer for a, b in itertools.pairwise(widths)
+              for layer in (nn.Linear(a, b), nn.LeakyReLU())]
+    net = nn.Sequential(*hidden[:2], nn.Dropout(DROPOUT), *hidden[2:], nn.Linear(WIDTH, k)).to(x)
+    optimizer = torch.optim.Adam(net.parameters(), LEARNING_RATE)
+    for epoch in tqdm(range(EPOCHS), unit="epoch", leave=False, disable=None):
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - epoch / EPOCHS)
+        for rows in torch.randperm(len(x), device=x.device).split(BATCH):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x[rows]), y[rows]).backward()
+            optimizer.step()
+    net.eval()
+    with torch.no_grad():
+        return float((net(test_x).argmax(1) == test_y).double().mean())
+
+
+def accuracy_of_linear_probe(x, y, test_x, test_y):
+    """The test accuracy of logistic regression on x (N, D), standardised, and y (N,)."""
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITERATIONS))
+    probe.fit(x.cpu().numpy(), y.cpu().numpy())
+    return float(probe.score(test_x.cpu().numpy(), test_y.cpu().numpy()))
+
+
+def show(report):
+    """Print the table."""
+    print(f"Trained on {report['train']:,} images, accuracy on {report['test']:,} test images; "
+          f"chance: {report['chance']:.1%}\n\n{'':6}{'dimensions':>12}{'classifier':>12}"
+          f"{'linear':>10}")
+    for part, row in report["parts"].items():
+        print(f"{part:6}{row['dimensions']:12}{row['classifier']:12.1%}{row['linear']:10.1%}")
+
+
+def plot_latents(z, y, path, seed):
+    """z_f and z_h of the first test images in the plane by t-SNE, coloured by class.
+
+    z: what `latents` returns; y: the labels, (N,).
+    """
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    panels = figure.subplots(1, 2)
+    classes = y[:IN_PICTURE].cpu().numpy()
+    for axes, part, title in zip(panels, ("z_f", "z_h"), ("z_f", "z_h, given the class")):
+        plane = TSNE(random_state=seed, init="pca").fit_transform(
+            z[part][:IN_PICTURE].cpu().numpy())
+        for k in range(classes.max() + 1):      # its digit too, for those who cannot tell colours
+            axes.scatter(*plane[classes == k].T, s=MARKER_SIZE, marker=f"${k}$", linewidths=0,
+                         color=f"C{k}", label=str(k))
+        axes.set_title(f"{title}, of {len(classes):,} test images")
+        axes.set_xticks([])
+        axes.set_yticks([])
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,102 @@
+"""Pictures of what a trained model does.
+
+    python experiments/pictures.py samples --config configs/digits.yaml --pretrained [FILE] \
+        --save FILE.png [--temperature T] [options of train-flow-ssl.py]
+    python experiments/pictures.py redrawn ...        test images, each with every other label
+    python experiments/pictures.py interpolation ...  between two test images of each class
+    python experiments/pictures.py latent ...         for points in the plane: z_f and z_h
+    python experiments/pictures.py curves RUN_DIR [RUN_DIR ...] --save FILE.png
+
+Each is also a function in utils/figures.py. The first test images of each class are taken.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models import build_model
+from training.checkpoint import load_pretrained
+from training.device import set_up_torch
+from training.processes import Processes
+from utils.data import load_data
+from utils.errors import BadInput, OneLineParser, run_command, value_errors_as_bad_input
+from utils.figures import (plot_curves_of_runs, plot_interpolation, plot_latent_space, plot_redrawn,
+                           plot_samples)
+from utils.metrics import read_metrics
+from utils.settings import read_settings
+
+MAX_TEMPERATURE = 10
+
+
+def main(argv=None):
+    parser = OneLineParser(description="Pictures of a trained model.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
+    for name in ("samples", "redrawn", "interpolation", "latent", "curves"):
+        one = commands.add_parser(name, allow_abbrev=False)
+        one.add_argument("--save", type=Path, required=True, metavar="FILE.png")
+        if name == "samples":
+            one.add_argument("--temperature", type=float, default=1.0, metavar="T",
+                             help="standard deviation of the noise (%(default)s)")
+        if name == "curves":
+            one.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR")
+        else:
+            one.epilog = "All other options are those of train-flow-ssl.py."
+    own, rest = parser.parse_known_args(argv)
+    if not own.save.parent.is_dir():
+        raise BadInput(f"there is no folder {own.save.parent} for {own.save.name}")
+    if own.command == "curves":
+        if rest:
+            raise BadInput(f"unknown option {rest[0]}")
+        plot_curves_of_runs({run.name: rows_of(run) for run in own.runs}, own.save)
+        return
+    model, data, settings = load(rest)
+    if own.command == "samples":
+        if not 0 <= own.temperature <= MAX_TEMPERATURE:
+            raise BadInput(f"--temperature must be from 0 to {MAX_TEMPERATURE}, not "
+                           f"{own.temperature}")
+        plot_samples(model, own.save, settings.seed, own.temperature)
+        return
+    if own.command == "latent":
+        if model.image or model.ssl_dim != 2:
+            raise BadInput("the latent space is drawn for points in the plane")
+        plot_latent_space(model, data.test_x, data.test_y, own.save)
+        return
+    if not model.image:
+        raise BadInput(f"{own.command} is for images, and {settings.data} has points")
+    noise = torch.Generator(data.device).manual_seed(settings.seed)
+    x = data.dequantize(data.test_x, noise)
+    of_class = [torch.nonzero(data.test_y == k)[:2, 0] for k in range(data.n_classes)]
+    first, second = torch.stack(of_class).T
+    y = data.test_y[first]
+    if own.command == "redrawn":
+        plot_redrawn(model, x[first], y, own.save)
+    else:
+        plot_interpolation(model, x[first], x[second], y, own.save)
+
+
+def load(line):
+    """The model with the weights, the data and the settings of a command line. Raises BadInput."""
+    _, settings = read_settings(line)
+    if not settings.pretrained:
+        raise BadInput("name the weights: --pretrained FILE, or --pretrained for those that ship")
+    device = set_up_torch(settings, Processes())
+    data = load_data(settings, device)
+    with value_errors_as_bad_input():
+        model = build_model(settings, data.shape, data.n_classes, data.class_probs,
+                            data.grey_levels).to(device)
+    load_pretrained(model, settings)
+    return model, data, settings
+
+
+def rows_of(run):
+    rows = read_metrics(run / "metrics.csv")
+    if not rows:
+        raise BadInput(f"{run} is not the directory of a run with metrics")
+    return rows
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,136 @@
+"""What a trained model shows: obfuscation.py, pictures.py, and the functions that they call."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROJECT, load_tiny, options, randomize, run_script, runs
+from PIL import Image
+
+from models import build_model
+from utils import figures
+from utils.errors import BadInput
+
+SHIPPED = ["--config", str(PROJECT / "configs" / "digits.yaml"), "--pretrained", "--device", "cpu"]
+
+
+@pytest.fixture
+def experiment(monkeypatch, tmp_path):
+    """experiments/NAME.py as a module."""
+    monkeypatch.syspath_prepend(PROJECT / "experiments")
+    monkeypatch.chdir(tmp_path)
+    return importlib.import_module
+
+
+@pytest.fixture
+def model():
+    options = {"model": "digits-masked", "ssl_dim": 16, "ssl_l": 1, "ssl_k": 1, "ssl_hd": 8}
+    return randomize(build_model(options, (1, 8, 8), 10), scale=0.3).double()
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The images that a picture shows, (rows, columns, C, H, W)."""
+    shown = []
+    draw = figures.draw_grid
+    monkeypatch.setattr(figures, "draw_grid", lambda x: shown.append(x) or draw(x))
+    return shown
+
+
+def test_redrawn_with_its_own_label_an_image_stays_what_it_is(model, drawn, tmp_path):
+    x, y = torch.rand(4, 1, 8, 8, dtype=torch.float64), torch.tensor([3, 0, 9, 3])
+    figures.plot_redrawn(model, x, y, tmp_path / "a.png")
+    (grid,) = drawn
+    assert grid.shape == (4, 11, 1, 8, 8)
+    torch.testing.assert_close(grid[:, 0], x.float())
+    own = grid[torch.arange(4), 1 + y]
+    torch.testing.assert_close(own, x.float(), atol=1e-5, rtol=0)
+    change = (grid[:, 1:] - own[:, None]).abs().flatten(2).amax(2)              # (4, K)
+    assert ((change > 1e-4).sum(1) == 9).all()                                  # other classes
+    assert Image.open(tmp_path / "a.png").width > 500
+
+
+def test_an_interpolation_goes_from_one_image_to_the_other(model, drawn, tmp_path):
+    x, other = torch.rand(2, 3, 1, 8, 8, dtype=torch.float64)
+    y = torch.tensor([1, 5, 7])
+    figures.plot_interpolation(model, x, other, y, tmp_path / "a.png", steps=5)
+    (grid,) = drawn
+    assert grid.shape == (3, 5, 1, 8, 8)
+    torch.testing.assert_close(grid[:, 0], x.float(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(grid[:, -1], other.float(), atol=1e-5, rtol=0)
+    # Equal steps of the latent: the middle one is the mean of the ends.
+    z = [model.split_latent(model.encode(images.double())[0])
+         for images in (x, grid[:, 2], other)]
+    torch.testing.assert_close(z[1][0], (z[0][0] + z[2][0]) / 2, atol=1e-3, rtol=1e-3)
+
+
+def test_temperature_zero_has_one_sample_per_class(model, drawn, tmp_path):
+    figures.plot_samples(model.float(), tmp_path / "a.png", 0, temperature=0.0)
+    (grid,) = drawn
+    assert torch.equal(grid, grid[:1].expand_as(grid))
+    assert not torch.equal(grid[0, 0], grid[0, 1])
+
+
+@pytest.mark.parametrize("command", ["samples", "redrawn", "interpolation"])
+def test_pictures_of_the_shipped_model(experiment, command, tmp_path):
+    experiment("pictures").main([command, "--save", "picture.png", *SHIPPED])
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.width > 400 and len(picture.convert("L").getcolors(2**16)) > 30
+
+
+def test_pictures_of_points_and_of_runs(experiment, tmp_path):
+    for seed in (0, 1):
+        assert run_script(options(data="moons", model="toy", l=2, ssl_dim=-1, ssl_l=1, ssl_k=1,
+                                  supervised=10, epochs=2, seed=seed)) == 0
+    first, second = runs(tmp_path)
+    pictures = experiment("pictures")
+    weights = ["--config", str(first / "params.yaml"), "--pretrained", str(first / "model.torch")]
+    pictures.main(["latent", "--save", "latent.png", *weights])
+    pictures.main(["curves", str(first), str(second), "--save", "curves.png"])
+    for name in ("latent.png", "curves.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.width > 700 and len(picture.convert("RGB").getcolors(2**20)) > 10
+    for argv, message in ((["redrawn", "--save", "x.png", *weights], "redrawn is for images"),
+                          (["latent", "--save", "x.png", *SHIPPED], "for points in the plane"),
+                          (["samples", "--save", "x.png"], "name the weights"),
+                          (["samples", "--save", "no/x.png", *SHIPPED], "no folder no"),
+                          (["samples", "--temperature", "-1", "--save", "x.png", *SHIPPED],
+                           "--temperature must"),
+                          (["curves", str(tmp_path), "--save", "x.png"], "not the directory of a"),
+                          (["curves", str(first), "--typo", "--save", "x.png"], "option --typo")):
+        with pytest.raises(BadInput, match=message):
+            pictures.main(argv)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_what_the_parts_of_the_latent_space_know(experiment, tmp_path, monkeypatch):
+    """The shipped model of digits, and fewer epochs of the classifier."""
+    obfuscation = experiment("obfuscation")
+    monkeypatch.setattr(obfuscation, "EPOCHS", 20)
+    obfuscation.main([*SHIPPED, "--json", "a.json", "--save", "a.npz", "--picture", "a.png"])
+    report = json.loads((tmp_path / "a.json").read_text())
+    parts = report["parts"]
+    assert list(parts) == ["z_f", "z_h"] and report["chance"] == pytest.approx(37 / 360)
+    assert parts["z_f"]["linear"] > 0.9 and parts["z_f"]["classifier"] > 0.9
+    assert parts["z_h"]["linear"] < 0.25 and parts["z_h"]["classifier"] < 0.5
+    saved = np.load(tmp_path / "a.npz")
+    assert saved["train_z_f"].shape == saved["train_z_h"].shape == (1294, 64)
+    assert saved["test_z_aux"].shape == (360, 0) and set(saved["train_y"]) == set(range(10))
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.width > 1000 and len(picture.convert("RGB").getcolors(2**20)) > 10
+    with pytest.raises(BadInput, match="name the weights"):
+        obfuscation.main(SHIPPED[:2])
+    with pytest.raises(BadInput, match="no folder no"):
+        obfuscation.main([*SHIPPED, "--save", "no/a.npz"])
+
+
+@torch.no_grad()
+def test_latents_are_those_of_the_model(experiment, model):
+    data = load_tiny()
+    x, y = data.middle_of_levels(data.test_x[:20]).double(), data.test_y[:20]
+    z = experiment("obfuscation").latents(model, x, y, 7)
+    assert z["z_aux"].shape == (20, 48)
+    both = torch.cat((z["z_aux"], model.h_phi.inverse(z["z_h"], y)), 1)
+    torch.testing.assert_close(model.decode(both), x)
