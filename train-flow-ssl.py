@@ -28,10 +28,11 @@ import numpy as np
 import torch
 
 from models import build_model
+from training.assessment import print_evaluation, report_run
 from training.checkpoint import (CheckpointWriter, copy_to_cpu, load_checkpoint, load_pretrained,
                                  load_weights, save_atomically)
 from training.device import choose_speed, device_name, set_up_torch
-from training.evaluation import RunEvaluation, print_evaluation
+from training.evaluation import RunEvaluation
 from training.fast import FastLogJoint
 from training.loop import TrainingFailed, TrainingState, train_epoch
 from training.processes import Processes
@@ -107,8 +108,8 @@ def train(model, data, settings, speed, processes, stopping, run_dir, checkpoint
         x, _ = data.sample_batch(settings.train_bs, labelled_prob, generator)
         model.initialize(x, data.train_x)
     # Compiling for evaluation takes longer than what it saves.
-    evaluation = RunEvaluation(FastLogJoint(model, *speed._replace(compile=False)), data, settings,
-                               processes)
+    uncompiled = FastLogJoint(model, *speed._replace(compile=False))
+    evaluation = RunEvaluation(uncompiled, data, settings, processes)
     log_joint = FastLogJoint(model, *speed)
     state = TrainingState.create(model, log_joint, data, generator, settings, processes)
     if checkpoint:
@@ -164,7 +165,8 @@ def train(model, data, settings, speed, processes, stopping, run_dir, checkpoint
         with state.training_step.averaged(average_is_better(log.rows[-1])):
             save_atomically(copy_to_cpu(model.state_dict()), weights)
             plot_run(model, data, log.rows, run_dir, settings.seed)
-        print(f"{result(log.rows[-1])}; weights, curves and samples are in "
+            report_run(uncompiled, data, settings, log.rows, run_dir)
+        print(f"{result(log.rows[-1])}; weights, pictures and a report are in "
               f"{os.path.relpath(run_dir)}")
     return None
 

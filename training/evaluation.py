@@ -1,9 +1,7 @@
 """Log-likelihood and accuracy on a set of examples."""
 
-import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,16 +10,17 @@ from utils.data import Examples, SemiSupervisedData
 from utils.metrics import average_is_better
 
 from .cuda_graph import Captured
-from .device import device_name
 from .fast import FastLogJoint
 from .processes import Processes
 from .step import TrainingStep
 
+
 class Inference:
     """A model's functions without gradient, in micro-batches: x (B, C, H, W) -> (B, K).
 
-    log_joint: log p(x, y); logits: log p(y | x) up to a term that does not depend on y. With CUDA
-    graphs they accept batches of one size only: build them for each set of examples.
+    log_joint: log p(x, y); logits: log p(y | x) up to a term that does not depend on y; log_p_y:
+    (K,). With CUDA graphs they accept batches of one size only: build them for each set of
+    examples.
     """
 
     def __init__(self, model: FastLogJoint):
@@ -31,36 +30,56 @@ class Inference:
                 return torch.cat([function(part) for part in x.split(model.micro_batch_size)])
             return Captured(infer) if model.cuda_graph else infer
         self.log_joint, self.logits = build(model), build(model.logits)
+        self.log_p_y = model.twin.log_p_y
+
+
+def predict(infer: Inference, data: SemiSupervisedData, images: Tensor, batch_size: int,
+            seed: int, processes: Processes | None = None) -> tuple[Tensor, Tensor]:
+    """log p(x), (N,), in nats, and log p(y | x) up to a term that does not depend on y, (N, K), of
+    `images`, x (N, C, H, W) as in `data`.
+
+    infer: called with batches of one size, at most `batch_size`. `seed` determines the
+    dequantisation noise, so two calls with the same weights on the same device agree. Unless
+    data.clf_noise is "true", the x that is classified has no noise, and so needs a pass of its own.
+    Each of `processes` computes its share of the batches, and gets all of the results; without
+    them this process computes alone.
+    """
+    rank, size = (processes.rank, processes.size) if processes else (0, 1)
+    generator = torch.Generator(data.device).manual_seed(seed)
+    n = len(images)
+    n_batches = -(-n // batch_size)
+    batch_size = -(-n // n_batches)
+    results = infer.log_p_y.new_zeros(n, 1 + len(infer.log_p_y))        # log p(x) and logits
+    for i in range(n_batches):
+        first = i * batch_size
+        rows = torch.arange(first, first + batch_size, device=data.device)
+        rows = rows.clamp(max=n - 1)        # the last batch is filled up
+        x = data.dequantize(images[rows], generator)  # by all processes: the noise stays the same
+        if i % size == rank:
+            logits = log_joint = infer.log_joint(x)
+            log_p = log_joint.logsumexp(1, keepdim=True)
+            if data.clf_noise != "true":
+                logits = infer.logits(data.middle_of_levels(images[rows]))
+            results[first:first + batch_size] = torch.cat((log_p, logits), 1)[:n - first]
+    if processes:
+        results = processes.sum(results)
+    return results[:, 0], results[:, 1:]
 
 
 def evaluate(infer: Inference, data: SemiSupervisedData, examples: Examples, batch_size: int,
              seed: int, processes: Processes) -> tuple[float, float]:
     """Mean log p(x) of `examples`, in nats, and the accuracy of argmax p(y | x), from 0 to 1.
 
-    infer: called with batches of one size, at most `batch_size`. `seed` determines the
-    dequantisation noise, so two evaluations of the same weights on the same device agree. Unless
-    data.clf_noise is "true", the x that is classified has no noise, and so needs a pass of its own.
-    Each process evaluates its share of the batches.
+    The other arguments are those of `predict`.
     """
-    generator = torch.Generator(data.device).manual_seed(seed)
     images, y = examples
-    n = len(images)
-    n_batches = -(-n // batch_size)
-    batch_size = -(-n // n_batches)
-    sums = torch.zeros(2, dtype=torch.float64, device=data.device)  # of log p(x), of correct
-    for i in range(n_batches):
-        rows = torch.arange(i * batch_size, (i + 1) * batch_size, device=data.device)
-        counted, rows = rows < n, rows.clamp(max=n - 1)  # the last batch is filled up
-        x = data.dequantize(images[rows], generator)  # by all processes: the noise stays the same
-        if i % processes.size == processes.rank:
-            logits = log_joint = infer.log_joint(x)
-            log_p = log_joint.logsumexp(1).double()
-            if data.clf_noise != "true":
-                logits = infer.logits(data.middle_of_levels(images[rows]))
-            correct = logits.argmax(1) == y[rows]
-            values = torch.stack((log_p, correct.double()))
-            sums += (values * counted).sum(1)
-    mean_log_p, accuracy = (processes.sum(sums) / n).tolist()
+    return summary(*predict(infer, data, images, batch_size, seed, processes), y)
+
+
+def summary(log_p: Tensor, logits: Tensor, y: Tensor) -> tuple[float, float]:
+    """Mean log p(x) and the accuracy, from what `predict` returns and the classes y (N,)."""
+    correct = logits.argmax(1) == y
+    mean_log_p, accuracy = torch.stack((log_p.double(), correct.double())).mean(1).tolist()
     return mean_log_p, accuracy
 
 
@@ -98,28 +117,3 @@ class RunEvaluation:
                                    self.settings.test_bs, self.settings.seed, self.processes)
         return {f"{name}_log_p": log_p, f"{name}_acc": accuracy,
                 f"{name}_bpd": self.data.bits_per_dim(log_p)}
-
-
-def print_evaluation(log_joint: FastLogJoint, data: SemiSupervisedData,
-                     settings: Settings, processes: Processes) -> None:
-    """Print error and likelihood on the test set; with settings.test false, on the validation set.
-
-    Each is the mean over settings.draws samples of the dequantisation noise; the values follow it.
-    """
-    start = time.perf_counter()
-    infer, name, examples = Inference(log_joint), "Test", (data.test_x, data.test_y)
-    if not settings.test:
-        name, examples = "Validation", (data.val_x, data.val_y)
-    log_p, accuracy = np.transpose([
-        evaluate(infer, data, examples, settings.test_bs, settings.seed + i, processes)
-        for i in range(settings.draws)])
-
-    def mean(values: np.ndarray, digits: int, unit: str = "") -> str:
-        each = f" ({', '.join(f'{v:.{digits}f}' for v in values)})" if len(values) > 1 else ""
-        return f"{np.mean(values):.{digits}f}{unit}{each}"
-    print(f"{name + ' set':12} {len(examples[0])} examples of {settings.data}, "
-          f"{time.perf_counter() - start:.1f} s on {device_name(data.device)}")
-    print(f"{name + ' error':12} {mean(100 * (1 - accuracy), 2, '%')}")
-    print(f"log p(x)     {mean(log_p, 3, ' nats')}")
-    if data.grey_levels:
-        print(f"bits/dim     {mean(data.bits_per_dim(log_p), 4)}")

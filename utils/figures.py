@@ -197,6 +197,24 @@ def plot_interpolation(model: SemiConditionalFlow, x: Tensor, other: Tensor, y: 
     save(figure, path)
 
 
+def plot_mistakes(x: Tensor, y: Tensor, predicted: Tensor, confidence: Tensor,
+                  path: Path) -> None:
+    """Images x (N, C, H, W), any scale, five in a row, below their class y, the class that the
+    model gives them, and the probability of that, (N,) each.
+    """
+    columns = 5
+    rows = -(-len(x) // columns)
+    figure = Figure(figsize=(1.5 * columns, 1.7 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels:
+        axes.axis("off")
+    for axes, image, own, given, p in zip(panels, x, y, predicted, confidence):
+        axes.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray",
+                    interpolation="nearest")
+        axes.set_title(f"{int(own)} taken for {int(given)}: {float(p):.1%}", fontsize=8)
+    save(figure, path)
+
+
 @torch.no_grad()
 def plot_latent_space(model: SemiConditionalFlow, x: Tensor, y: Tensor, path: Path) -> None:
     """For points x (N, 2, 1, 1) of classes y (N,): z_f, and z_h given the class. ssl_dim must be 2.

@@ -1,0 +1,206 @@
+"""What a trained model is worth beyond its mean error and likelihood: an Assessment, and a report.
+
+Confusion of classes, calibration of p(y | x), the most confident mistakes, and how well p(x) tells
+the test images from images of other kinds.
+"""
+
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from torch.nn import functional as F
+
+from utils import Settings
+from utils.data import DATASETS, Examples, SemiSupervisedData
+from utils.figures import plot_mistakes
+from utils.metrics import Row
+from utils.report import write_report
+
+from .device import device_name
+from .evaluation import Inference, predict, summary
+from .fast import FastLogJoint
+from .processes import Processes
+
+BINS = 15           # of the confidence, in the calibration error
+N_OTHERS = 200      # images of each other kind
+N_MISTAKES = 25
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """Of N examples of K classes.
+
+    name: of the examples; error: share of wrong classes, from 0 to 1; log_p: mean log p(x), nats;
+    bits_per_dim: NaN for points; nll: mean of -log p(y | x), nats; calibration_error: see there;
+    confusion: examples of each class (row) that were given each class (column), (K, K); mistakes:
+    indices of the wrong ones, the most confident first; predicted and confidence: the largest
+    p(y | x) of each example and its class, (N,); auroc: for images, {kind: the probability that
+    p(x) of a test image exceeds that of an image of that kind}.
+    """
+
+    name: str
+    error: float
+    log_p: float
+    bits_per_dim: float
+    nll: float
+    calibration_error: float
+    confusion: Tensor
+    mistakes: Tensor
+    predicted: Tensor
+    confidence: Tensor
+    auroc: dict[str, float]
+
+    def lines(self) -> list[str]:
+        """What the terminal shows beyond error and likelihood."""
+        counts = self.confusion.sum(1)
+        errors = 1 - self.confusion.diagonal() / counts.clamp(min=1)
+        worst = int(errors.argmax())
+        lines = [f"-log p(y|x)  {self.nll:.4f} nats",
+                 f"Calibration  {self.calibration_error:.2%} expected calibration error",
+                 f"Worst class  {worst}: {float(errors[worst]):.2%} error, of "
+                 f"{int(counts[worst])} examples"]
+        if self.auroc:
+            kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in self.auroc.items())
+            lines.append(f"Outliers     AUROC of p(x) against images of other kinds: {kinds}")
+        return lines
+
+
+def assess(infer: Inference, others: Inference, data: SemiSupervisedData, examples: Examples,
+           name: str, settings: Settings,
+           predictions: tuple[Tensor, Tensor] | None = None) -> Assessment:
+    """The Assessment of `examples`, images and classes as in `data`.
+
+    infer, others: the model's functions, for the examples and for images of other kinds, as each
+    accepts batches of one size only. settings: test_bs, seed. predictions: what `predict` returned
+    for the examples, if it has been called.
+    """
+    images, y = examples
+    batch, seed = settings.test_bs, settings.seed
+    log_p, logits = predictions or predict(infer, data, images, batch, seed)
+    log_posterior = logits.double().log_softmax(1)
+    confidence, predicted = (t.cpu() for t in log_posterior.exp().max(1))
+    y_cpu, k = y.cpu(), logits.shape[1]
+    wrong = torch.nonzero(predicted != y_cpu)[:, 0]
+    auroc = {}
+    if data.grey_levels is not None:
+        kinds = other_images(data, images, settings)
+        of_others, _ = predict(others, data, torch.cat(list(kinds.values())), batch, seed)
+        parts = of_others.split([len(x) for x in kinds.values()])
+        auroc = {kind: area_under_roc(log_p, part) for kind, part in zip(kinds, parts)}
+    mean_log_p = float(log_p.double().mean())
+    return Assessment(
+        name=name, error=len(wrong) / len(y), log_p=mean_log_p,
+        bits_per_dim=data.bits_per_dim(mean_log_p),
+        nll=float(F.nll_loss(log_posterior, y)),
+        calibration_error=calibration_error(confidence, predicted == y_cpu),
+        confusion=(y_cpu * k + predicted).bincount(minlength=k * k).view(k, k),
+        mistakes=wrong[confidence[wrong].argsort(descending=True, stable=True)],
+        predicted=predicted, confidence=confidence, auroc=auroc)
+
+
+def calibration_error(confidence: Tensor, correct: Tensor) -> float:
+    """The expected calibration error: sum over bins of the confidence of
+
+        (share of the examples in the bin) |mean confidence - accuracy|,
+
+    with BINS bins of equal width (Guo et al. 2017, arXiv 1706.04599, equation 3). confidence, from
+    0 to 1, and correct: (N,).
+    """
+    bins = (confidence * BINS).ceil().clamp(1, BINS).long() - 1
+    difference = torch.zeros(BINS, dtype=torch.float64)
+    difference.index_add_(0, bins, confidence.double() - correct.double())
+    return float(difference.abs().sum() / len(bins))
+
+
+def area_under_roc(positive: Tensor, negative: Tensor) -> float:
+    """The probability that a score in `positive`, (N,), exceeds one in `negative`, (M,)."""
+    scores = torch.cat((positive, negative)).cpu().nan_to_num(nan=-torch.inf).clamp(-1e30, 1e30)
+    labels = [1] * len(positive) + [0] * len(negative)
+    return float(roc_auc_score(labels, scores.numpy()))
+
+
+def other_images(data: SemiSupervisedData, images: Tensor,
+                 settings: Settings) -> dict[str, Tensor]:
+    """Images of other kinds, {kind: grey levels (N_OTHERS, C, H, W)}, some made from `images`."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    shape, levels = (N_OTHERS, *data.shape), data.grey_levels
+    assert levels is not None, "points have no grey levels"
+    own = images[:N_OTHERS].cpu()
+
+    def random(*size: int) -> Tensor:
+        return torch.randint(levels, size, generator=generator).to(own.dtype)
+    order = torch.rand(len(own), own[0].numel(), generator=generator).argsort(1)
+    kinds = {"noise": random(*shape), "constant": random(N_OTHERS, 1, 1, 1).expand(shape),
+             "inverted": levels - 1 - own,
+             "shuffled pixels": own.flatten(1).gather(1, order).view_as(own)}
+    if settings.data == "mnist":
+        digits = DATASETS["digits"]
+        small = digits.load(settings)[2][:N_OTHERS]
+        assert digits.grey_levels is not None
+        large = F.interpolate(small.float(), size=data.shape[1:], mode="bilinear")
+        kinds["scikit-learn's digits"] = (
+            large * (levels - 1) / (digits.grey_levels - 1)).round().to(own.dtype)
+    return {kind: x.to(images.device) for kind, x in kinds.items()}
+
+
+def print_evaluation(log_joint: FastLogJoint, data: SemiSupervisedData,
+                     settings: Settings, processes: Processes) -> None:
+    """Print error, likelihood and the rest of an Assessment on the test set; with settings.test
+    false, on the validation set.
+
+    Error and likelihood are means over settings.draws samples of the dequantisation noise; the
+    values follow them. The rest is of the first sample.
+    """
+    start = time.perf_counter()
+    infer, name, (images, y) = Inference(log_joint), "test", (data.test_x, data.test_y)
+    if not settings.test:
+        name, (images, y) = "validation", (data.val_x, data.val_y)
+    draws = [predict(infer, data, images, settings.test_bs, settings.seed + i, processes)
+             for i in range(settings.draws)]
+    log_p, accuracy = np.transpose([summary(*draw, y) for draw in draws])
+    seconds = time.perf_counter() - start
+
+    def mean(values: np.ndarray, digits: int, unit: str = "") -> str:
+        each = f" ({', '.join(f'{v:.{digits}f}' for v in values)})" if len(values) > 1 else ""
+        return f"{np.mean(values):.{digits}f}{unit}{each}"
+    title = name.capitalize()
+    print(f"{title + ' set':12} {len(y)} examples of {settings.data}, {seconds:.1f} s on "
+          f"{device_name(data.device)}")
+    print(f"{title + ' error':12} {mean(100 * (1 - accuracy), 2, '%')}")
+    print(f"log p(x)     {mean(log_p, 3, ' nats')}")
+    if data.grey_levels:
+        print(f"bits/dim     {mean(data.bits_per_dim(log_p), 4)}")
+    if processes.is_main:
+        assessment = assess(infer, Inference(log_joint), data, (images, y), name, settings,
+                            draws[0])
+        print("\n".join(assessment.lines()))
+
+
+def report_run(log_joint: FastLogJoint, data: SemiSupervisedData, settings: Settings,
+               rows: list[Row], run_dir: Path) -> None:
+    """Assess the trained model of a run with the metrics `rows`, print that, and write mistakes.png
+    and report.html to its directory.
+
+    A failure is reported, and does not end the run: its weights are worth more than its report.
+    """
+    name, examples = "test", (data.test_x, data.test_y)
+    if not settings.test:
+        name, examples = "validation", (data.val_x, data.val_y)
+    try:
+        assessment = assess(Inference(log_joint), Inference(log_joint), data, examples, name,
+                            settings)
+        print("\n".join(assessment.lines()))
+        if data.grey_levels is not None and len(assessment.mistakes):
+            shown = assessment.mistakes[:N_MISTAKES]
+            plot_mistakes(examples[0][shown.to(examples[0].device)].cpu(), examples[1].cpu()[shown],
+                          assessment.predicted[shown], assessment.confidence[shown],
+                          run_dir / "mistakes.png")
+        write_report(run_dir, vars(settings), rows, assessment)
+    except Exception as error:
+        traceback.print_exc()
+        print(f"The report could not be written ({type(error).__name__}); the run is finished")

@@ -1,0 +1,90 @@
+"""report.html: what a finished run is worth, on one page that needs no other file."""
+
+import base64
+import html
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .files import atomic_write
+from .metrics import Row
+
+PICTURES = {"curves.png": "Training", "samples.png": "Samples from p(x | y)",
+            "density.png": "Density and posterior",
+            "mistakes.png": "The most confident mistakes, and p(y | x)"}
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 70em; margin: 2em auto;
+       padding: 0 1em; }
+h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
+table { border-collapse: collapse; } td, th { padding: 0.2em 0.7em; text-align: right; }
+th { font-weight: 600; } td:first-child, th:first-child { text-align: left; }
+tr { border-bottom: 1px solid #ddd; } img { max-width: 100%; display: block; }
+.confusion td { min-width: 2.2em; } details { margin-top: 2em; }
+"""
+
+
+def write_report(run_dir: Path, settings: Mapping[str, Any], rows: list[Row],
+                 assessment: Any) -> None:
+    """Write report.html to the directory of a run, with the pictures that are there.
+
+    rows: the metrics of its epochs; assessment: an Assessment of training/assessment.py.
+    """
+    title = f"{run_dir.name}: {settings['data']}, {settings['model']}, {settings['ssl_model']}"
+    figures = [f"<h2>{caption}</h2>\n{_picture(run_dir / name, caption)}"
+               for name, caption in PICTURES.items() if (run_dir / name).is_file()]
+    seconds = sum(row["seconds"] for row in rows)
+    done = (f"{rows[-1]['epoch']:.0f} epochs, {seconds:,.0f} s of training and evaluation; the "
+            f"figures below are of the {assessment.confusion.sum():,} {assessment.name} examples.")
+    options = "".join(f"<tr><td>{html.escape(key)}</td><td>{html.escape(str(value))}</td></tr>"
+                      for key, value in sorted(settings.items()))
+    page = f"""<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style></head>
+<body>
+<h1>{html.escape(title)}</h1>
+<p>{done}</p>
+{_table(_figures(assessment))}
+<h2>Classes</h2>
+<p>Rows: the class; columns: what the model says.</p>
+{_confusion(assessment.confusion.tolist())}
+{''.join(figures)}
+<details><summary>Settings</summary><table>{options}</table></details>
+</body>
+</html>
+"""
+    with atomic_write(run_dir / "report.html", encoding="utf-8") as f:
+        f.write(page)
+
+
+def _figures(assessment: Any) -> list[tuple[str, str]]:
+    figures = [("error", f"{assessment.error:.2%}"), ("log p(x)", f"{assessment.log_p:.3f} nats")]
+    if math.isfinite(assessment.bits_per_dim):
+        figures.append(("bits/dim", f"{assessment.bits_per_dim:.4f}"))
+    figures += [("-log p(y | x)", f"{assessment.nll:.4f} nats"),
+                ("expected calibration error", f"{assessment.calibration_error:.2%}")]
+    return figures + [(f"AUROC of p(x), against {kind}", f"{value:.4f}")
+                      for kind, value in assessment.auroc.items()]
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    cells = "".join(f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>" for a, b in rows)
+    return f"<table>{cells}</table>"
+
+
+def _confusion(counts: list[list[int]]) -> str:
+    """The confusion matrix as a table, with the error of each class; wrong cells are shaded."""
+    head = "".join(f"<th>{j}</th>" for j in range(len(counts)))
+    body = ""
+    for i, row in enumerate(counts):
+        total = max(sum(row), 1)
+        cells = "".join(
+            f'<td style="background: rgba(213, 94, 0, {min(20 * n / total, 1) * (i != j):.2f})">'
+            f"{n or ''}</td>" for j, n in enumerate(row))
+        body += f"<tr><th>{i}</th>{cells}<td>{(total - row[i]) / total:.2%}</td></tr>\n"
+    return (f'<table class="confusion"><tr><th></th>{head}<th>error</th></tr>\n{body}</table>')
+
+
+def _picture(path: Path, caption: str) -> str:
+    content = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{content}">'
