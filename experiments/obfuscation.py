@@ -32,15 +32,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models import build_model
-from training.checkpoint import load_pretrained
-from training.device import set_up_torch
-from training.processes import Processes
-from utils.data import load_data
-from utils.errors import BadInput, OneLineParser, run_command, value_errors_as_bad_input
+from pictures import load
+from utils.errors import BadInput, OneLineParser, run_command
 from utils.figures import save
 from utils.files import atomic_write
-from utils.settings import read_settings
 
 PARTS = ("z_f", "z_h", "z_aux")
 WIDTH, DROPOUT, EPOCHS, BATCH = 256, 0.3, 100, 256      # of the authors' classifier
@@ -57,21 +52,11 @@ def main(argv=None):
     parser.add_argument("--save", type=Path, metavar="FILE.npz")
     parser.add_argument("--json", type=Path, metavar="FILE.json")
     own, rest = parser.parse_known_args(argv)
-    _, settings = read_settings(rest)
-    if not settings.pretrained:
-        raise BadInput("name the weights: --pretrained FILE, or --pretrained for those that ship")
     for path in filter(None, (own.picture, own.save, own.json)):
         if not path.parent.is_dir():
             raise BadInput(f"there is no folder {path.parent} for {path.name}")
-    device = set_up_torch(settings, Processes())
-    settings.supervised = -1                    # the labels of all training images
-    data = load_data(settings, device)
-    torch.manual_seed(settings.seed)
-    with value_errors_as_bad_input():
-        model = build_model(settings, data.shape, data.n_classes, data.class_probs,
-                            data.grey_levels).to(device)
-    print(f"Weights  {load_pretrained(model, settings)}")
-    noise = torch.Generator(device).manual_seed(settings.seed)
+    model, data, settings = load([*rest, "--supervised", "-1"])     # with all training labels
+    noise = torch.Generator(data.device).manual_seed(settings.seed)
     train, test = (latents(model, data.dequantize(x, noise), y, settings.test_bs)
                    for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)))
     y, test_y = data.train_y, data.test_y
