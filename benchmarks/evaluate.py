@@ -2,6 +2,7 @@
 
     python benchmarks/evaluate.py --config config.yaml
     python benchmarks/evaluate.py --config config.yaml --modes plain,bf16 --batches 50
+    python benchmarks/evaluate.py --config config.yaml --profile 30
 
 For each mode, log p(x, y) of a test batch as `evaluate` computes it; then samples from p(x | y),
 through the inverse, which has no modes. The columns are those of throughput.py.
@@ -15,7 +16,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from measure import (COLUMNS, Mode, convolutions_in, count_flops, fresh_model, measure_limits,
-                     random_data, read_arguments, report, row_of, start_mode, time_calls)
+                     print_profile, random_data, read_arguments, report, row_of, start_mode,
+                     time_calls)
 from training.cuda_graph import WARM_UP_CALLS
 from training.device import Speed
 from training.evaluation import Inference
@@ -46,7 +48,11 @@ def main():
             infer = model.log_joint
             if not mode.plain:
                 infer = Inference(FastLogJoint(model, *mode.speed)).log_joint
-            seconds, first = time_calls(lambda infer=infer: infer(x), own.batches, device, warm_up)
+            def run(infer=infer):
+                infer(x)
+            seconds, first = time_calls(run, own.batches, device, warm_up)
+            if own.profile:
+                print_profile(mode.name, run, device, own.profile)
         rows.append(row_of(mode, seconds, first, batch_size, flops, limits, device))
         print(f"{mode.name}: {rows[-1]['ms']:.2f} ms", file=sys.stderr)
     start_mode(device)

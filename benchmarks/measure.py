@@ -29,6 +29,7 @@ from utils.errors import BadInput, OneLineParser, value_errors_as_bad_input
 from utils.files import atomic_write
 from utils.settings import read_settings
 
+NAME_LENGTH = 100               # of a kernel, in the profile
 CPU_BATCHES = (16, 32, 64)      # batch sizes at which a CPU's convolution may be fastest
 DTYPES = {"bf16": torch.bfloat16}
 GPU_MODES = ("plain,fp32,fp32+compile+graph,tf32+compile+graph,bf16,bf16+compile,"
@@ -60,10 +61,14 @@ def read_arguments(description, count, default, what, modes=True):
     parser.add_argument(f"--{count}", type=int, default=default, help=what)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     if modes:
+        parser.add_argument("--profile", type=int, default=0, metavar="N",
+                            help="also list the N longest kernels (on a CPU: operators) of a call")
         parser.add_argument("--modes", help="comma-separated: plain, or a precision (fp32, tf32, "
                             "bf16) followed by +compile, +graph, both or neither")
     own, rest = parser.parse_known_args()
     _, settings = read_settings(rest)
+    if modes and own.profile < 0:
+        raise BadInput(f"--profile must be at least 0, not {own.profile}")
     if getattr(own, count) < 1:
         raise BadInput(f"{count} must be at least 1, not {getattr(own, count)}")
     if own.json and not own.json.parent.is_dir():
@@ -198,6 +203,25 @@ def time_calls(run, n, device, warm_up):
         run()
         seconds.append(time.perf_counter() - start)
     return seconds, first
+
+
+def print_profile(name, run, device, longest):
+    """Print the kernels of a call of `run` on a GPU, or the operators on a CPU: their number and
+    time in all, and the `longest` ones by the sum of their times."""
+    gpu = device.type == "cuda"
+    kind = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as recorded:
+        run()
+        if gpu:
+            torch.cuda.synchronize()
+
+    def milliseconds(row):
+        return (row.self_device_time_total if gpu else row.self_cpu_time_total) / 1e3
+    rows = sorted(recorded.key_averages(), key=milliseconds, reverse=True)
+    print(f"{name}: {sum(row.count for row in rows):,} {'kernels' if gpu else 'operators'}, "
+          f"{sum(map(milliseconds, rows)):.2f} ms in all; the longest:")
+    for row in rows[:longest]:
+        print(f"{milliseconds(row):9.3f} ms {row.count:6}  {row.key[:NAME_LENGTH]}")
 
 
 def measure_limits(precisions, batch, device):

@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py --config config.yaml
     python benchmarks/throughput.py --config config.yaml --modes plain,bf16 --json out.json
+    python benchmarks/throughput.py --config config.yaml --profile 30
 
 For each mode: milliseconds per training step (batch, forward, backward, optimiser), images per
 second, TFLOP/s counted from the model, their share of what a 64-channel 3x3 convolution and a large
@@ -18,8 +19,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from measure import (COLUMNS, PlainLogJoint, StepOfTensors, convolutions_in, count_flops,
-                     fresh_model, measure_limits, random_data, read_arguments, report, row_of,
-                     start_mode, time_calls)
+                     fresh_model, measure_limits, print_profile, random_data, read_arguments,
+                     report, row_of, start_mode, time_calls)
 from training.cuda_graph import WARM_UP_CALLS
 from training.fast import FastLogJoint
 from training.processes import Processes
@@ -61,6 +62,9 @@ def main():
             warm_up = WARM_UP_CALLS + 2 if device.type == "cuda" else 1
             seconds, first = time_calls(run, own.steps, device, warm_up)
         row = row_of(mode, seconds, first, batch_size, flops, limits, device)
+        if own.profile:
+            with convolutions_in(mode.precision):
+                print_profile(mode.name, run, device, own.profile)
         rows.append({**row, "epoch_s": steps_per_epoch * row["ms"] / 1e3})
         print(f"{mode.name}: {row['ms']:.2f} ms", file=sys.stderr)
         del model, step, run

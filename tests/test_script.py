@@ -260,8 +260,10 @@ def test_benchmarks(tmp_path, benchmark, changes):
     count, images = {"throughput": ("--steps", 64), "evaluate": ("--batches", 180)}[benchmark]
     command = [sys.executable, str(PROJECT / "benchmarks" / f"{benchmark}.py"),
                *options(**changes), count, "2", "--json", "out.json"]
-    done = execute(tmp_path, [*command, "--modes", "plain,fp32"])
+    done = execute(tmp_path, [*command, "--modes", "plain,fp32", "--profile", "5"])
     assert done.returncode == 0, done.stderr
+    longest = re.findall(r"^ *(\d+\.\d{3}) ms +\d+  aten::", done.stdout, re.MULTILINE)
+    assert len(longest) >= 5 and re.search(r"fp32: [\d,]+ operators, \d", done.stdout)
     figures = json.loads((tmp_path / "out.json").read_text())
     assert [row["mode"] for row in figures["modes"]][:2] == ["plain", "fp32"]
     for row in figures["modes"][:2]:
@@ -276,7 +278,8 @@ def test_benchmarks(tmp_path, benchmark, changes):
     (["--steps", "0"], "steps must be at least 1"), (["--json", "nowhere/x"], "no folder nowhere"),
     (["--data", "moons", "--cons_weight", "1"], "cons_weight needs images"),
     (["--data", "moons", "--modes", "bf16"], "moons has points"),
-    (["--modes", "fp8"], "no mode fp8"), (["--steps", "x"], "invalid int value")])
+    (["--profile", "-1"], "--profile must"), (["--modes", "fp8"], "no mode fp8"),
+    (["--steps", "x"], "invalid int value")])
 def test_wrong_arguments_of_benchmarks(tmp_path, monkeypatch, capsys, wrong, message):
     """They are told in one line, before anything is measured."""
     monkeypatch.chdir(tmp_path)
