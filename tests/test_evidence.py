@@ -191,6 +191,29 @@ def test_the_table_of_the_paper_has_no_number_without_a_run():
         assert config == "-" or (PROJECT / config).is_file()
 
 
+def test_what_the_readme_says_of_the_table_on_digits():
+    folder = PROJECT / "results" / "table" / "digits"
+    with open(folder / "runs.csv", newline="") as f:
+        runs = list(csv.DictReader(f))
+    readme = " ".join((PROJECT / "README.md").read_text().split())
+
+    def of(config, column, digits):
+        values = [float(run[column]) for run in runs if run["config"] == f"digits-{config}"]
+        assert len(values) == 5
+        average = f"{mean(values):.{digits}f}"
+        return average, f"{average} ± {stdev(values):.{digits}f}"
+    glow, gmm, em, gmm_em, clf, gmm_clf, cond = (
+        of(config, "test error, %", 1)[1] for config in (
+            "scnf-glow", "scnf-gmm", "scnf-glow-em", "scnf-gmm-em", "scnf-glow-em-clf",
+            "scnf-gmm-em-clf", "cond-gmm"))
+    bits, gmm_bits = (of(config, "bits/dim", 2)[0] for config in ("scnf-glow", "scnf-gmm"))
+    for text in (f"{glow} against {gmm} %", f"{em} and {gmm_em} %", f"{clf} and {gmm_clf} %",
+                 f"{gmm_bits} against {bits} bits/dim", f"`ssl_model: cond-gmm`, has {cond} %"):
+        assert text in readme, text
+    for row in runs:
+        assert row["commit"][-1] != "+"
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_cards_agree_with_files_and_runs(name):
     rows = card(name)
