@@ -214,6 +214,19 @@ def test_what_the_readme_says_of_the_table_on_digits():
         assert row["commit"][-1] != "+"
 
 
+def test_what_the_readme_says_of_the_latents():
+    rows = table("README.md", "weights")
+    reports = {name: json.loads((PROJECT / "results" / "obfuscation" / f"{name}.json").read_text())
+               for name in ("digits", "mnist-small")}
+    assert len(rows) == sum(len(report["parts"]) for report in reports.values())
+    for row in rows:
+        report = reports[row["weights"].split("`")[0]]
+        part = report["parts"][row["latent"]]
+        expected = part["classifier"], part["linear"], report["chance"]
+        assert [row[key] for key in ("classifier", "logistic regression", "chance")] == [
+            f"{100 * value:.1f}" for value in expected]
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_cards_agree_with_files_and_runs(name):
     rows = card(name)
