@@ -22,7 +22,7 @@ from utils.metrics import read_metrics
 pytestmark = pytest.mark.slow
 COMMAND = [sys.executable, str(SCRIPT)]
 FILES = {"params.yaml", "log.txt", "metrics.csv", "checkpoint.pt", "model.torch", "samples.png",
-         "curves.png", "labelled.txt"}
+         "curves.png", "labelled.txt", "report.html"}
 POINTS = {"data": "moons", "model": "toy", "ssl_dim": -1, "ssl_l": 1, "l": 2}
 
 
@@ -42,7 +42,8 @@ def run_of(folder):
     return run
 
 
-@pytest.mark.parametrize("changes, more", [({}, set()), (POINTS, {"density.png"})])
+@pytest.mark.parametrize("changes, more", [
+    ({}, {"mistakes.png"}), (POINTS, {"density.png"})])
 def test_from_settings_to_samples(tmp_path, changes, more):
     done = start(tmp_path, *options(epochs=2, **changes))
     assert done.returncode == 0, done.stderr
