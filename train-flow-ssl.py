@@ -107,10 +107,10 @@ def train(model, data, settings, speed, processes, stopping, run_dir, checkpoint
         labelled_prob = data.labelled_prob(settings.sup_sample_weight)
         x, _ = data.sample_batch(settings.train_bs, labelled_prob, generator)
         model.initialize(x, data.train_x)
-    # Compiling for evaluation takes longer than what it saves.
-    uncompiled = FastLogJoint(model, *speed._replace(compile=False))
+    log_joint = uncompiled = FastLogJoint(model, *speed)
+    if speed.compile:       # for evaluation that takes longer than what it saves
+        uncompiled = FastLogJoint(model, *speed._replace(compile=False))
     evaluation = RunEvaluation(uncompiled, data, settings, processes)
-    log_joint = FastLogJoint(model, *speed)
     state = TrainingState.create(model, log_joint, data, generator, settings, processes)
     if checkpoint:
         state.load_state_dict(checkpoint, processes)
@@ -165,7 +165,7 @@ def train(model, data, settings, speed, processes, stopping, run_dir, checkpoint
         with state.training_step.averaged(average_is_better(log.rows[-1])):
             save_atomically(copy_to_cpu(model.state_dict()), weights)
             plot_run(model, data, log.rows, run_dir, settings.seed)
-            report_run(uncompiled, data, settings, log.rows, run_dir)
+            report_run(evaluation, log.rows, run_dir)
         print(f"{result(log.rows[-1])}; weights, pictures and a report are in "
               f"{os.path.relpath(run_dir)}")
     return None

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from models import build_model
 from training.device import choose_speed
-from training.evaluation import Inference, evaluate
+from training.evaluation import Inference, evaluate, predict
 from training.fast import FastLogJoint
 from training.loop import TrainingState, train_epoch
 from training.objective import Terms, objective
@@ -618,8 +618,14 @@ def test_with_validation_examples_the_test_set_is_evaluated_once(tmp_path, monke
         assert examples[0] is (data.test_x if calls[-1] == "test" else data.val_x)
         return evaluate(infer, data, examples, *args)
     monkeypatch.setattr("training.evaluation.evaluate", recorded)
+    for_report = []                             # passes over the test set for the report
+
+    def again(infer, data, images, *args):
+        for_report.append(images is data.test_x)
+        return predict(infer, data, images, *args)
+    monkeypatch.setattr("training.assessment.predict", again)
     assert run_script(options(epochs=3, **changes)) == 0
-    assert calls == evaluated
+    assert calls == evaluated and for_report.count(True) == 0
     rows = read_metrics(runs(tmp_path)[0])
     for key in ("val", "ema_val", "test"):
         known = [math.isfinite(row[f"{key}_acc"]) for row in rows]

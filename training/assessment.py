@@ -22,7 +22,7 @@ from utils.metrics import Row
 from utils.report import write_report
 
 from .device import device_name
-from .evaluation import Inference, predict, summary
+from .evaluation import Inference, RunEvaluation, predict, summary
 from .fast import FastLogJoint
 from .processes import Processes
 
@@ -103,6 +103,13 @@ def assess(infer: Inference, others: Inference, data: SemiSupervisedData, exampl
         predicted=predicted, confidence=confidence, auroc=auroc)
 
 
+def assessed_examples(data: SemiSupervisedData, settings: Settings) -> tuple[str, Examples]:
+    """The test set and its name or, with settings.test false, the validation set."""
+    if settings.test:
+        return "test", (data.test_x, data.test_y)
+    return "validation", (data.val_x, data.val_y)
+
+
 def calibration_error(confidence: Tensor, correct: Tensor) -> float:
     """The expected calibration error: sum over bins of the confidence of
 
@@ -157,9 +164,7 @@ def print_evaluation(log_joint: FastLogJoint, data: SemiSupervisedData,
     values follow them. The rest is of the first sample.
     """
     start = time.perf_counter()
-    infer, name, (images, y) = Inference(log_joint), "test", (data.test_x, data.test_y)
-    if not settings.test:
-        name, (images, y) = "validation", (data.val_x, data.val_y)
+    infer, (name, (images, y)) = Inference(log_joint), assessed_examples(data, settings)
     draws = [predict(infer, data, images, settings.test_bs, settings.seed + i, processes)
              for i in range(settings.draws)]
     log_p, accuracy = np.transpose([summary(*draw, y) for draw in draws])
@@ -181,25 +186,26 @@ def print_evaluation(log_joint: FastLogJoint, data: SemiSupervisedData,
         print("\n".join(assessment.lines()))
 
 
-def report_run(log_joint: FastLogJoint, data: SemiSupervisedData, settings: Settings,
-               rows: list[Row], run_dir: Path) -> None:
+def report_run(evaluation: RunEvaluation, rows: list[Row], run_dir: Path) -> None:
     """Assess the trained model of a run with the metrics `rows`, print that, and write mistakes.png
     and report.html to its directory.
 
-    A failure is reported, and does not end the run: its weights are worth more than its report.
+    The model has the weights that the run keeps. With these `evaluation` has evaluated the test
+    set, unless the run was finished already; the validation set may have had others. A failure is
+    reported, and does not end the run: its weights are worth more than its report.
     """
-    name, examples = "test", (data.test_x, data.test_y)
-    if not settings.test:
-        name, examples = "validation", (data.val_x, data.val_y)
+    data, settings = evaluation.data, evaluation.settings
+    name, examples = assessed_examples(data, settings)
+    infer = evaluation.infer["test" if settings.test else "val"]
     try:
-        assessment = assess(Inference(log_joint), Inference(log_joint), data, examples, name,
-                            settings)
+        assessment = assess(infer, Inference(evaluation.log_joint), data, examples, name, settings,
+                            infer.predictions if settings.test else None)
         print("\n".join(assessment.lines()))
         if data.grey_levels is not None and len(assessment.mistakes):
+            images, y = examples[0].cpu(), examples[1].cpu()
             shown = assessment.mistakes[:N_MISTAKES]
-            plot_mistakes(examples[0][shown.to(examples[0].device)].cpu(), examples[1].cpu()[shown],
-                          assessment.predicted[shown], assessment.confidence[shown],
-                          run_dir / "mistakes.png")
+            plot_mistakes(images[shown], y[shown], assessment.predicted[shown],
+                          assessment.confidence[shown], run_dir / "mistakes.png")
         write_report(run_dir, vars(settings), rows, assessment)
     except Exception as error:
         traceback.print_exc()

@@ -20,7 +20,7 @@ class Inference:
 
     log_joint: log p(x, y); logits: log p(y | x) up to a term that does not depend on y; log_p_y:
     (K,). With CUDA graphs they accept batches of one size only: build them for each set of
-    examples.
+    examples. predictions: what `predict` returned in the last call of `evaluate`, if any.
     """
 
     def __init__(self, model: FastLogJoint):
@@ -31,6 +31,7 @@ class Inference:
             return Captured(infer) if model.cuda_graph else infer
         self.log_joint, self.logits = build(model), build(model.logits)
         self.log_p_y = model.twin.log_p_y
+        self.predictions: tuple[Tensor, Tensor] | None = None
 
 
 def predict(infer: Inference, data: SemiSupervisedData, images: Tensor, batch_size: int,
@@ -73,7 +74,8 @@ def evaluate(infer: Inference, data: SemiSupervisedData, examples: Examples, bat
     The other arguments are those of `predict`.
     """
     images, y = examples
-    return summary(*predict(infer, data, images, batch_size, seed, processes), y)
+    infer.predictions = predict(infer, data, images, batch_size, seed, processes)
+    return summary(*infer.predictions, y)
 
 
 def summary(log_p: Tensor, logits: Tensor, y: Tensor) -> tuple[float, float]:
@@ -95,7 +97,8 @@ class RunEvaluation:
 
     def __init__(self, log_joint: FastLogJoint, data: SemiSupervisedData,
                  settings: Settings, processes: Processes):
-        self.data, self.settings, self.processes = data, settings, processes
+        self.log_joint, self.data, self.settings = log_joint, data, settings
+        self.processes = processes
         self.examples = {"val": (data.val_x, data.val_y), "test": (data.test_x, data.test_y)}
         self.infer = {name: Inference(log_joint) for name in self.examples}
 
