@@ -86,17 +86,18 @@ def main(argv=None):
     if own.collect and not folder.is_dir():
         raise BadInput(f"there is no folder {folder}")
     folder.mkdir(parents=True, exist_ok=True)
+    folder = folder.resolve()
     runs = [wanted(config, seed, options, folder)
             for config in own.configs for seed in own.seeds]
     names = [run.name for run in runs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise BadInput(f"{twice[0]} is there twice: each config has a name of its own, and each "
                        "seed is listed once")
-    states = {run.name: state_of(run, folder) for run in runs}  # before any of them is trained
-    failures = {}
+    states, failures = states_of(runs, folder), {}
     if own.to:
-        failures = train([run for run in runs if not states[run.name].finished], folder, own.jobs)
-        states = {run.name: state_of(run, folder) for run in runs}
+        failures = train([run for run in runs if not states[run.name].finished], states, folder,
+                         own.jobs)
+        states = states_of(runs, folder)
     rows = [row_of([run for run in runs if run.config == config], states)
             for config in own.configs]
     table = pd.DataFrame(rows, columns=COLUMNS)
@@ -135,24 +136,28 @@ class State:
         return not self.what
 
 
-def state_of(run, folder):
-    """The State of the last run of that name in exman's index of `folder`.
+def states_of(runs, folder):
+    """{name: State} of `runs`, each the last of that name in exman's index of `folder`.
 
-    Raises BadInput if its settings are not those that are wanted.
+    Raises BadInput if the settings of one are not those that are wanted.
     """
     index = folder / "logs" / "exman-train-flow-ssl.py"
     entries = sorted((index / "index").glob("*.yaml"))
     if broken := [entry for entry in entries if not entry.exists()]:
         raise BadInput(f"the run of {broken[0]} has gone: remove that link too")
-    if not entries:
+    last = {}
+    if entries:
+        last = {str(entry["name"]): entry for _, entry in exman.Index(index).info().iterrows()}
+    return {run.name: state_of(run, last.get(run.name), folder) for run in runs}
+
+
+def state_of(run, entry, folder):
+    """The State of a run with this row of exman's index, or None."""
+    if entry is None:
         return State(None, [], "not run")
-    table = exman.Index(index).info()
-    found = table[table["name"].astype(str) == run.name]
-    if found.empty:
-        return State(None, [], "not run")
-    directory = Path(found.iloc[-1]["root"])
+    directory = Path(entry["root"])
     with contextlib.chdir(folder):
-        _, own = read_settings(["--config", str(directory.resolve() / "params.yaml")])
+        _, own = read_settings(["--config", str(directory / "params.yaml")])
     for key, value in vars(own).items():
         if key not in MAY_DIFFER and value != getattr(run.settings, key):
             raise BadInput(f"{directory} has {key} {value}, and {getattr(run.settings, key)} is "
@@ -163,18 +168,19 @@ def state_of(run, folder):
     what = "" if done else f"stopped after epoch {epoch} of {own.epochs}"
     if done and not math.isfinite(rows[-1]["test_acc"]):
         what = "without test error"
-    entry = found.iloc[-1]
     commit = str(entry["commit"])[:7] + "+" * bool(entry["dirty"]) if "commit" in entry else "-"
     return State(directory, rows, what, commit)
 
 
-def train(runs, folder, jobs):
-    """Train `runs` in `folder`, `jobs` at a time -> {name: why} of those that failed."""
+def train(runs, states, folder, jobs):
+    """Train `runs`, whose `states` are given, in `folder`, `jobs` at a time -> {name: why} of those
+    that failed."""
     failures, stop = {}, threading.Event()
     with tqdm(total=sum(run.settings.epochs for run in runs), unit="epoch", disable=None) as bar, \
             ThreadPoolExecutor(jobs) as pool:
         def one(run):
-            if not stop.is_set() and (why := train_one(run, folder, bar, stop)):
+            if not stop.is_set() and (why := train_one(run, states[run.name], folder, bar,
+                                                               stop)):
                 failures[run.name] = why
         try:
             list(pool.map(one, runs))
@@ -184,12 +190,11 @@ def train(runs, folder, jobs):
     return failures
 
 
-def train_one(run, folder, bar, stop):
+def train_one(run, state, folder, bar, stop):
     """Train a run to its end -> why it failed, or None. `stop`: the event that ends it."""
-    state = state_of(run, folder)
     line = run.line
     if state.directory and (state.directory / "checkpoint.pt").is_file():
-        line = ["--resume", str(state.directory.resolve()), *line]
+        line = ["--resume", str(state.directory), *line]
     process = subprocess.Popen([sys.executable, str(SCRIPT), *line], cwd=folder, text=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     shown, pattern = 0, f"logs/exman-train-flow-ssl.py/runs/*-{run.name}/metrics.csv"

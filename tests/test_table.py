@@ -38,7 +38,7 @@ def mean_and_deviation(values, digits):
 def test_a_table_is_run_stopped_and_continued(tmp_path, configs):
     folder = tmp_path / "runs of a table"
     line = [sys.executable, str(SCRIPT), *configs, "--seeds", "3", "4"]
-    first = execute(tmp_path, [*line, "--to", str(folder), "--jobs", "2", "--time_limit", "0.0001"])
+    first = execute(tmp_path, [*line, "--to", folder.name, "--jobs", "2", "--time_limit", "0.0001"])
     assert first.returncode == 1 and "glow-seed3 (stopped after epoch 0 of 2)" in first.stdout
     assert "| 0 | glow |" in first.stdout
     done = execute(tmp_path, [*line, "--to", str(folder), "--time_limit", "0"])
