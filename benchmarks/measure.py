@@ -32,8 +32,7 @@ from utils.settings import read_settings
 NAME_LENGTH = 100               # of a kernel, in the profile
 CPU_BATCHES = (16, 32, 64)      # batch sizes at which a CPU's convolution may be fastest
 DTYPES = {"bf16": torch.bfloat16}
-GPU_MODES = ("plain,fp32,fp32+compile+graph,tf32+compile+graph,bf16,bf16+compile,"
-             "bf16+compile+graph")
+GPU_MODES = "bf16+compile+graph,bf16+graph,bf16,plain"       # one of them compiles, for a minute
 CPU_MODES = "plain,fp32,bf16"
 
 
@@ -82,7 +81,7 @@ def read_arguments(description, count, default, what, modes=True):
 
 
 def read_modes(names, settings, device):
-    """The Modes in `names`, separated by commas, or all that there are. Raises BadInput."""
+    """The Modes in `names`, separated by commas, or the default ones. Raises BadInput."""
     gpu, points = device.type == "cuda", DATASETS[settings.data].grey_levels is None
     default = not names
     names = (names or (GPU_MODES if gpu else CPU_MODES)).split(",")

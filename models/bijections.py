@@ -30,6 +30,11 @@ def sum_per_sample(v: Tensor) -> Tensor:
     return v.flatten(1).sum(1)
 
 
+def total(ldjs: Iterable[Tensor | float]) -> Tensor:
+    """The sum of log-determinants of each sample, (B,); a part without one has 0.0."""
+    return torch.stack([ldj for ldj in ldjs if isinstance(ldj, Tensor)]).sum(0)
+
+
 class Bijection(nn.Module):
     """Base class of all bijections; the module's docstring states the contract."""
 
@@ -207,7 +212,7 @@ class ConditionalFlowStep(Bijection):
         x, ldj_act = self.act(x)
         x, ldj_inv = self.inv(x)
         z, ldj_coupling = self.coupling(x, context)
-        return z, ldj_act + ldj_inv + ldj_coupling
+        return z, total([ldj_act, ldj_inv, ldj_coupling])
 
     def inverse(self, z: Tensor, context: Tensor) -> Tensor:
         return self.act.inverse(self.inv.inverse(self.coupling.inverse(z, context)))
@@ -261,17 +266,17 @@ class MultiScale(Bijection):
         self.levels = modules
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-        ldj, parts = x.new_zeros(len(x)), []
+        ldjs, parts = [x.new_zeros(len(x))], []
         for i, level in enumerate(self.levels):
             if i:
                 n = self.part_shapes[i - 1][0]
                 parts.append(x[:, :n].flatten(1))
                 x = x[:, n:]
             for bijection in level:
-                x, ldj_i = bijection(x, *context)
-                ldj = ldj + ldj_i
+                x, ldj = bijection(x, *context)
+                ldjs.append(ldj)
         parts.append(x.flatten(1))
-        return torch.cat(parts, 1), ldj  # (B, D), (B,)
+        return torch.cat(parts, 1), total(ldjs)  # (B, D), (B,)
 
     def last_part(self, x: Tensor, n: int) -> Tensor:
         """The last n dimensions of z: x (B, ...) -> (B, n)."""

@@ -28,30 +28,51 @@ def _reflect_pad_by_slices(x: Tensor) -> Tensor:
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution that keeps height and width. padding_mode: "reflect" or "zeros".
 
-    It computes in the memory format of its weight.
+    With `relu` it is one of relu(x). It computes in the memory format of its weight.
     """
 
-    def __init__(self, c_in: int, c_out: int, padding_mode: str = "reflect"):
+    def __init__(self, c_in: int, c_out: int, padding_mode: str = "reflect", relu: bool = False):
         super().__init__(c_in, c_out, 3, padding=1 if padding_mode == "zeros" else 0)
-        self.reflects = padding_mode == "reflect"
+        self.reflects, self.relu = padding_mode == "reflect", relu
 
-    def forward(self, x: Tensor) -> Tensor:
+    def prepare(self, x: Tensor) -> Tensor:
+        """What is convolved: x or relu(x), reflection-padded, in the memory format of the weight.
+        """
         if self.reflects:
             x = reflect_pad(x)
         if self.weight.is_contiguous(memory_format=torch.channels_last):
             x = x.contiguous(memory_format=torch.channels_last)  # padding loses the format on a GPU
-        return super().forward(x)
+        # ReLU comes last: what its gradient needs, its output, is then what the convolution keeps.
+        return F.relu(x, inplace=self.reflects) if self.relu else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.prepare(x))
+
+
+class Linear(nn.Linear):
+    """A linear layer; with `relu`, one of relu(x)."""
+
+    def __init__(self, c_in: int, c_out: int, relu: bool = False):
+        super().__init__(c_in, c_out)
+        self.relu = relu
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """What is multiplied: x or relu(x)."""
+        return F.relu(x) if self.relu else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.prepare(x))
 
 
 class ResidualBlock(nn.Module):
     """x + layer2(relu(layer1(relu(x)))), with layers that keep the number of channels."""
 
-    def __init__(self, layer: Callable[[int, int], nn.Module], width: int):
+    def __init__(self, layer: Callable[..., nn.Module], width: int):
         super().__init__()
-        self.layer1, self.layer2 = layer(width, width), layer(width, width)
+        self.layer1, self.layer2 = (layer(width, width, relu=True) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.layer2(F.relu(self.layer1(F.relu(x)), inplace=True))
+        return x + self.layer2(self.layer1(x))
 
 
 class NetworkNorm(ActNorm):
@@ -75,12 +96,12 @@ class PositionBias(nn.Module):
 class ResNet(nn.Module):
     """A residual network: first layer, `n_blocks` residual blocks, ActNorm, ReLU, last layer.
 
-    layer(c_in, c_out): makes the layers. The last one is zero at the start, so that the coupling
-    around the network starts as a constant scaling. With `size`, (H, W) of its images, the first
-    layer has a PositionBias.
+    layer(c_in, c_out, relu=False): makes the layers. The last one is zero at the start, so that the
+    coupling around the network starts as a constant scaling. With `size`, (H, W) of its images, the
+    first layer has a PositionBias.
     """
 
-    def __init__(self, layer: Callable[[int, int], nn.Module], c_in: int, c_out: int,
+    def __init__(self, layer: Callable[..., nn.Module], c_in: int, c_out: int,
                  width: int, n_blocks: int, size: tuple[int, int] | None = None):
         super().__init__()
         self.first = layer(c_in, width)
@@ -88,12 +109,12 @@ class ResNet(nn.Module):
             self.first = nn.Sequential(self.first, PositionBias(width, size))
         self.blocks = nn.Sequential(*(ResidualBlock(layer, width) for _ in range(n_blocks)))
         self.norm: nn.Module = NetworkNorm(width)
-        self.last = layer(width, c_out)
+        self.last = layer(width, c_out, relu=True)
         for p in self.last.parameters():
             nn.init.zeros_(p)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(F.relu(self.norm(self.blocks(self.first(x))), inplace=True))
+        return self.last(self.norm(self.blocks(self.first(x))))
 
 
 class ImageNetwork(nn.Module):
@@ -148,7 +169,7 @@ def resnet1x1(c_in: int, c_out: int, width: int = 256, n_blocks: int = 4) -> Res
 
     They are 1x1 convolutions of images of one pixel.
     """
-    return ResNet(nn.Linear, c_in, c_out, width, n_blocks)
+    return ResNet(Linear, c_in, c_out, width, n_blocks)
 
 
 def toy_network(c_in: int, c_out: int, width: int = 64) -> nn.Sequential:

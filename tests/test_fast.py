@@ -21,7 +21,8 @@ from training.checkpoint import CheckpointWriter, load_weights, save_atomically
 from training.cuda_graph import Captured
 from training.device import choose_speed
 from training.evaluation import Inference
-from training.fast import FastLogJoint, _TinyConv3x3, _trace_shapes
+from training.fast import (FastLogJoint, _Bfloat16Layer, _TinyConv3x3, _trace_shapes,
+                           give_weights)
 from training.loop import TrainingState, train_epoch
 from training.objective import objective
 from training.processes import Processes
@@ -238,6 +239,45 @@ def test_bfloat16_in_the_networks_only():
     assert low and all(".net" in name for name in low)
     layers = (".first", ".last", ".layer1", ".layer2")
     assert all(name in low for name in dtypes if name.endswith(layers))
+
+
+@pytest.mark.parametrize("name", ["digits, full", "squeezed first", "digits, position_bias",
+                                  "pyramid"])
+def test_layers_for_a_gpu(monkeypatch, name):
+    """As torch.compile gets them: their values and gradients, and weights that change."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
+    model, x = random_model(name)
+    fast = FastLogJoint(model, "bf16", compile=True)
+    assert fast.bfloat16_layers
+    assert set(map(id, fast.parameters())) == set(map(id, model.parameters()))
+    for _ in range(2):
+        exact, exact_gradients = gradients(model, model.log_joint, x)
+        out, own_gradients = gradients(model, fast, x)
+        assert mean_log_p(out) == pytest.approx(mean_log_p(exact), rel=2e-3)
+        assert cosine(own_gradients, exact_gradients) > 0.99
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(0.9)
+    torch.testing.assert_close(fast.logits(x).softmax(1), model.posterior(x), rtol=0, atol=0.1)
+
+
+def test_the_first_layer_for_a_gpu_rounds_its_output_only():
+    torch.manual_seed(0)
+    conv, x = Conv3x3(2, 16), torch.randn(8, 2, 8, 8, requires_grad=True)
+    conv.bias.data = conv.bias.data.bfloat16().float()          # the bias is rounded too
+    layer = _Bfloat16Layer(conv, splits=True)
+    exact = copy.deepcopy(conv).double()(x.double()).detach()
+    give_weights([layer])
+    def rounded_well(out):
+        """The share of `out` that is the bfloat16 nearest to the exact number."""
+        return float((out == exact.bfloat16()).float().mean())
+    assert rounded_well(layer(x)) > 0.98 > 0.6 > rounded_well(copy.deepcopy(conv).bfloat16()(
+        x.bfloat16()))
+    g = torch.randn_like(exact)
+    expected, own = (torch.autograd.grad(f(x), (x, *conv.parameters()), g.to(f(x)))
+                     for f in (conv, layer))
+    for one, two in zip(own, expected):
+        assert float((one - two).norm() / two.norm()) < 0.004
 
 
 def test_points_are_not_rounded(monkeypatch):
@@ -540,11 +580,12 @@ def test_compiled_parts_are_whole_graphs_that_equal_parts_share(monkeypatch, nam
 
     def compile_with_backend(self, **options):
         return compile_module(self, backend=backend, **options)
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_with_backend)
     model, x = random_model(name)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
+    plain, plain_gradients = gradients(model, FastLogJoint(model, precision, compile=True), x)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_with_backend)
     fast = FastLogJoint(model, precision, compile=True)
     parts = [part for part in fast.twin.modules() if part._compiled_call_impl is not None]
-    plain, plain_gradients = gradients(model, FastLogJoint(model, precision), x)
     out, own_gradients = gradients(model, fast, x)
     torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-4)
     assert cosine(own_gradients, plain_gradients) > 1 - 1e-6
@@ -596,28 +637,62 @@ def test_a_disk_that_fills_up_within_a_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["c.pt"]
 
 
-# The other tests need a GPU: run them by `python -m pytest -m gpu`.
+# The other tests need a GPU: run them by `python -m pytest -m gpu`, or only the first four, which
+# decide whether a run is worth starting, by `python -m pytest -m gpu_first -n 4`.
 
-MODES = {"fp32": ("fp32", False), "fp32, compiled": ("fp32", True),
-         "tf32, compiled": ("tf32", True),
-         "bf16": ("bf16", False), "bf16, compiled": ("bf16", True)}
+@pytest.mark.gpu
+@pytest.mark.gpu_first
+def test_the_paper_s_step_is_captured_on_a_gpu(tmp_path, monkeypatch):
+    """With the defaults, on the model of config.yaml, whose 1x1 convolutions have six sizes."""
+    monkeypatch.chdir(tmp_path)
+    _, settings = read_settings(["--device", "cuda"])
+    torch.manual_seed(0)
+    model = build_model({}, (1, 28, 28), 10)
+    x, y = torch.rand(32, 1, 28, 28) ** 4, torch.arange(32) % 11 - 1
+    model.initialize(x)
+    step = make_step(settings, model.cuda(), 32, precision="bf16", compile=True, cuda_graph=True)
+    losses = [float(step(x.cuda(), y.cuda())[0]) for _ in range(8)]
+    assert step.captured.graph is not None
+    assert all(map(math.isfinite, losses)) and len(set(losses)) == 8
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", MODES)
-def test_fidelity_on_a_gpu(mode, monkeypatch):
-    """Each mode against plain float32, on the digits model that ships."""
-    model, x = (part.cuda() for part in shipped_digits_model())
-    precision, compiled = MODES[mode]
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    exact, exact_gradients = gradients(model, model.log_joint, x)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision != "fp32")
-    out, own_gradients = gradients(model, FastLogJoint(model, precision, compiled), x)
-    assert_fidelity(out, own_gradients, exact, exact_gradients)
+@pytest.mark.gpu_first
+def test_log_abs_det_on_a_gpu():
+    for n in (1, 2, 4, 8, 98, 196):
+        w = matrices(n)
+        own = w.cuda().requires_grad_()
+        log_abs_det(own).sum().backward()
+        expected = torch.stack([torch.linalg.slogdet(m).logabsdet for m in w.double()]).float()
+        inverse = torch.stack([torch.linalg.inv(m) for m in w.double()]).float()
+        torch.testing.assert_close(log_abs_det(own).cpu(), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(own.grad.cpu(), inverse.mT, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.gpu_first
+def test_no_step_waits_for_the_gpu(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, settings = read_settings(options(cl_weight=1, clip_gn=100, ssl_alg="em", sup_weight=2,
+                                        cons_weight=1, ema=0.9, validation=100))
+    data = load_data(settings, "cuda")
+    for cuda_graph in (False, True):
+        model = randomize(build_model(settings, data.shape, 10)).cuda()
+        step = make_step(settings, model, 64, precision="bf16", cuda_graph=cuda_graph)
+        generator = torch.Generator("cuda").manual_seed(0)
+        for _ in range(5):                                      # warm-up and capture may wait
+            step(*data.sample_batch(64, 0.5, generator, augmented=True))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(5):
+                step(*data.sample_batch(64, 0.5, generator, augmented=True))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.gpu_first
+@pytest.mark.parametrize("compiled", [True, False])
 def test_fidelity_of_the_paper_s_model_on_a_gpu(compiled, monkeypatch):
     """bf16 against plain float32, on the model of config.yaml with last layers that are not zero.
     """
@@ -634,6 +709,24 @@ def test_fidelity_of_the_paper_s_model_on_a_gpu(compiled, monkeypatch):
     exact, exact_gradients = gradients(model, model.log_joint, x)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     out, own_gradients = gradients(model, FastLogJoint(model, "bf16", compiled), x)
+    assert_fidelity(out, own_gradients, exact, exact_gradients)
+
+
+MODES = {"fp32": ("fp32", False), "fp32, compiled": ("fp32", True),
+         "tf32, compiled": ("tf32", True),
+         "bf16": ("bf16", False), "bf16, compiled": ("bf16", True)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_fidelity_on_a_gpu(mode, monkeypatch):
+    """Each mode against plain float32, on the digits model that ships."""
+    model, x = (part.cuda() for part in shipped_digits_model())
+    precision, compiled = MODES[mode]
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    exact, exact_gradients = gradients(model, model.log_joint, x)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision != "fp32")
+    out, own_gradients = gradients(model, FastLogJoint(model, precision, compiled), x)
     assert_fidelity(out, own_gradients, exact, exact_gradients)
 
 
@@ -665,21 +758,6 @@ def test_captured_steps_are_the_plain_ones_on_a_gpu(tmp_path, monkeypatch, preci
 
 
 @pytest.mark.gpu
-def test_the_paper_s_step_is_captured_on_a_gpu(tmp_path, monkeypatch):
-    """With the defaults, on the model of config.yaml, whose 1x1 convolutions have six sizes."""
-    monkeypatch.chdir(tmp_path)
-    _, settings = read_settings(["--device", "cuda"])
-    torch.manual_seed(0)
-    model = build_model({}, (1, 28, 28), 10)
-    x, y = torch.rand(32, 1, 28, 28) ** 4, torch.arange(32) % 11 - 1
-    model.initialize(x)
-    step = make_step(settings, model.cuda(), 32, precision="bf16", compile=True, cuda_graph=True)
-    losses = [float(step(x.cuda(), y.cuda())[0]) for _ in range(8)]
-    assert step.captured.graph is not None
-    assert all(map(math.isfinite, losses)) and len(set(losses)) == 8
-
-
-@pytest.mark.gpu
 def test_what_cannot_be_captured_is_called_on_a_gpu(capsys):
     """One that waits for the GPU cannot be: what it does to tensors is done once per call."""
     total = torch.zeros(3, device="cuda")
@@ -691,38 +769,6 @@ def test_what_cannot_be_captured_is_called_on_a_gpu(capsys):
     outputs = [call(x).tolist() for _ in range(6)]
     assert outputs == [[3.0 * n] * 3 for n in range(1, 7)] and call.graph is None
     assert capsys.readouterr().out.count("Not captured as a CUDA graph") == 1
-
-
-@pytest.mark.gpu
-def test_no_step_waits_for_the_gpu(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    _, settings = read_settings(options(cl_weight=1, clip_gn=100, ssl_alg="em", sup_weight=2,
-                                        cons_weight=1, ema=0.9, validation=100))
-    data = load_data(settings, "cuda")
-    for cuda_graph in (False, True):
-        model = randomize(build_model(settings, data.shape, 10)).cuda()
-        step = make_step(settings, model, 64, precision="bf16", cuda_graph=cuda_graph)
-        generator = torch.Generator("cuda").manual_seed(0)
-        for _ in range(5):                                      # warm-up and capture may wait
-            step(*data.sample_batch(64, 0.5, generator, augmented=True))
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for _ in range(5):
-                step(*data.sample_batch(64, 0.5, generator, augmented=True))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-def test_log_abs_det_on_a_gpu():
-    for n in (1, 2, 4, 8, 98, 196):
-        w = matrices(n)
-        own = w.cuda().requires_grad_()
-        log_abs_det(own).sum().backward()
-        expected = torch.stack([torch.linalg.slogdet(m).logabsdet for m in w.double()]).float()
-        inverse = torch.stack([torch.linalg.inv(m) for m in w.double()]).float()
-        torch.testing.assert_close(log_abs_det(own).cpu(), expected, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(own.grad.cpu(), inverse.mT, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -80,17 +80,26 @@ def test_parts_are_joined_and_checked(tmp_path, monkeypatch, timed_run):
     (run / "model.torch").write_bytes(weights)
     timed_run.pack(run, True, "abc", out)
     assert len(list(out.glob("run.part*"))) == 3
-    assert timed_run.join(out, home) == home / run.name
+    assert timed_run.join([out], home) == home / run.name
     assert (home / run.name / "model.torch").read_bytes() == weights
     assert (home / run.name / "log.txt").read_text() == "a line\n"
     assert not (home / run.name / "checkpoint.pt").exists()
     with pytest.raises(timed_run.BadInput, match="is there already"):
-        timed_run.join(out, home)
+        timed_run.join([out], home)
     part = out / "run.part01"
     part.write_bytes(part.read_bytes()[::-1])
     with pytest.raises(timed_run.BadInput, match="part01 is missing or damaged"):
-        timed_run.join(out, tmp_path / "elsewhere")
+        timed_run.join([out], tmp_path / "elsewhere")
     assert not (tmp_path / "elsewhere").exists()
+    monkeypatch.setattr(timed_run, "PARTS", 2)                      # brought home by two calls
+    first, second = tmp_path / "first", tmp_path / "second"
+    timed_run.pack(run, True, "abc", out)
+    assert timed_run.bring(out, first) and timed_run.bring(out, second, first=2)
+    assert sorted(path.name for path in second.iterdir()) == ["manifest.json", "run.part02"]
+    with pytest.raises(timed_run.BadInput, match="part02 is missing"):
+        timed_run.join([first], tmp_path / "elsewhere")
+    joined = timed_run.join([first, second], tmp_path / "elsewhere")
+    assert (joined / "model.torch").read_bytes() == weights
 
 
 @pytest.mark.slow
@@ -116,12 +125,42 @@ def test_a_timed_run_that_is_cut_off_keeps_its_evidence(tmp_path, capsys, timed_
     assert not timed_run.finish(work, out)
     how = {"stopped": "0: Stopped by SIGTERM", "killed": "unknown"}[end]
     assert f"not a result: exit code {how}" in capsys.readouterr().out
-    run = timed_run.join(out, home)
+    run = timed_run.join([out], home)
     assert len((run / "metrics.csv").read_text().splitlines()) > 1
     assert (run / "plan.json").is_file() and (run / "run.log").is_file()
     assert torch.load(run / "partial.torch") and not (run / "model.torch").exists()
     with pytest.raises(timed_run.BadInput, match="no run was started"):
         timed_run.watch(tmp_path, 1)
+
+
+@pytest.mark.slow
+def test_a_run_over_two_loans(tmp_path, capsys, timed_run):
+    """Its checkpoint comes home with moments in bfloat16, and the second loan ends the run."""
+    folder, work, home = (tmp_path / name for name in ("folder", "work", "home"))
+    timed_run.prepare(folder, packages=())
+    line = [*timed_run.REHEARSAL, "--epochs=400", "--log_each", "1"]
+    timed_run.start(work, folder, 20, line, whole=True)
+    assert "All 400 epochs" in capsys.readouterr().out
+    while not re.search(r"epoch \d+ of 400", capsys.readouterr().out):
+        timed_run.watch(work, 1)
+    assert not timed_run.finish(work, tmp_path / "out")
+    run = timed_run.join([tmp_path / "out"], home / timed_run.RUNS)
+    checkpoint = torch.load(run / "checkpoint.pt")
+    moments = {key: next(iter(value.values())).dtype
+               for key, value in checkpoint["optimizer"].items() if isinstance(value, dict)}
+    assert moments == {"exp_avg": torch.bfloat16, "exp_inf": torch.bfloat16}
+    epoch = checkpoint["epoch"]
+    timed_run.prepare(folder, packages=(), resume=run)
+    with pytest.raises(timed_run.BadInput, match="a resumed run keeps its lr"):
+        timed_run.start(tmp_path / "failed", folder, 20, ["--lr", "1"])
+    timed_run.start(tmp_path / "again", folder, 20, ["--epochs", str(epoch + 2)])
+    while not timed_run.watch(tmp_path / "again", 1):
+        pass
+    assert timed_run.finish(tmp_path / "again", tmp_path / "out2")
+    run = timed_run.join([tmp_path / "out2"], tmp_path / "result")
+    rows = read_metrics(run / "metrics.csv")
+    assert [row["epoch"] for row in rows] == list(range(1, epoch + 3))
+    assert (run / "model.torch").is_file()
 
 
 def test_what_a_run_spends_its_time_on(timed_run):
@@ -219,3 +258,5 @@ def test_a_timed_run_needs_time(tmp_path, timed_run):
         timed_run.start(tmp_path / "work", folder, timed_run.MARGIN, timed_run.REHEARSAL)
     with pytest.raises(timed_run.BadInput, match="MNIST's four files"):
         timed_run.prepare(folder, tmp_path, ())
+    with pytest.raises(timed_run.BadInput, match=r"has no checkpoint\.pt"):
+        timed_run.prepare(folder, None, (), tmp_path)

@@ -7,12 +7,22 @@
     python tools/timed_run.py join OUT                             at home: unpack it
     python tools/timed_run.py --dry-run                            rehearse all of it on the CPU
 
+A run that takes several loans of the machine differs in these commands:
+
+    python tools/timed_run.py start WORK --folder FOLDER --minutes 27 --whole -- --config ...
+    python tools/timed_run.py finish WORK --to OUT --from 4        the parts that did not fit
+    python tools/timed_run.py join OUT OUT2
+    python tools/timed_run.py prepare FOLDER --data_root data --resume RUN_DIR
+    python tools/timed_run.py start WORK --folder FOLDER --minutes 27
+
 `start` installs the wheels of FOLDER, unpacks its data, and starts a process in the background. It
 trains a few short epochs to measure what the run will spend its time on, and then, without
 compiling anything twice, the run, with as many epochs as fit (at most those of its settings), so
-that the learning rate schedule reaches its end. WORK holds what the commands need to know of each
-other. Every file in OUT is smaller than 16 MiB; `join` checks the SHA-256 of each, and unpacks the
-run's directory into logs/, for tools/ship.py.
+that the learning rate schedule reaches its end. With --whole it keeps all epochs, and stops in time
+with a checkpoint, which travels with the optimiser's moments in bfloat16. WORK holds what the
+commands need to know of each other. OUT gets at most 4 parts of 15 MiB and a small file; `join`
+checks the SHA-256 of each, and unpacks the run's directory into logs/, for tools/ship.py or
+--resume.
 """
 
 import argparse
@@ -47,8 +57,10 @@ from utils.files import PROJECT, atomic_write, sha256
 PATH_OPTIONS = ("--config", "--data_root")
 PACKAGES = ("exman", "ConfigArgParse", "strconv", "inputimeout", "GitPython", "gitdb", "smmap")
 PART_BYTES = 15 * 2**20     # of the largest file in OUT
+PARTS = 4                   # in OUT, at most: 60 MiB
 SCRIPT = PROJECT / "train-flow-ssl.py"
-RUNS = PROJECT / "logs" / "exman-train-flow-ssl.py" / "runs"
+LOGS = Path("logs", "exman-train-flow-ssl.py")
+RUNS = LOGS / "runs"
 # The measurement logs epochs 2, 4 and 5: two epochs with compilation, two without, one.
 PROBE = ("--tmp", "--epochs", "5", "--log_each", "2", "--time_limit", "0", "--lr_schedule", "no")
 PROBE_STEPS = 120           # of each of its epochs, at most
@@ -61,8 +73,11 @@ REHEARSAL = ["--config", str(PROJECT / "configs" / "digits.yaml"), "--device", "
              "--validation", "0", "--cons_weight", "0", "--spread_labels", "0"]
 
 
-def prepare(folder, data_root=None, packages=PACKAGES):
-    """Fill `folder` with the project at its commit, MNIST, gzipped, and wheels of `packages`."""
+def prepare(folder, data_root=None, packages=PACKAGES, resume=None):
+    """Fill `folder` with the project at its commit, MNIST, gzipped, and wheels of `packages`.
+
+    resume: the directory of a run to continue, or None.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     commit = git("rev-parse", "HEAD")
     if git("status", "--porcelain", "--untracked-files=no"):
@@ -80,6 +95,10 @@ def prepare(folder, data_root=None, packages=PACKAGES):
             target = folder / "data" / f"{path.name}.gz"
             with open(path, "rb") as source, gzip.open(target, "wb") as zipped:
                 shutil.copyfileobj(source, zipped)
+    if resume:
+        if not (resume / "checkpoint.pt").is_file():
+            raise BadInput(f"{resume} has no checkpoint.pt to continue from")
+        pack(resume, False, commit, folder / "run", with_checkpoint=True)
     if packages:
         command([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w",
                  str(folder / "wheels"), *packages], "pip wheel")
@@ -91,14 +110,20 @@ def git(*words):
     return command(["git", "-C", str(PROJECT), *words], f"git {words[0]}").strip()
 
 
-def start(work, folder, minutes, settings):
+def start(work, folder, minutes, settings, whole=False):
     """Install and unpack `folder`, and start `train` in the background; wait for its measurement.
+
+    settings: the command line of the run; of one to continue, which `folder` may have, what it
+    changes. whole: keep all epochs of the settings, as a run to continue does.
     """
     deadline = time.time() + 60 * minutes
     if (work / "state.json").exists():
         raise BadInput(f"{work} has a run already: watch or finish it, or use another folder")
     if not folder.is_dir():
         raise BadInput(f"there is no folder {folder}: `prepare` makes it")
+    resumed = folder / "run"
+    if not settings and not resumed.is_dir():
+        raise BadInput("put the settings of the run after --, such as -- --config config.yaml")
     work.mkdir(parents=True, exist_ok=True)
     wheels = sorted(map(str, (folder / "wheels").glob("*.whl")))
     if wheels:
@@ -112,6 +137,9 @@ def start(work, folder, minutes, settings):
     for path in (folder / "data").glob("*.gz"):
         with gzip.open(path) as source, open(raw / path.stem, "wb") as target:
             shutil.copyfileobj(source, target)
+    if resumed.is_dir():
+        whole, run = True, join([resumed], work.resolve() / RUNS)
+        settings = ["--resume", str(run), *settings]
     settings = with_absolute_paths(settings)                 # the run's working directory is `work`
     if any(raw.iterdir()):
         settings = [*settings, "--data_root", str(raw.parent.parent)]
@@ -120,7 +148,7 @@ def start(work, folder, minutes, settings):
     if wanted.tmp:
         raise BadInput("a timed run cannot be a --tmp run")
     commit = folder / "commit.txt"
-    state = {"deadline": deadline, "settings": settings,
+    state = {"deadline": deadline, "settings": settings, "whole": whole,
              "commit": commit.read_text().strip() if commit.is_file() else None}
     # The shell waits for the run and records its exit code, whichever processes are gone by then.
     shell = ('"$@" > run.log 2>&1 & echo $! > pid; wait $!; '
@@ -146,9 +174,16 @@ def train(work):
 
     while not (work / "state.json").exists():
         time.sleep(0.05)
-    settings, probe_start = read_state(work)["settings"], time.time()
+    state, probe_start = read_state(work), time.time()
+    settings = state["settings"]
     wanted = read_settings(settings)[1]
     examples = measured = len(load_data(wanted).train_x)
+    if state["whole"]:
+        left = state["deadline"] - time.time() - 60 * MARGIN
+        write_plan(work, wanted.epochs, examples,
+                   f"All {wanted.epochs} epochs: stops after {left / 60:.1f} minutes")
+        run_script([*settings, "--time_limit", f"{max(left, 1) / 60:.2f}"])
+        return
     if not wanted.spread_labels:                    # whose time is that of all examples
         measured = min(examples, PROBE_STEPS * wanted.train_bs)
     run_script([*settings, *PROBE, "--num_examples", str(measured)])
@@ -157,7 +192,7 @@ def train(work):
         return -(-n // wanted.train_bs)
     cost = Cost.of_probe([row["seconds"] for row in rows], time.time() - probe_start,
                          steps(examples) / steps(measured))
-    left = read_state(work)["deadline"] - time.time() - 60 * MARGIN
+    left = state["deadline"] - time.time() - 60 * MARGIN
     epochs = wanted.epochs
     while epochs and cost.seconds(epochs, wanted.log_each) > left * (1 - SPARE):
         epochs -= 1
@@ -170,8 +205,7 @@ def train(work):
     words = (f"An epoch takes {cost.epoch:.2f} s, its evaluation {cost.evaluation:.2f} s, the "
              f"start {cost.start:.0f} s: {epochs} of {wanted.epochs} epochs, "
              f"{cost.seconds(epochs, wanted.log_each) / 60:.1f} of {left / 60:.1f} minutes")
-    with atomic_write(work / "plan.json") as f:
-        json.dump({"epochs": epochs, "examples": examples, "words": words}, f, indent=1)
+    write_plan(work, epochs, examples, words)
     gc.collect()                                    # what the measurement left on the GPU
     limit = (left + 60 * MARGIN / 2) / 60
     run_script([*settings, "--epochs", str(epochs), "--time_limit", f"{limit:.2f}"])
@@ -319,9 +353,15 @@ def progress(work, state):
             f"ends in {to_go / 60:.1f} min, {left / 60:.1f} min left{too_little}")
 
 
-def finish(work, out):
-    """Stop the run if it still trains, and pack its directory into `out`. -> whether it is complete
+def finish(work, out, first=0):
+    """Stop the run if it still trains, pack its directory, and put its parts from the `first` on
+    into `out`, at most PARTS. -> whether it is complete
     """
+    packed = work / "packed"
+    if first:
+        if not (packed / "manifest.json").is_file():
+            raise BadInput(f"the run in {work} is not packed: call finish without --from first")
+        return bring(packed, out, first)
     state = read_state(work)
     patience, signalled = time.time() + GRACE, False
     while not how_it_ended(work, state):
@@ -340,23 +380,30 @@ def finish(work, out):
     complete = (run / "model.torch").exists()
     if not complete:                                # no result, but what there is comes home
         print(f"Not complete, so not a result: {how_it_ended(work, state)}")
-        if (run / "checkpoint.pt").exists():
+        if (run / "checkpoint.pt").exists() and not state["whole"]:
             from training.checkpoint import load_file, save_atomically
             save_atomically(load_file(run / "checkpoint.pt")["model"], run / "partial.torch")
     for name in ("run.log", "state.json", "plan.json"):
         if (work / name).exists():
             shutil.copy(work / name, run)
-    pack(run, complete, state["commit"], out)
-    return complete
+    pack(run, complete, state["commit"], packed, with_checkpoint=state["whole"] and not complete)
+    return bring(packed, out)
 
 
-def pack(run, complete, commit, out):
-    """Write to `out` the directory `run` without its checkpoint, in parts, and a manifest."""
-    out.mkdir(parents=True, exist_ok=True)
+def pack(run, complete, commit, out, with_checkpoint=False):
+    """Write to `out` the directory `run` in parts, and a manifest; of its checkpoint the compact
+    form, or nothing."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w:gz", compresslevel=1) as tar:
         tar.add(run, run.name,
                 filter=lambda member: None if member.name.endswith("checkpoint.pt") else member)
+        if with_checkpoint and (run / "checkpoint.pt").is_file():
+            from training.checkpoint import compact, load_file, save_atomically
+            save_atomically(compact(load_file(run / "checkpoint.pt")), out / "checkpoint.pt")
+            tar.add(out / "checkpoint.pt", f"{run.name}/checkpoint.pt")
+            (out / "checkpoint.pt").unlink()
     content, sums = content.getvalue(), {}
     for i in range(0, len(content), PART_BYTES):
         path = out / f"run.part{i // PART_BYTES:02d}"
@@ -365,22 +412,45 @@ def pack(run, complete, commit, out):
     manifest = {"run": run.name, "complete": complete, "commit": commit, "files": sums}
     with atomic_write(out / "manifest.json") as f:
         json.dump(manifest, f, indent=1)
-    print(f"{out}: {len(sums) + 1} files, {len(content) / 2**20:.1f} MiB")
+    print(f"{out}: {len(sums)} parts, {len(content) / 2**20:.1f} MiB")
 
 
-def join(out, to=RUNS):
-    """Unpack what `finish` packed into the folder `to`. Nothing is overwritten. -> its path"""
-    if not (out / "manifest.json").is_file():
-        raise BadInput(f"{out} has no manifest.json: `finish` did not write it")
-    manifest = json.loads((out / "manifest.json").read_text())
-    for name, digest in manifest["files"].items():
-        if not (out / name).is_file() or sha256(out / name) != digest:
-            raise BadInput(f"{out / name} is missing or damaged")
+def bring(packed, out, first=0):
+    """Copy parts `first` to `first` + PARTS - 1 and the manifest to `out`. -> whether the run is
+    complete"""
+    manifest, files = read_manifest(packed)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("manifest.json", *files[first:first + PARTS]):
+        shutil.copy(packed / name, out)
+    if len(files) > first + PARTS:
+        print(f"{len(files) - first - PARTS} parts are left: finish --from {first + PARTS}")
+    return manifest["complete"]
+
+
+def read_manifest(folder):
+    """-> the manifest in `folder`, and the names of the parts."""
+    if not (folder / "manifest.json").is_file():
+        raise BadInput(f"{folder} has no manifest.json: `finish` did not write it")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return manifest, sorted(manifest["files"])
+
+
+def join(outs, to):
+    """Unpack what `finish` brought into `outs` into the folder `to`. Nothing is overwritten.
+    -> the directory of the run"""
+    manifest, files = read_manifest(outs[0])
+    parts = {}
+    for name in files:
+        found = [out / name for out in outs if (out / name).is_file()
+                 and sha256(out / name) == manifest["files"][name]]
+        if not found:
+            raise BadInput(f"{outs[0] / name} is missing or damaged")
+        parts[name] = found[0]
     run = to / manifest["run"]
     if run.exists():
         raise BadInput(f"{run} is there already: move it away first")
     to.mkdir(parents=True, exist_ok=True)
-    content = b"".join((out / name).read_bytes() for name in sorted(manifest["files"]))
+    content = b"".join(path.read_bytes() for path in parts.values())
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         tar.extractall(to, filter="data")
     print(run)
@@ -400,7 +470,7 @@ def rehearse():
         while not watch(here / "work", 10, interval=5):
             pass
         complete = finish(here / "work", here / "out")
-        join(here / "out", here / "home")
+        join([here / "out"], here / "home")
         print("Rehearsed: " + ("complete" if complete else "the run was not complete"))
 
 
@@ -415,6 +485,11 @@ def write_state(work, state):
         json.dump(state, f, indent=1)
 
 
+def write_plan(work, epochs, examples, words):
+    with atomic_write(work / "plan.json") as f:
+        json.dump({"epochs": epochs, "examples": examples, "words": words}, f, indent=1)
+
+
 def read_plan(work):
     """What `train` measured and decided, or nothing yet."""
     path = work / "plan.json"
@@ -423,7 +498,7 @@ def read_plan(work):
 
 def newest(work, kind):
     """The last run's directory in the runs, tmp or fails of `work`, or None."""
-    return max((work / "logs" / "exman-train-flow-ssl.py" / kind).glob("*"), default=None)
+    return max((work / LOGS / kind).glob("*"), default=None)
 
 
 def main(argv=None):
@@ -439,6 +514,7 @@ def main(argv=None):
     one = commands.add_parser("prepare")
     one.add_argument("folder", type=Path)
     one.add_argument("--data_root", type=Path, help="folder of MNIST/raw, to take MNIST along")
+    one.add_argument("--resume", type=Path, metavar="RUN_DIR", help="take along a run to continue")
     one.add_argument("--packages", nargs="*", default=PACKAGES,
                      help=f"packages to take along as wheels ({' '.join(PACKAGES)})")
     one = commands.add_parser("start", epilog="After --: the settings of the run.")
@@ -446,36 +522,40 @@ def main(argv=None):
     one.add_argument("--folder", type=Path, required=True, help="what `prepare` filled")
     one.add_argument("--minutes", type=float, required=True,
                      help="until the machine is gone")
+    one.add_argument("--whole", action="store_true",
+                     help="keep all epochs of the settings, and stop in time with a checkpoint")
     one = commands.add_parser("watch")
     one.add_argument("work", type=Path)
     one.add_argument("--seconds", type=float, default=540)
     one = commands.add_parser("finish")
     one.add_argument("work", type=Path)
     one.add_argument("--to", type=Path, required=True, metavar="OUT")
+    one.add_argument("--from", type=int, default=0, dest="first", metavar="K",
+                     help="the first part to bring, after those that an earlier call brought")
     one = commands.add_parser("join")
-    one.add_argument("out", type=Path, metavar="OUT")
-    one.add_argument("--to", type=Path, default=RUNS, metavar="FOLDER",
+    one.add_argument("outs", type=Path, nargs="+", metavar="OUT")
+    one.add_argument("--to", type=Path, default=PROJECT / RUNS, metavar="FOLDER",
                      help="default: where the project keeps its runs")
     commands.add_parser("train").add_argument("work", type=Path)     # what `start` starts
     own = parser.parse_args(argv)
     if own.dry_run:
         rehearse()
     elif own.command == "prepare":
-        prepare(own.folder, own.data_root, own.packages)
+        prepare(own.folder, own.data_root, own.packages, own.resume)
     elif own.command == "start":
         if not 0 < own.minutes < math.inf:
             raise BadInput(f"--minutes must be a positive number, not {own.minutes}")
-        if not settings:
-            raise BadInput("put the settings of the run after --, such as -- --config config.yaml")
-        start(own.work, own.folder, own.minutes, settings)
+        start(own.work, own.folder, own.minutes, settings, own.whole)
     elif own.command == "train":
         train(own.work)
     elif own.command == "watch":
         watch(own.work, own.seconds)
     elif own.command == "finish":
-        finish(own.work, own.to)
+        if own.first < 0:
+            raise BadInput(f"--from must be at least 0, not {own.first}")
+        finish(own.work, own.to, own.first)
     elif own.command == "join":
-        join(own.out, own.to)
+        join(own.outs, own.to)
     else:
         raise BadInput("name a command: prepare, start, watch, finish, join, or --dry-run")
 

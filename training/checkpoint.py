@@ -134,6 +134,17 @@ def load_checkpoint(path: Path, model: SemiConditionalFlow, settings: Settings) 
     return checkpoint
 
 
+def compact(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """`checkpoint` in two thirds of its bytes: with the optimiser's moments in bfloat16.
+
+    A run that continues from it differs by less than two runs with other random numbers do.
+    """
+    optimizer = {key: {name: moment.bfloat16() for name, moment in value.items()}
+                 if isinstance(value, dict) else value
+                 for key, value in checkpoint["optimizer"].items()}
+    return {**checkpoint, "optimizer": optimizer}
+
+
 def shapes_of(tensors: Any) -> dict[str, tuple[int, ...]]:
     """{name: shape} of a mapping of names to tensors; {"": ()} of anything else."""
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):

@@ -17,7 +17,7 @@ from models import SemiConditionalFlow
 from models.bijections import (ActNorm, Bijection, ChannelCoupling, CheckerboardCoupling,
                                SplitCoupling)
 from models.conv1x1 import FullConv, log_abs_det
-from models.networks import Conv3x3, ResNet, reflect_pad
+from models.networks import Conv3x3, Linear, ResNet, reflect_pad
 from models.pixels import ConditionalPixels
 
 NETWORKS = {CheckerboardCoupling: ("net",), ChannelCoupling: ("net1", "net2"),
@@ -26,6 +26,8 @@ NETWORKS = {CheckerboardCoupling: ("net",), ChannelCoupling: ("net1", "net2"),
 TINY_CONV = 2**14
 # Graphs that torch.compile may make of a function: one per shape, with and without gradient.
 COMPILED_GRAPHS = 256
+# A GPU's convolutions in bfloat16 want a multiple of so many channels.
+CHANNELS = 8
 # Of the largest activation on a CPU: larger micro-batches take more memory and hardly less time.
 MICRO_BATCH_BYTES = 2**24
 
@@ -45,6 +47,8 @@ class FastLogJoint(nn.Module):
       their first layer, where rounding x would be the largest error. Their output is rounded to
       bfloat16; all that is computed from it (scales, log-determinants, base densities, logsumexp)
       keeps the type of the model. Points have too few dimensions for these errors to average out.
+    - With compile too, for a GPU, all weights are cast to bfloat16 together, and convolutions have
+      as many channels as its kernels want (_Bfloat16Layer).
     - With compile each coupling, ActNorm and 1x1 convolution is one graph of torch.compile.
       Equal ones share a graph, so that a deep flow compiles in little more time than a shallow one.
 
@@ -91,6 +95,7 @@ class FastLogJoint(nn.Module):
                 self.twin.set_submodule(name, _WithoutLogDet(part))
         self.weight_log_det = WeightLogDet(with_weight_log_det)
         in_bfloat16 = precision == "bf16"
+        self.bfloat16_layers: list[_Bfloat16Layer] = []
         parts: list[Any] = list(self.twin.modules())
         for part in parts:
             for name in NETWORKS.get(type(part), ()):
@@ -98,9 +103,11 @@ class FastLogJoint(nn.Module):
                 setattr(part, name, nn.ModuleList(_Network(n, in_bfloat16) for n in net)
                         if isinstance(net, nn.ModuleList) else _Network(net, in_bfloat16))
             if isinstance(part, ResNet) and in_bfloat16:
-                part.first = _ToBfloat16(part.first)
-                if not model.log_p_y.is_cuda:
-                    part.norm = _FusedNorm(part.norm)
+                part.norm = _FusedNorm(part.norm)
+                if compile:
+                    self.bfloat16_layers += _replace_layers(part)
+                if not isinstance(part.first, _Bfloat16Layer):
+                    part.first = _ToBfloat16(part.first)
         if not model.log_p_y.is_cuda:
             norms = [name for name, part in self.twin.named_modules()
                      if isinstance(part, nn.GroupNorm)]
@@ -117,14 +124,19 @@ class FastLogJoint(nn.Module):
     def forward(self, x: Tensor, copies: Tensor | None = None) -> Any:
         """-> log p(x, y), (B, K); with `copies` also, for each of them, log p(y | x) up to a term
         that does not depend on y, (B, K)."""
+        give_weights(self.bfloat16_layers)
         if copies is None:
             return self._log_joint(x)
         if self.twin.f_w.cheap_last_part:
-            return self._log_joint(x), self.logits(copies)
+            return self._log_joint(x), self._logits(copies)
         return self._log_joint(torch.cat((x, copies))).split(len(x))
 
     def logits(self, x: Tensor) -> Tensor:
         """log p(y | x) up to a term that does not depend on y: x (B, C, H, W) -> (B, K)."""
+        give_weights(self.bfloat16_layers)
+        return self._logits(x)
+
+    def _logits(self, x: Tensor) -> Tensor:
         if self.twin.f_w.cheap_last_part:
             return self.twin.log_zf_joint(self.twin.encode_f(x))
         return self._log_joint(x)
@@ -132,6 +144,7 @@ class FastLogJoint(nn.Module):
     def logits_given(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """`logits` of x (B, 1, H, W), in model pyramid, as a function of the image that the network
         which shifts z_f sees: (B, 1, H, W) -> (B, K)."""
+        give_weights(self.bfloat16_layers)
         f_w: Any = self.twin.f_w
         with torch.no_grad():
             last_part = f_w.last_part_given(x)
@@ -224,6 +237,8 @@ class _TinyConv3x3(nn.Module):
         self.register_buffer("taps", taps.to(conv.weight).flatten(1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.conv.relu:
+            x = F.relu(x)
         c_out, c_in = self.conv.weight.shape[:2]
         n = self.pixels
         # Without autocast, the sums of weights are rounded only once, at the end.
@@ -236,10 +251,7 @@ class _TinyConv3x3(nn.Module):
 
 
 class _FusedNorm(nn.Module):
-    """A NetworkNorm as one kernel from and to bfloat16.
-
-    A CPU is slow at arithmetic of mixed types.
-    """
+    """A NetworkNorm from and to bfloat16: fewer bytes on a GPU, and one kernel on a CPU."""
 
     zeros: Tensor
     ones: Tensor
@@ -284,6 +296,91 @@ class _Network(nn.Module):
                             cache_enabled=False):
             out = self.net(x).to(x.dtype)
         return _ChannelsLastGradient.apply(out) if out.dim() == 4 else out
+
+
+class _Bfloat16Layer(nn.Module):
+    """A layer of a ResNet in bfloat16, for a GPU, with the weight and bias of `give_weights`.
+
+    With `splits` the weight is in the type of the model; input and weight are then each the sum of
+    two numbers in bfloat16, high and low, which is more exact than TF32:
+    x w = x_high w_high + x_low w_high + x_high w_low, computed as 3C channels.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, layer: Conv3x3 | Linear, splits: bool):
+        super().__init__()
+        self.layer, self.splits = layer, splits
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, w = self.layer.prepare(x), self.weight
+        if self.splits:
+            (x_high, x_low), (w_high, w_low) = _high_and_low(x), _high_and_low(w)
+            x, w = torch.cat((x_high, x_low, x_high), 1), torch.cat((w_high, w_high, w_low), 1)
+        if isinstance(self.layer, Linear):
+            return F.linear(x, w, self.bias)
+        out = F.conv2d(_pad(x, 1), _pad(_pad(w, 1), 0), _pad(self.bias, 0),
+                       padding=self.layer.padding)
+        return out[:, :len(w)]
+
+
+def _high_and_low(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x = high + low, both in bfloat16, to 16 bits. The gradient is that of high."""
+    high = x.bfloat16()
+    return high, (x - high).detach().bfloat16()
+
+
+def _pad(x: Tensor, dim: int) -> Tensor:
+    """x with zeros at the end of `dim`, up to a multiple of CHANNELS."""
+    padding = [0, 0] * (x.dim() - dim - 1) + [0, -x.shape[dim] % CHANNELS]
+    return F.pad(x, padding) if padding[-1] else x
+
+
+def _replace_layers(net: ResNet) -> list[_Bfloat16Layer]:
+    """Make the layers of `net` _Bfloat16Layers, and return these.
+
+    A first linear layer stays in float32: in h_phi gradients of all classes nearly cancel.
+    """
+    replaced = []
+    for name, layer in list(net.named_modules()):
+        is_layer = name.rpartition(".")[2] in ("first", "layer1", "layer2", "last")
+        kinds = Conv3x3 if name == "first" else (Conv3x3, Linear)
+        if is_layer and isinstance(layer, kinds):
+            replaced.append(_Bfloat16Layer(layer, splits=name == "first"))
+            net.set_submodule(name, replaced[-1])
+    return replaced
+
+
+def give_weights(layers: list[_Bfloat16Layer]) -> None:
+    """Give `layers` the weights and biases that they have now, by a few kernels for all of them."""
+    places = [(part, name) for part in layers for name in ("weight", "bias")
+              if not (part.splits and name == "weight")]
+    if places:
+        given = _CastTogether.apply(*(getattr(part.layer, name) for part, name in places))
+        for (part, name), tensor in zip(places, given):
+            setattr(part, name, tensor)
+    for part in layers:
+        if part.splits:
+            part.weight = part.layer.weight
+
+
+class _CastTogether(torch.autograd.Function):
+    """Tensors in float32 -> the same in bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return _cast(tensors, torch.bfloat16)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return _cast(grads, torch.float32)
+
+
+def _cast(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    copies = tuple(torch.empty_like(t, dtype=dtype) for t in tensors)
+    torch._foreach_copy_(copies, tensors)
+    return copies
 
 
 class _ToBfloat16(nn.Module):
