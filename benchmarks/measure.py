@@ -145,6 +145,7 @@ class PlainLogJoint(FastLogJoint):
     def __init__(self, model):
         torch.nn.Module.__init__(self)
         self.twin, self.named_model_parameters = model, list(model.named_parameters())
+        self.bfloat16_layers = []
 
     def _log_joint(self, x):
         return self.twin.log_joint(x)

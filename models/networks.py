@@ -17,7 +17,8 @@ def reflect_pad(x: Tensor) -> Tensor:
     """Reflection padding by one pixel: (B, C, H, W) -> (B, C, H + 2, W + 2)."""
     if x.is_cuda and torch.are_deterministic_algorithms_enabled():
         return _reflect_pad_by_slices(x)  # F.pad's gradient is not deterministic on a GPU
-    return F.pad(x, (1, 1, 1, 1), mode="reflect")
+    with torch.autocast(x.device.type, enabled=False):  # on a CPU it would pad in float32
+        return F.pad(x, (1, 1, 1, 1), mode="reflect")
 
 
 def _reflect_pad_by_slices(x: Tensor) -> Tensor:
