@@ -25,7 +25,7 @@ from training.fast import FastLogJoint
 from training.processes import Processes
 from training.step import TrainingStep, build_optimizer
 from utils.data import DATASETS, SemiSupervisedData
-from utils.errors import BadInput, OneLineParser, value_errors_as_bad_input
+from utils.errors import BadInput, OneLineParser, check_output, value_errors_as_bad_input
 from utils.files import atomic_write
 from utils.settings import read_settings
 
@@ -70,8 +70,8 @@ def read_arguments(description, count, default, what, modes=True):
         raise BadInput(f"--profile must be at least 0, not {own.profile}")
     if getattr(own, count) < 1:
         raise BadInput(f"{count} must be at least 1, not {getattr(own, count)}")
-    if own.json and not own.json.parent.is_dir():
-        raise BadInput(f"there is no folder {own.json.parent} for {own.json.name}")
+    if own.json:
+        check_output(own.json)
     if settings.cons_weight and DATASETS[settings.data].grey_levels is None:
         raise BadInput(f"cons_weight needs images, for augmentation; {settings.data} has points")
     device = set_up_torch(settings, Processes())

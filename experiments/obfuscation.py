@@ -1,6 +1,7 @@
 """What the parts of the latent space know about the class: z_f, z_h and z_aux of a trained model.
 
     python experiments/obfuscation.py --config configs/digits.yaml --pretrained [FILE]
+    python experiments/obfuscation.py --run RUN_DIR
         [--picture FILE.png] [--save FILE.npz] [--json FILE.json] [options of train-flow-ssl.py]
 
 With a flow that models p(z_f | y) well, z_h = h_phi(z_f; y) follows the same distribution whatever
@@ -32,8 +33,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pictures import load
-from utils.errors import BadInput, OneLineParser, run_command
+from pictures import add_run, load
+from utils.errors import OneLineParser, check_output, run_command
 from utils.figures import save
 from utils.files import atomic_write
 
@@ -48,14 +49,14 @@ def main(argv=None):
     parser = OneLineParser(description="What z_f, z_h and z_aux know about the class.",
                            allow_abbrev=False,
                            epilog="All other options are those of train-flow-ssl.py.")
+    add_run(parser)
     parser.add_argument("--picture", type=Path, metavar="FILE.png")
     parser.add_argument("--save", type=Path, metavar="FILE.npz")
     parser.add_argument("--json", type=Path, metavar="FILE.json")
     own, rest = parser.parse_known_args(argv)
     for path in filter(None, (own.picture, own.save, own.json)):
-        if not path.parent.is_dir():
-            raise BadInput(f"there is no folder {path.parent} for {path.name}")
-    model, data, settings = load([*rest, "--supervised", "-1"])     # with all training labels
+        check_output(path)
+    model, data, settings = load([*rest, "--supervised", "-1"], own.run)    # all training labels
     noise = torch.Generator(data.device).manual_seed(settings.seed)
     train, test = (latents(model, data.dequantize(x, noise), y, settings.test_bs)
                    for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)))

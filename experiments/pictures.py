@@ -5,9 +5,11 @@
     python experiments/pictures.py redrawn ...        test images, each with every other label
     python experiments/pictures.py interpolation ...  between two test images of each class
     python experiments/pictures.py latent ...         for points in the plane: z_f and z_h
+    python experiments/pictures.py mistakes ...       the most confident ones, on test images
     python experiments/pictures.py curves RUN_DIR [RUN_DIR ...] --save FILE.png
 
-Each is also a function in utils/figures.py. The first test images of each class are taken.
+--run RUN_DIR takes the config and the weights of a run. Each picture is also a function in
+utils/figures.py. The first test images of each class are taken.
 """
 
 import sys
@@ -18,11 +20,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import build_model
+from training.assessment import assess, assessed_examples
 from training.checkpoint import load_pretrained
 from training.device import set_up_torch
+from training.evaluation import Inference
+from training.fast import FastLogJoint
 from training.processes import Processes
 from utils.data import load_data
-from utils.errors import BadInput, OneLineParser, run_command, value_errors_as_bad_input
+from utils.errors import (BadInput, OneLineParser, check_output, run_command,
+                          value_errors_as_bad_input)
 from utils.figures import (plot_curves_of_runs, plot_interpolation, plot_latent_space, plot_redrawn,
                            plot_samples)
 from utils.metrics import read_metrics
@@ -34,7 +40,7 @@ MAX_TEMPERATURE = 10
 def main(argv=None):
     parser = OneLineParser(description="Pictures of a trained model.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
-    for name in ("samples", "redrawn", "interpolation", "latent", "curves"):
+    for name in ("samples", "redrawn", "interpolation", "latent", "mistakes", "curves"):
         one = commands.add_parser(name, allow_abbrev=False)
         one.add_argument("--save", type=Path, required=True, metavar="FILE.png")
         if name == "samples":
@@ -43,16 +49,20 @@ def main(argv=None):
         if name == "curves":
             one.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR")
         else:
+            add_run(one)
             one.epilog = "All other options are those of train-flow-ssl.py."
     own, rest = parser.parse_known_args(argv)
-    if not own.save.parent.is_dir():
-        raise BadInput(f"there is no folder {own.save.parent} for {own.save.name}")
+    check_output(own.save)
     if own.command == "curves":
         if rest:
             raise BadInput(f"unknown option {rest[0]}")
-        plot_curves_of_runs({run.name: rows_of(run) for run in own.runs}, own.save)
+        names = [run.resolve().name for run in own.runs]
+        if len(set(names)) < len(names):
+            names = list(map(str, own.runs))
+        with value_errors_as_bad_input():
+            plot_curves_of_runs(dict(zip(names, map(rows_of, own.runs))), own.save)
         return
-    model, data, settings = load(rest)
+    model, data, settings = load(rest, own.run)
     if own.command == "samples":
         if not 0 <= own.temperature <= MAX_TEMPERATURE:
             raise BadInput(f"--temperature must be from 0 to {MAX_TEMPERATURE}, not "
@@ -66,6 +76,12 @@ def main(argv=None):
         return
     if not model.image:
         raise BadInput(f"{own.command} is for images, and {settings.data} has points")
+    if own.command == "mistakes":
+        infer = Inference(FastLogJoint(model))
+        name, examples = assessed_examples(data, settings)
+        assess(infer, Inference(FastLogJoint(model)), data, examples, name,
+               settings).plot_mistakes(examples, own.save)
+        return
     noise = torch.Generator(data.device).manual_seed(settings.seed)
     x = data.dequantize(data.test_x, noise)
     of_class = [torch.nonzero(data.test_y == k)[:2, 0] for k in range(data.n_classes)]
@@ -77,8 +93,18 @@ def main(argv=None):
         plot_interpolation(model, x[first], x[second], y, own.save)
 
 
-def load(line):
-    """The model with the weights, the data and the settings of a command line. Raises BadInput."""
+def add_run(parser):
+    """Add the option --run to an ArgumentParser."""
+    parser.add_argument("--run", type=Path, metavar="RUN_DIR",
+                        help="a run, in place of --config and --pretrained")
+
+
+def load(line, run=None):
+    """The model with the weights, the data and the settings of a command line, which are those of
+    the directory `run` if that is given. Raises BadInput."""
+    if run:
+        line = ["--config", str(run / "params.yaml"), "--pretrained", str(run / "model.torch"),
+                *line]
     _, settings = read_settings(line)
     if not settings.pretrained:
         raise BadInput("name the weights: --pretrained FILE, or --pretrained for those that ship")
@@ -92,6 +118,7 @@ def load(line):
 
 
 def rows_of(run):
+    """The metrics of a run's directory. Raises BadInput if it has none."""
     rows = read_metrics(run / "metrics.csv")
     if not rows:
         raise BadInput(f"{run} is not the directory of a run with metrics")

@@ -45,7 +45,7 @@ def test_the_figures_of_given_predictions(tmp_path, monkeypatch):
     p = torch.full((10, 10), 0.1 / 9)
     p[torch.arange(10), [0, 1, 2, 3, 4, 5, 6, 8, 9, 9]] = 0.9         # 7 and 8 are wrong
     own = Fixed(p.log() + torch.arange(10.0)[:, None])                  # log p(x) = 0, 1, ..., 9
-    others = Fixed(torch.full((4 * assessment.N_OTHERS, 10), -2.0 - np.log(10)))
+    others = Fixed(torch.full((5 * assessment.N_OTHERS, 10), -2.0 - np.log(10)))
     found = assess(own, others, data, (images, y), "test", settings)
     assert found.error == pytest.approx(0.2) and found.log_p == pytest.approx(4.5)
     assert found.nll == pytest.approx(-(8 * np.log(0.9) + 2 * np.log(0.1 / 9)) / 10, rel=1e-5)
@@ -53,8 +53,9 @@ def test_the_figures_of_given_predictions(tmp_path, monkeypatch):
     assert found.confusion[7].tolist() == [0] * 8 + [1, 0] and found.confusion[8, 9] == 1
     assert found.confusion.sum() == 10 and found.confusion.diagonal().sum() == 8
     assert found.mistakes.tolist() == [7, 8]
-    assert found.auroc == dict.fromkeys(("noise", "constant", "inverted", "shuffled pixels"), 1.0)
-    assert found.lines()[2] == "Worst class  7: 100.00% error, of 1 examples"
+    kinds = ("noise", "black", "constant", "inverted", "shuffled pixels")
+    assert found.auroc == dict.fromkeys(kinds, 1.0)
+    assert found.lines()[-3].split() == ["7", *"........", "1", ".", "100.00%"]
 
 
 def test_calibration_error_by_bins():
@@ -103,8 +104,8 @@ def test_what_pretrained_prints(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     for pattern in (r"Test error   \d\.\d\d% \(\d\.\d\d, \d\.\d\d\)",
                     r"-log p\(y\|x\)  0\.\d{4} nats",
-                    r"Calibration  \d\.\d\d% expected", r"Worst class  \d: \d+\.\d\d% error, of \d",
-                    r"AUROC of p\(x\).*: noise 1\.000, constant 0\.9\d\d, inverted 1\.000"):
+                    r"Calibration  \d\.\d\d% expected", r"\n +8 .* 30 .* 14\.29%\n",
+                    r"AUROC of p\(x\).*: noise 1\.000, black 0\.\d{3}, constant 1\.000"):
         assert re.search(pattern, out), pattern
     assert run_script([*line, "--test", "false"]) == 0
     assert "Validation error" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import resource
 import traceback
 from pathlib import Path
@@ -635,6 +636,14 @@ def test_a_disk_that_fills_up_within_a_file(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert len(torch.load(tmp_path / "c.pt")["a"]) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "."):
+        with pytest.raises(OSError, match="Not a file that could be replaced"):
+            save_atomically({"a": torch.zeros(3)}, tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 # The other tests need a GPU: run them by `python -m pytest -m gpu`, or only the first four, which

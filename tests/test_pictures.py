@@ -73,7 +73,7 @@ def test_temperature_zero_has_one_sample_per_class(model, drawn, tmp_path):
     assert not torch.equal(grid[0, 0], grid[0, 1])
 
 
-@pytest.mark.parametrize("command", ["samples", "redrawn", "interpolation"])
+@pytest.mark.parametrize("command", ["samples", "redrawn", "interpolation", "mistakes"])
 def test_pictures_of_the_shipped_model(experiment, command, tmp_path):
     experiment("pictures").main([command, "--save", "picture.png", *SHIPPED])
     with Image.open(tmp_path / "picture.png") as picture:
@@ -87,7 +87,7 @@ def test_pictures_of_points_and_of_runs(experiment, tmp_path):
     first, second = runs(tmp_path)
     pictures = experiment("pictures")
     weights = ["--config", str(first / "params.yaml"), "--pretrained", str(first / "model.torch")]
-    pictures.main(["latent", "--save", "latent.png", *weights])
+    pictures.main(["latent", "--save", "latent.png", "--run", str(first)])
     pictures.main(["curves", str(first), str(second), "--save", "curves.png"])
     for name in ("latent.png", "curves.png"):
         with Image.open(tmp_path / name) as picture:
@@ -96,6 +96,9 @@ def test_pictures_of_points_and_of_runs(experiment, tmp_path):
                           (["latent", "--save", "x.png", *SHIPPED], "for points in the plane"),
                           (["samples", "--save", "x.png"], "name the weights"),
                           (["samples", "--save", "no/x.png", *SHIPPED], "no folder no"),
+                          (["samples", "--save", "/dev/null", *SHIPPED], "not a file that could"),
+                          (["curves", str(first), str(PROJECT / "results" / "digits" / "seed0"),
+                            "--save", "x.png"], "no likelihood in common"),
                           (["samples", "--temperature", "-1", "--save", "x.png", *SHIPPED],
                            "--temperature must"),
                           (["curves", str(tmp_path), "--save", "x.png"], "not the directory of a"),

@@ -59,15 +59,28 @@ class Assessment:
         """What the terminal shows beyond error and likelihood."""
         counts = self.confusion.sum(1)
         errors = 1 - self.confusion.diagonal() / counts.clamp(min=1)
-        worst = int(errors.argmax())
         lines = [f"-log p(y|x)  {self.nll:.4f} nats",
-                 f"Calibration  {self.calibration_error:.2%} expected calibration error",
-                 f"Worst class  {worst}: {float(errors[worst]):.2%} error, of "
-                 f"{int(counts[worst])} examples"]
+                 f"Calibration  {self.calibration_error:.2%} expected calibration error"]
         if self.auroc:
             kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in self.auroc.items())
             lines.append(f"Outliers     AUROC of p(x) against images of other kinds: {kinds}")
+        width = max(len(str(int(counts.max()))), 2) + 2
+        lines.append("Class taken for" + "".join(f"{j:{width}}" for j in range(len(counts)))
+                     + "   error")
+        lines += [f"{i:15}" + "".join(f"{n or '.':>{width}}" for n in row) + f"  {error:7.2%}"
+                  for i, (row, error) in enumerate(zip(self.confusion.tolist(), errors.tolist()))]
         return lines
+
+    def plot_mistakes(self, examples: Examples, path: Path) -> None:
+        """Draw the most confident of the mistakes on `examples`, images and classes, if any.
+
+        A picture that was there is removed.
+        """
+        path.unlink(missing_ok=True)
+        if len(self.mistakes):
+            shown = self.mistakes[:N_MISTAKES]
+            images, y = (part.cpu()[shown] for part in examples)
+            plot_mistakes(images, y, self.predicted[shown], self.confidence[shown], path)
 
 
 def assess(infer: Inference, others: Inference, data: SemiSupervisedData, examples: Examples,
@@ -142,7 +155,8 @@ def other_images(data: SemiSupervisedData, images: Tensor,
     def random(*size: int) -> Tensor:
         return torch.randint(levels, size, generator=generator).to(own.dtype)
     order = torch.rand(len(own), own[0].numel(), generator=generator).argsort(1)
-    kinds = {"noise": random(*shape), "constant": random(N_OTHERS, 1, 1, 1).expand(shape),
+    kinds = {"noise": random(*shape), "black": torch.zeros(shape, dtype=own.dtype),
+             "constant": random(N_OTHERS, 1, 1, 1).clamp(min=1).expand(shape),
              "inverted": levels - 1 - own,
              "shuffled pixels": own.flatten(1).gather(1, order).view_as(own)}
     if settings.data == "mnist":
@@ -181,6 +195,8 @@ def print_evaluation(log_joint: FastLogJoint, data: SemiSupervisedData,
     if data.grey_levels:
         print(f"bits/dim     {mean(data.bits_per_dim(log_p), 4)}")
     if processes.is_main:
+        if settings.draws > 1:
+            print("With the first sample of the noise:")
         assessment = assess(infer, Inference(log_joint), data, (images, y), name, settings,
                             draws[0])
         print("\n".join(assessment.lines()))
@@ -201,11 +217,8 @@ def report_run(evaluation: RunEvaluation, rows: list[Row], run_dir: Path) -> Non
         assessment = assess(infer, Inference(evaluation.log_joint), data, examples, name, settings,
                             infer.predictions if settings.test else None)
         print("\n".join(assessment.lines()))
-        if data.grey_levels is not None and len(assessment.mistakes):
-            images, y = examples[0].cpu(), examples[1].cpu()
-            shown = assessment.mistakes[:N_MISTAKES]
-            plot_mistakes(images[shown], y[shown], assessment.predicted[shown],
-                          assessment.confidence[shown], run_dir / "mistakes.png")
+        if data.grey_levels is not None:
+            assessment.plot_mistakes(examples, run_dir / "mistakes.png")
         write_report(run_dir, vars(settings), rows, assessment)
     except Exception as error:
         traceback.print_exc()

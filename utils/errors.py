@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,9 +45,20 @@ class OneLineParser(argparse.ArgumentParser):
         exit_with(self.prog, message)
 
 
+def check_output(path: Path) -> None:
+    """Raise BadInput if no file can be written at `path`, before anything is computed for it."""
+    if not path.parent.is_dir():
+        raise BadInput(f"there is no folder {path.parent} for {path.name}")
+    if path.exists() and not path.is_file():
+        raise BadInput(f"{path} is not a file that could be replaced")
+    if not os.access(path.parent, os.W_OK):
+        raise BadInput(f"nothing can be written to {path.parent}")
+
+
 def run_command(main: Callable[[], object]) -> None:
-    """Run `main`; if it raises BadInput, print the message and exit with code 2."""
+    """Run `main`; if it raises BadInput or an OSError, such as that of a full disk, print the
+    message and exit with code 2."""
     try:
         main()
-    except BadInput as error:
-        exit_with(Path(sys.argv[0]).name, str(error))
+    except (BadInput, OSError) as error:
+        exit_with(Path(sys.argv[0]).name, one_line(error))

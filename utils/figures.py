@@ -24,6 +24,7 @@ from .metrics import Row, name_of_kept
 CLASS_COLOURS = ["#1f77b4", "#d62728"]   # of points
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+LINES = ("-", "--", ":", "-.")      # of more curves than there are colours
 # Of the curves, in every panel; colour-blind people can tell them apart (Okabe and Ito).
 CURVES = {"train": ("training", "0.5"), "labelled": ("training, labelled", "0.5"),
           "val": ("validation", "#0072b2"),
@@ -86,24 +87,31 @@ def plot_curves(rows: list[Row], path: Path) -> None:
 def plot_curves_of_runs(runs: dict[str, list[Row]], path: Path) -> None:
     """Training loss, error and likelihood of several runs, {label: rows of a MetricsLog}, against
     the epoch. Error and likelihood are those of the validation set or, without one, of the test
-    set, and of the weights that the run would keep.
+    set, and of the weights that the run would keep. Raises ValueError for runs of images beside
+    runs of points, whose likelihoods differ in kind.
     """
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    figure = Figure(figsize=(12, 3.6 + 0.25 * (len(runs) // 3)), layout="constrained")
     loss, error, likelihood = figure.subplots(1, 3)
-    for (label, rows), colour in zip(runs.items(), itertools.cycle(COLOURS)):
+    styles = ((line, colour) for line in itertools.cycle(LINES) for colour in COLOURS)
+    units = set()
+    for (label, rows), (line, colour) in zip(runs.items(), styles):
         epoch = [row["epoch"] for row in rows]
         names = [name_of_kept(row) for row in rows]
         images = np.isfinite([row[f"{name}_bpd"] for row, name in zip(rows, names)]).any()
-        style = {"color": colour, "marker": "." if len(rows) < 30 else None}
+        style = {"color": colour, "linestyle": line, "marker": "." if len(rows) < 30 else None}
+        units.add("bits/dim" if images else "log p(x), nats")
         loss.plot(epoch, [row["train_loss"] for row in rows], label=label, **style)
         error.plot(epoch, [100 * (1 - row[f"{name}_acc"]) for row, name in zip(rows, names)],
                    **style)
         likelihood.plot(epoch, [row[f"{name}_{'bpd' if images else 'log_p'}"]
                                 for row, name in zip(rows, names)], **style)
-        likelihood.set_ylabel("bits/dim" if images else "log p(x), nats")
+    if len(units) > 1:
+        raise ValueError("runs of images and runs of points have no likelihood in common: draw "
+                         "them in two pictures")
+    likelihood.set_ylabel(units.pop())
     loss.set_ylabel("training loss, nats")
-    loss.legend()
-    error.set_ylabel("error, %")
+    figure.legend(loc="outside lower center", ncols=3)
+    error.set_ylabel("error (validation, else test), %")
     error.set_ylim(bottom=0)
     for axes in (loss, error, likelihood):
         axes.set_xlabel("epoch")
@@ -128,7 +136,7 @@ def plot_samples(model: SemiConditionalFlow, path: Path, seed: int,
     if model.image:
         figure, axes = draw_grid(x)
         axes.set_xticks(*_middles(x, k))
-        axes.set_xlabel("class y")
+        axes.set_xlabel("class y" + ("" if temperature == 1 else f"; temperature {temperature:g}"))
     else:
         figure = Figure(figsize=(4 * k, 4), layout="constrained")
         for j, axes in enumerate(figure.subplots(1, k, sharex=True, sharey=True)):
@@ -192,7 +200,7 @@ def plot_interpolation(model: SemiConditionalFlow, x: Tensor, other: Tensor, y: 
     z_f = model.h_phi.inverse(z_h, y.repeat_interleave(steps))
     images = model.decode(torch.cat((z_aux, z_f), 1)).unflatten(0, (-1, steps)).cpu().float()
     figure, axes = draw_grid(images)
-    axes.set_xticks(_middles(images, steps)[0], [f"{float(s):.0%}" for s in share])
+    axes.set_xticks(_middles(images, steps)[0], [f"{float(s):.3g}" for s in share])
     axes.set_xlabel("from one test image to another of its class")
     save(figure, path)
 

@@ -1,6 +1,7 @@
 """Files: the project's folder, atomic writes, checksums."""
 
 import contextlib
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -16,9 +17,12 @@ def atomic_write(path: str | Path, mode: str = "w", **options: Any) -> Iterator[
 
     Readers see either the old file or the new one, never a part. An error leaves `path` as it was;
     an OSError, such as that of a full disk, names `path`. If `path` is a link, the file that it
-    points to is replaced. options: as for `open`.
+    points to is replaced; what is not a file, such as a folder or a device, raises an OSError.
+    options: as for `open`.
     """
     path = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "Not a file that could be replaced", path)
     partial = f"{path}.partial"
     try:
         with open(partial, mode, **options) as f:
