@@ -79,8 +79,9 @@ def main(argv=None):
     if own.command == "mistakes":
         infer = Inference(FastLogJoint(model))
         name, examples = assessed_examples(data, settings)
-        assess(infer, Inference(FastLogJoint(model)), data, examples, name,
-               settings).plot_mistakes(examples, own.save)
+        assessment = assess(infer, infer, data, examples, name, settings)
+        if not assessment.plot_mistakes(examples, own.save):
+            raise BadInput(f"there are no mistakes on the {name} images")
         return
     noise = torch.Generator(data.device).manual_seed(settings.seed)
     x = data.dequantize(data.test_x, noise)

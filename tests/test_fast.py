@@ -262,6 +262,21 @@ def test_layers_for_a_gpu(monkeypatch, name):
     torch.testing.assert_close(fast.logits(x).softmax(1), model.posterior(x), rtol=0, atol=0.1)
 
 
+def test_no_pass_keeps_the_graph_of_the_last_one(monkeypatch):
+    """Its nodes belong to the streams of that pass, which a CUDA graph cannot use."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
+    model, x = random_model()
+    fast, fired = FastLogJoint(model, "bf16", compile=True), []
+    fast(x).sum().backward()
+    node = fast.bfloat16_layers[0].bias.grad_fn
+    while node.next_functions:
+        node = node.next_functions[0][0]
+    node.register_prehook(lambda *args: fired.append(1))
+    del node
+    fast(x).sum().backward()
+    assert not fired
+
+
 def test_the_first_layer_for_a_gpu_rounds_its_output_only():
     torch.manual_seed(0)
     conv, x = Conv3x3(2, 16), torch.randn(8, 2, 8, 8, requires_grad=True)
@@ -685,9 +700,10 @@ def test_no_step_waits_for_the_gpu(tmp_path, monkeypatch):
     _, settings = read_settings(options(cl_weight=1, clip_gn=100, ssl_alg="em", sup_weight=2,
                                         cons_weight=1, ema=0.9, validation=100))
     data = load_data(settings, "cuda")
-    for cuda_graph in (False, True):
+    for compiled, cuda_graph in ((False, False), (False, True), (True, True)):
         model = randomize(build_model(settings, data.shape, 10)).cuda()
-        step = make_step(settings, model, 64, precision="bf16", cuda_graph=cuda_graph)
+        step = make_step(settings, model, 64, precision="bf16", compile=compiled,
+                         cuda_graph=cuda_graph)
         generator = torch.Generator("cuda").manual_seed(0)
         for _ in range(5):                                      # warm-up and capture may wait
             step(*data.sample_batch(64, 0.5, generator, augmented=True))

@@ -142,7 +142,7 @@ def test_a_run_over_two_loans(tmp_path, capsys, timed_run):
     timed_run.start(work, folder, 20, line, whole=True)
     assert "All 400 epochs" in capsys.readouterr().out
     while not re.search(r"epoch \d+ of 400", capsys.readouterr().out):
-        timed_run.watch(work, 1)
+        assert not timed_run.watch(work, 1)
     assert not timed_run.finish(work, tmp_path / "out")
     run = timed_run.join([tmp_path / "out"], home / timed_run.RUNS)
     checkpoint = torch.load(run / "checkpoint.pt")
@@ -152,7 +152,7 @@ def test_a_run_over_two_loans(tmp_path, capsys, timed_run):
     epoch = checkpoint["epoch"]
     timed_run.prepare(folder, packages=(), resume=run)
     with pytest.raises(timed_run.BadInput, match="a resumed run keeps its lr"):
-        timed_run.start(tmp_path / "failed", folder, 20, ["--lr", "1"])
+        timed_run.start(tmp_path / "again", folder, 20, ["--lr", "1"])
     timed_run.start(tmp_path / "again", folder, 20, ["--epochs", str(epoch + 2)])
     while not timed_run.watch(tmp_path / "again", 1):
         pass
@@ -161,6 +161,17 @@ def test_a_run_over_two_loans(tmp_path, capsys, timed_run):
     rows = read_metrics(run / "metrics.csv")
     assert [row["epoch"] for row in rows] == list(range(1, epoch + 3))
     assert (run / "model.torch").is_file()
+    assert timed_run.finish(tmp_path / "again", tmp_path / "out3")          # the same parts
+    assert sums(tmp_path / "out2") == sums(tmp_path / "out3")
+    with pytest.raises(timed_run.BadInput, match="only 1 parts"):
+        timed_run.finish(tmp_path / "again", tmp_path / "out4", first=4)
+    timed_run.prepare(folder, packages=())
+    assert not (folder / "run").exists()
+
+
+def sums(out):
+    """The checksums of what `finish` brought."""
+    return json.loads((out / "manifest.json").read_text())["files"]
 
 
 def test_what_a_run_spends_its_time_on(timed_run):
@@ -256,6 +267,9 @@ def test_a_timed_run_needs_time(tmp_path, timed_run):
     timed_run.prepare(folder, packages=())
     with pytest.raises(timed_run.BadInput, match="are left for training"):
         timed_run.start(tmp_path / "work", folder, timed_run.MARGIN, timed_run.REHEARSAL)
+    with pytest.raises(timed_run.BadInput, match="too little for training"):
+        timed_run.start(tmp_path / "whole", folder, timed_run.MARGIN / 2, timed_run.REHEARSAL,
+                        whole=True)
     with pytest.raises(timed_run.BadInput, match="MNIST's four files"):
         timed_run.prepare(folder, tmp_path, ())
     with pytest.raises(timed_run.BadInput, match=r"has no checkpoint\.pt"):

@@ -10,8 +10,8 @@
 A run that takes several loans of the machine differs in these commands:
 
     python tools/timed_run.py start WORK --folder FOLDER --minutes 27 --whole -- --config ...
-    python tools/timed_run.py finish WORK --to OUT --from 4        the parts that did not fit
-    python tools/timed_run.py join OUT OUT2
+    python tools/timed_run.py finish WORK --to OUT2 --from 4       the parts that did not fit
+    python tools/timed_run.py join OUT OUT2                        to a folder without this run
     python tools/timed_run.py prepare FOLDER --data_root data --resume RUN_DIR
     python tools/timed_run.py start WORK --folder FOLDER --minutes 27
 
@@ -21,8 +21,8 @@ compiling anything twice, the run, with as many epochs as fit (at most those of 
 that the learning rate schedule reaches its end. With --whole it keeps all epochs, and stops in time
 with a checkpoint, which travels with the optimiser's moments in bfloat16. WORK holds what the
 commands need to know of each other. OUT gets at most 4 parts of 15 MiB and a small file; `join`
-checks the SHA-256 of each, and unpacks the run's directory into logs/, for tools/ship.py or
---resume.
+checks the SHA-256 of each, and unpacks the run's directory into logs/, for tools/ship.py. To
+go on at home: train-flow-ssl.py --resume RUN_DIR --time_limit 0 --data_root data.
 """
 
 import argparse
@@ -78,7 +78,14 @@ def prepare(folder, data_root=None, packages=PACKAGES, resume=None):
 
     resume: the directory of a run to continue, or None.
     """
+    for name in ("checkpoint.pt", "params.yaml", "metrics.csv") if resume else ():
+        if not (resume / name).is_file():
+            raise BadInput(f"{resume} has no {name}: a run cannot continue from it")
+    taken = folder / "run"
+    if taken.exists() and not (taken / "manifest.json").is_file():
+        raise BadInput(f"{taken} is not what `prepare` put there: move it away first")
     folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(taken, ignore_errors=True)
     commit = git("rev-parse", "HEAD")
     if git("status", "--porcelain", "--untracked-files=no"):
         print("Uncommitted changes stay at home: the project is taken as it was committed")
@@ -96,9 +103,7 @@ def prepare(folder, data_root=None, packages=PACKAGES, resume=None):
             with open(path, "rb") as source, gzip.open(target, "wb") as zipped:
                 shutil.copyfileobj(source, zipped)
     if resume:
-        if not (resume / "checkpoint.pt").is_file():
-            raise BadInput(f"{resume} has no checkpoint.pt to continue from")
-        pack(resume, False, commit, folder / "run", with_checkpoint=True)
+        pack(resume, False, commit, taken, with_checkpoint=True)
     if packages:
         command([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w",
                  str(folder / "wheels"), *packages], "pip wheel")
@@ -138,6 +143,7 @@ def start(work, folder, minutes, settings, whole=False):
         with gzip.open(path) as source, open(raw / path.stem, "wb") as target:
             shutil.copyfileobj(source, target)
     if resumed.is_dir():
+        shutil.rmtree(work / LOGS, ignore_errors=True)     # of a start that failed
         whole, run = True, join([resumed], work.resolve() / RUNS)
         settings = ["--resume", str(run), *settings]
     settings = with_absolute_paths(settings)                 # the run's working directory is `work`
@@ -180,9 +186,11 @@ def train(work):
     examples = measured = len(load_data(wanted).train_x)
     if state["whole"]:
         left = state["deadline"] - time.time() - 60 * MARGIN
+        if left < 0:
+            raise BadInput(f"{60 * MARGIN + left:.0f} s are left, too little for training")
         write_plan(work, wanted.epochs, examples,
                    f"All {wanted.epochs} epochs: stops after {left / 60:.1f} minutes")
-        run_script([*settings, "--time_limit", f"{max(left, 1) / 60:.2f}"])
+        run_script([*settings, "--time_limit", f"{left / 60:.2f}"])
         return
     if not wanted.spread_labels:                    # whose time is that of all examples
         measured = min(examples, PROBE_STEPS * wanted.train_bs)
@@ -347,7 +355,9 @@ def progress(work, state):
     to_go = 0
     if epoch < epochs:
         to_go = max((epochs - epoch) * pace - (time.time() - path.stat().st_mtime), 0)
-    too_little = ", TOO LITTLE" if to_go > left - 60 * MARGIN / 2 else ""
+    too_little = ""
+    if to_go > left - 60 * MARGIN / 2:
+        too_little = ", stops before with a checkpoint" if state["whole"] else ", TOO LITTLE"
     return (f"epoch {epoch:.0f} of {epochs}, {plan['examples'] / pace:,.0f} images/s, "
             f"loss {last['train_loss']:.2f}; {result(last)}; "
             f"ends in {to_go / 60:.1f} min, {left / 60:.1f} min left{too_little}")
@@ -362,6 +372,8 @@ def finish(work, out, first=0):
         if not (packed / "manifest.json").is_file():
             raise BadInput(f"the run in {work} is not packed: call finish without --from first")
         return bring(packed, out, first)
+    if (packed / "manifest.json").is_file():
+        return bring(packed, out)
     state = read_state(work)
     patience, signalled = time.time() + GRACE, False
     while not how_it_ended(work, state):
@@ -412,25 +424,27 @@ def pack(run, complete, commit, out, with_checkpoint=False):
     manifest = {"run": run.name, "complete": complete, "commit": commit, "files": sums}
     with atomic_write(out / "manifest.json") as f:
         json.dump(manifest, f, indent=1)
-    print(f"{out}: {len(sums)} parts, {len(content) / 2**20:.1f} MiB")
+    print(f"{out}: parts: {len(sums)}, {len(content) / 2**20:.1f} MiB")
 
 
 def bring(packed, out, first=0):
     """Copy parts `first` to `first` + PARTS - 1 and the manifest to `out`. -> whether the run is
     complete"""
     manifest, files = read_manifest(packed)
+    if first >= len(files):
+        raise BadInput(f"there are only {len(files)} parts")
     out.mkdir(parents=True, exist_ok=True)
     for name in ("manifest.json", *files[first:first + PARTS]):
         shutil.copy(packed / name, out)
     if len(files) > first + PARTS:
-        print(f"{len(files) - first - PARTS} parts are left: finish --from {first + PARTS}")
+        print(f"Parts left: {len(files) - first - PARTS}; finish --from {first + PARTS}")
     return manifest["complete"]
 
 
 def read_manifest(folder):
     """-> the manifest in `folder`, and the names of the parts."""
     if not (folder / "manifest.json").is_file():
-        raise BadInput(f"{folder} has no manifest.json: `finish` did not write it")
+        raise BadInput(f"{folder} has no manifest.json, which `finish` writes")
     manifest = json.loads((folder / "manifest.json").read_text())
     return manifest, sorted(manifest["files"])
 

@@ -58,7 +58,7 @@ class Assessment:
     def lines(self) -> list[str]:
         """What the terminal shows beyond error and likelihood."""
         counts = self.confusion.sum(1)
-        errors = 1 - self.confusion.diagonal() / counts.clamp(min=1)
+        errors = 1 - self.confusion.diagonal() / counts         # NaN of a class without examples
         lines = [f"-log p(y|x)  {self.nll:.4f} nats",
                  f"Calibration  {self.calibration_error:.2%} expected calibration error"]
         if self.auroc:
@@ -67,20 +67,21 @@ class Assessment:
         width = max(len(str(int(counts.max()))), 2) + 2
         lines.append("Class taken for" + "".join(f"{j:{width}}" for j in range(len(counts)))
                      + "   error")
-        lines += [f"{i:15}" + "".join(f"{n or '.':>{width}}" for n in row) + f"  {error:7.2%}"
-                  for i, (row, error) in enumerate(zip(self.confusion.tolist(), errors.tolist()))]
+        for i, (row, error) in enumerate(zip(self.confusion.tolist(), errors.tolist())):
+            shown = "-" if np.isnan(error) else f"{error:.2%}"
+            lines.append(f"{i:15}" + "".join(f"{n or '.':>{width}}" for n in row) + f"{shown:>9}")
         return lines
 
-    def plot_mistakes(self, examples: Examples, path: Path) -> None:
+    def plot_mistakes(self, examples: Examples, path: Path) -> bool:
         """Draw the most confident of the mistakes on `examples`, images and classes, if any.
 
-        A picture that was there is removed.
+        -> whether there are any.
         """
-        path.unlink(missing_ok=True)
-        if len(self.mistakes):
-            shown = self.mistakes[:N_MISTAKES]
+        shown = self.mistakes[:N_MISTAKES]
+        if len(shown):
             images, y = (part.cpu()[shown] for part in examples)
             plot_mistakes(images, y, self.predicted[shown], self.confidence[shown], path)
+        return len(shown) > 0
 
 
 def assess(infer: Inference, others: Inference, data: SemiSupervisedData, examples: Examples,
@@ -217,8 +218,9 @@ def report_run(evaluation: RunEvaluation, rows: list[Row], run_dir: Path) -> Non
         assessment = assess(infer, Inference(evaluation.log_joint), data, examples, name, settings,
                             infer.predictions if settings.test else None)
         print("\n".join(assessment.lines()))
-        if data.grey_levels is not None:
-            assessment.plot_mistakes(examples, run_dir / "mistakes.png")
+        picture = run_dir / "mistakes.png"
+        if data.grey_levels is None or not assessment.plot_mistakes(examples, picture):
+            picture.unlink(missing_ok=True)         # of an earlier end of this run
         write_report(run_dir, vars(settings), rows, assessment)
     except Exception as error:
         traceback.print_exc()

@@ -135,9 +135,7 @@ def load_checkpoint(path: Path, model: SemiConditionalFlow, settings: Settings) 
 
 
 def compact(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """`checkpoint` in two thirds of its bytes: with the optimiser's moments in bfloat16.
-
-    A run that continues from it differs by less than two runs with other random numbers do.
+    """`checkpoint` with the optimiser's moments in bfloat16: two thirds of the bytes, without ema.
     """
     optimizer = {key: {name: moment.bfloat16() for name, moment in value.items()}
                  if isinstance(value, dict) else value

@@ -47,8 +47,9 @@ class FastLogJoint(nn.Module):
       their first layer, where rounding x would be the largest error. Their output is rounded to
       bfloat16; all that is computed from it (scales, log-determinants, base densities, logsumexp)
       keeps the type of the model. Points have too few dimensions for these errors to average out.
-    - With compile too, for a GPU, all weights are cast to bfloat16 together, and convolutions have
-      as many channels as its kernels want (_Bfloat16Layer).
+    - With compile too, as on a GPU, the layers of the ResNets get their weights in bfloat16 all
+      together, and have as many channels as a GPU's kernels want (_Bfloat16Layer). Their gradients
+      come together too, at the end of the backward pass.
     - With compile each coupling, ActNorm and 1x1 convolution is one graph of torch.compile.
       Equal ones share a graph, so that a deep flow compiles in little more time than a shallow one.
 
@@ -301,20 +302,20 @@ class _Network(nn.Module):
 class _Bfloat16Layer(nn.Module):
     """A layer of a ResNet in bfloat16, for a GPU, with the weight and bias of `give_weights`.
 
-    With `splits` the weight is in the type of the model; input and weight are then each the sum of
-    two numbers in bfloat16, high and low, which is more exact than TF32:
+    With `splits` the weight is the layer's own; input and weight are then each the sum of two
+    numbers in bfloat16, high and low, which is more exact than TF32:
     x w = x_high w_high + x_low w_high + x_high w_low, computed as 3C channels.
     """
 
-    weight: Tensor
-    bias: Tensor
+    weight: Any = None
+    bias: Any = None
 
     def __init__(self, layer: Conv3x3 | Linear, splits: bool):
         super().__init__()
         self.layer, self.splits = layer, splits
 
     def forward(self, x: Tensor) -> Tensor:
-        x, w = self.layer.prepare(x), self.weight
+        x, w = self.layer.prepare(x), self.layer.weight if self.splits else self.weight
         if self.splits:
             (x_high, x_low), (w_high, w_low) = _high_and_low(x), _high_and_low(w)
             x, w = torch.cat((x_high, x_low, x_high), 1), torch.cat((w_high, w_high, w_low), 1)
@@ -356,13 +357,12 @@ def give_weights(layers: list[_Bfloat16Layer]) -> None:
     """Give `layers` the weights and biases that they have now, by a few kernels for all of them."""
     places = [(part, name) for part in layers for name in ("weight", "bias")
               if not (part.splits and name == "weight")]
+    for part, name in places:       # the graph of the last pass ends here, with its streams
+        setattr(part, name, None)
     if places:
         given = _CastTogether.apply(*(getattr(part.layer, name) for part, name in places))
         for (part, name), tensor in zip(places, given):
             setattr(part, name, tensor)
-    for part in layers:
-        if part.splits:
-            part.weight = part.layer.weight
 
 
 class _CastTogether(torch.autograd.Function):
@@ -370,11 +370,13 @@ class _CastTogether(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)        # p(y | x) alone may not need all of them
         return _cast(tensors, torch.bfloat16)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return _cast(grads, torch.float32)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = iter(_cast(tuple(g for g in grads if g is not None), torch.float32))
+        return tuple(None if g is None else next(given) for g in grads)
 
 
 def _cast(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
