@@ -151,8 +151,11 @@ def test_a_run_over_two_loans(tmp_path, capsys, timed_run):
     assert moments == {"exp_avg": torch.bfloat16, "exp_inf": torch.bfloat16}
     epoch = checkpoint["epoch"]
     timed_run.prepare(folder, packages=(), resume=run)
+    other = tmp_path / "again" / timed_run.RUNS / "000000-other"
+    other.mkdir(parents=True)
     with pytest.raises(timed_run.BadInput, match="a resumed run keeps its lr"):
         timed_run.start(tmp_path / "again", folder, 20, ["--lr", "1"])
+    assert list(other.parent.iterdir()) == [other]              # the failed start left nothing
     timed_run.start(tmp_path / "again", folder, 20, ["--epochs", str(epoch + 2)])
     while not timed_run.watch(tmp_path / "again", 1):
         pass

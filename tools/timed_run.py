@@ -143,14 +143,18 @@ def start(work, folder, minutes, settings, whole=False):
         with gzip.open(path) as source, open(raw / path.stem, "wb") as target:
             shutil.copyfileobj(source, target)
     if resumed.is_dir():
-        shutil.rmtree(work / LOGS, ignore_errors=True)     # of a start that failed
         whole, run = True, join([resumed], work.resolve() / RUNS)
         settings = ["--resume", str(run), *settings]
     settings = with_absolute_paths(settings)                 # the run's working directory is `work`
     if any(raw.iterdir()):
         settings = [*settings, "--data_root", str(raw.parent.parent)]
-    with contextlib.chdir(work):                             # where the parser makes its folders
-        wanted = read_settings(settings)[1]
+    try:
+        with contextlib.chdir(work):                         # where the parser makes its folders
+            wanted = read_settings(settings)[1]
+    except BadInput:
+        if resumed.is_dir():
+            shutil.rmtree(run)                               # for the next try
+        raise
     if wanted.tmp:
         raise BadInput("a timed run cannot be a --tmp run")
     commit = folder / "commit.txt"
@@ -368,12 +372,8 @@ def finish(work, out, first=0):
     into `out`, at most PARTS. -> whether it is complete
     """
     packed = work / "packed"
-    if first:
-        if not (packed / "manifest.json").is_file():
-            raise BadInput(f"the run in {work} is not packed: call finish without --from first")
+    if first or (packed / "manifest.json").is_file():
         return bring(packed, out, first)
-    if (packed / "manifest.json").is_file():
-        return bring(packed, out)
     state = read_state(work)
     patience, signalled = time.time() + GRACE, False
     while not how_it_ended(work, state):
