@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from models import build_model
-from training.assessment import print_evaluation, report_run
+from training.assessment import print_evaluation
 from training.checkpoint import (CheckpointWriter, copy_to_cpu, load_checkpoint, load_pretrained,
                                  load_weights, save_atomically)
 from training.device import choose_speed, device_name, set_up_torch
@@ -36,6 +36,7 @@ from training.evaluation import RunEvaluation
 from training.fast import FastLogJoint
 from training.loop import TrainingFailed, TrainingState, train_epoch
 from training.processes import Processes
+from training.report import report_run
 from training.schedule import learning_rate
 from training.stopping import Stopping
 from utils.data import load_data

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pictures import add_run, load
 from utils.errors import OneLineParser, check_output, run_command
-from utils.figures import save
+from utils.figures import CLASS_COLOURS, save
 from utils.files import atomic_write
 
 PARTS = ("z_f", "z_h", "z_aux")
@@ -79,7 +79,7 @@ def main(argv=None):
         with atomic_write(own.save, "wb") as f:
             np.savez_compressed(f, train_y=y.cpu().numpy(), test_y=test_y.cpu().numpy(), **arrays)
     if own.picture:
-        plot_latents(test, test_y, own.picture, settings.seed)
+        save(plot_latents(test, test_y, settings.seed), own.picture)
 
 
 @torch.no_grad()
@@ -136,12 +136,12 @@ def show(report):
         print(f"{part:6}{row['dimensions']:12}{row['classifier']:12.1%}{row['linear']:10.1%}")
 
 
-def plot_latents(z, y, path, seed):
+def plot_latents(z, y, seed):
     """z_f and z_h of the first test images in the plane by t-SNE, coloured by class.
 
     z: what `latents` returns; y: the labels, (N,).
     """
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = Figure(figsize=(11.6, 5), layout="constrained")
     panels = figure.subplots(1, 2)
     classes = y[:IN_PICTURE].cpu().numpy()
     for axes, part, title in zip(panels, ("z_f", "z_h"), ("z_f", "z_h, given the class")):
@@ -149,11 +149,13 @@ def plot_latents(z, y, path, seed):
             z[part][:IN_PICTURE].cpu().numpy())
         for k in range(classes.max() + 1):      # its digit too, for those who cannot tell colours
             axes.scatter(*plane[classes == k].T, s=MARKER_SIZE, marker=f"${k}$", linewidths=0,
-                         color=f"C{k}", label=str(k))
+                         color=CLASS_COLOURS[k], label=str(k))
         axes.set_title(f"{title}, of {len(classes):,} test images")
         axes.set_xticks([])
         axes.set_yticks([])
-    save(figure, path)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center",
+                  title="class", markerscale=2, frameon=False)
+    return figure
 
 
 if __name__ == "__main__":

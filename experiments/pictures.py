@@ -4,12 +4,13 @@
         --save FILE.png [--temperature T] [options of train-flow-ssl.py]
     python experiments/pictures.py redrawn ...        test images, each with every other label
     python experiments/pictures.py interpolation ...  between two test images of each class
-    python experiments/pictures.py latent ...         for points in the plane: z_f and z_h
     python experiments/pictures.py mistakes ...       the most confident ones, on test images
+    python experiments/pictures.py latent ...         for points in the plane: z_f and z_h
+    python experiments/pictures.py density ...        for points: log p(x) and p(y | x)
     python experiments/pictures.py curves RUN_DIR [RUN_DIR ...] --save FILE.png
 
 --run RUN_DIR takes the config and the weights of a run. Each picture is also a function in
-utils/figures.py. The first test images of each class are taken.
+utils/figures.py that returns a Figure. The first test images of each class are taken.
 """
 
 import sys
@@ -29,18 +30,19 @@ from training.processes import Processes
 from utils.data import load_data
 from utils.errors import (BadInput, OneLineParser, check_output, run_command,
                           value_errors_as_bad_input)
-from utils.figures import (plot_curves_of_runs, plot_interpolation, plot_latent_space, plot_redrawn,
-                           plot_samples)
+from utils.figures import (plot_curves_of_runs, plot_density, plot_interpolation,
+                           plot_latent_space, plot_redrawn, plot_samples, save)
 from utils.metrics import read_metrics
 from utils.settings import read_settings
 
+OF_POINTS = ("latent", "density")
 MAX_TEMPERATURE = 10
 
 
 def main(argv=None):
     parser = OneLineParser(description="Pictures of a trained model.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
-    for name in ("samples", "redrawn", "interpolation", "latent", "mistakes", "curves"):
+    for name in ("samples", "redrawn", "interpolation", "mistakes", *OF_POINTS, "curves"):
         one = commands.add_parser(name, allow_abbrev=False)
         one.add_argument("--save", type=Path, required=True, metavar="FILE.png")
         if name == "samples":
@@ -54,44 +56,54 @@ def main(argv=None):
     own, rest = parser.parse_known_args(argv)
     check_output(own.save)
     if own.command == "curves":
-        if rest:
-            raise BadInput(f"unknown option {rest[0]}")
-        names = [run.resolve().name for run in own.runs]
-        if len(set(names)) < len(names):
-            names = list(map(str, own.runs))
-        with value_errors_as_bad_input():
-            plot_curves_of_runs(dict(zip(names, map(rows_of, own.runs))), own.save)
-        return
-    model, data, settings = load(rest, own.run)
+        figure = curves(own.runs, rest)
+    else:
+        figure = picture(own, *load(rest, own.run))
+    save(figure, own.save)
+
+
+def curves(runs, rest):
+    """The Figure of the directories `runs`. Raises BadInput, for example if options are left."""
+    if rest:
+        raise BadInput(f"unknown option {rest[0]}")
+    names = [run.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = list(map(str, runs))
+    with value_errors_as_bad_input():
+        return plot_curves_of_runs(dict(zip(names, map(rows_of, runs))))
+
+
+def picture(own, model, data, settings):
+    """The Figure of own.command. Raises BadInput if it cannot be drawn of this model."""
     if own.command == "samples":
         if not 0 <= own.temperature <= MAX_TEMPERATURE:
             raise BadInput(f"--temperature must be from 0 to {MAX_TEMPERATURE}, not "
                            f"{own.temperature}")
-        plot_samples(model, own.save, settings.seed, own.temperature)
-        return
+        return plot_samples(model, settings.seed, own.temperature)
+    if (own.command in OF_POINTS) == model.image:
+        kind = "points in the plane" if own.command in OF_POINTS else "images"
+        raise BadInput(f"{own.command} is for {kind}, unlike {settings.data}")
+    if own.command == "density":
+        return plot_density(model, data)
     if own.command == "latent":
-        if model.image or model.ssl_dim != 2:
-            raise BadInput("the latent space is drawn for points in the plane")
-        plot_latent_space(model, data.test_x, data.test_y, own.save)
-        return
-    if not model.image:
-        raise BadInput(f"{own.command} is for images, and {settings.data} has points")
+        if model.ssl_dim != 2:
+            raise BadInput(f"latent needs ssl_dim 2, not {model.ssl_dim}")
+        return plot_latent_space(model, data.test_x, data.test_y)
     if own.command == "mistakes":
         infer = Inference(FastLogJoint(model))
         name, examples = assessed_examples(data, settings)
         assessment = assess(infer, infer, data, examples, name, settings)
-        if not assessment.plot_mistakes(examples, own.save):
+        if not len(assessment.mistakes):
             raise BadInput(f"there are no mistakes on the {name} images")
-        return
+        return assessment.plot_mistakes(examples)
     noise = torch.Generator(data.device).manual_seed(settings.seed)
     x = data.dequantize(data.test_x, noise)
     of_class = [torch.nonzero(data.test_y == k)[:2, 0] for k in range(data.n_classes)]
     first, second = torch.stack(of_class).T
     y = data.test_y[first]
     if own.command == "redrawn":
-        plot_redrawn(model, x[first], y, own.save)
-    else:
-        plot_interpolation(model, x[first], x[second], y, own.save)
+        return plot_redrawn(model, x[first], y)
+    return plot_interpolation(model, x[first], x[second], y)
 
 
 def add_run(parser):

@@ -43,7 +43,7 @@ def main(argv=None):
                    for run in own.runs)
     if seeds != sorted(report["seeds"]):
         raise BadInput(f"the runs have data_seed {seeds}, and the report {report['seeds']}")
-    plot(points, report, own.save)
+    save(plot(points, report), own.save)
 
 
 def figures_of(run):
@@ -54,7 +54,7 @@ def figures_of(run):
     return 100 * (1 - rows[-1]["test_acc"]), sum(row["seconds"] for row in rows)
 
 
-def plot(points, report, path):
+def plot(points, report):
     """points: (title, errors in %, seconds) of each method, with a value per seed each."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -80,7 +80,7 @@ def plot(points, report, path):
                    f"{report['labelled'] + report['unlabelled']:,} training images labelled")
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, title="mean error")
-    save(figure, path)
+    return figure
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def main(argv=None):
                for (label, *runs), s in zip(own.runs, seconds)]
     if own.chain:
         chain([run for _, (run,) in recipes])
-    plot(recipes, {"error": own.error, "bits": own.bits}, which, own.save)
+    save(plot(recipes, {"error": own.error, "bits": own.bits}, which), own.save)
 
 
 def progress(run, which, epoch_seconds=None):
@@ -87,7 +87,7 @@ def chain(runs):
             run[quantity].insert(0, before[quantity][-1])
 
 
-def plot(recipes, published, which, path):
+def plot(recipes, published, which):
     """recipes: (label, [what `progress` returns]) of each; published: the paper's figures."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2)
@@ -110,7 +110,7 @@ def plot(recipes, published, which, path):
         axes.set_xticks(ticks, [str(minutes) for minutes in ticks])
         axes.minorticks_off()
     panels[1].legend()
-    save(figure, path)
+    return figure
 
 
 if __name__ == "__main__":

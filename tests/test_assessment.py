@@ -11,7 +11,7 @@ import torch
 from conftest import PROJECT, execute, load_tiny, options, run_script, runs
 from PIL import Image
 
-from training import assessment
+from training import assessment, report
 from training.assessment import area_under_roc, assess, calibration_error, other_images
 from utils.data import SemiSupervisedData
 from utils.metrics import read_metrics
@@ -111,6 +111,10 @@ def test_what_pretrained_prints(tmp_path, monkeypatch, capsys):
     assert "Validation error" in capsys.readouterr().out
 
 
+POINTS = {"data": "moons", "model": "toy", "l": 2, "ssl_dim": -1, "ssl_l": 1, "ssl_k": 1,
+          "supervised": 10}
+
+
 def report_of_a_run(folder, **changes):
     assert run_script(options(**changes)) == 0
     run, = runs(folder)
@@ -129,14 +133,14 @@ def test_the_report_of_a_run_is_one_file(tmp_path, monkeypatch):
     row = read_metrics(run / "metrics.csv")[-1]
     assert f"<td>{1 - row['test_acc']:.2%}</td>" in page and f"{row['test_bpd']:.4f}" in page
     assert "<td>ssl_model</td><td>cond-flow</td>" in page
+    assert re.search(r" evaluation, on the CPU, \d+ threads?, commit [0-9a-f]{7};", page)
     mistakes = np.asarray(Image.open(run / "mistakes.png").convert("L"))
     assert (mistakes < 100).mean() > 0.1                        # black backgrounds of digits
 
 
 def test_the_report_of_points(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run, page = report_of_a_run(tmp_path, data="moons", model="toy", l=2, ssl_dim=-1, ssl_l=1,
-                                ssl_k=1, supervised=10, epochs=1)
+    run, page = report_of_a_run(tmp_path, epochs=1, **POINTS)
     assert page.count("<img") == 3 and "Density" in page and "bits/dim" not in page
     assert not (run / "mistakes.png").exists()
 
@@ -146,7 +150,7 @@ def test_a_report_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys)
 
     def fail(*args):
         raise RuntimeError("no report")
-    monkeypatch.setattr(assessment, "write_report", fail)
+    monkeypatch.setattr(report, "write_report", fail)
     assert run_script(options(epochs=1)) == 0
     run, = runs(tmp_path)
     assert (run / "model.torch").exists() and not (run / "report.html").exists()
@@ -154,16 +158,20 @@ def test_a_report_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
-def test_the_report_in_a_browser(tmp_path, monkeypatch):
-    """Every picture is loaded, and the console has no error."""
+@pytest.mark.parametrize("changes", [{}, POINTS], ids=["images", "points"])
+def test_the_report_in_a_browser(tmp_path, monkeypatch, changes):
+    """On a screen as narrow as a phone's every picture is loaded, nothing is wider than the
+    screen, and the console has no error."""
     monkeypatch.chdir(tmp_path)
-    _, page = report_of_a_run(tmp_path, epochs=1)
+    _, page = report_of_a_run(tmp_path, epochs=1, **changes)
     count = ("<script>onload = () => document.title = [...document.images].filter("
-             "i => i.complete && i.naturalWidth > 0).length + ' loaded'</script></body>")
+             "i => i.complete && i.naturalWidth > 0).length + ' loaded, ' + (document."
+             "documentElement.scrollWidth <= innerWidth ? 'fits' : 'wider')</script></body>")
     (tmp_path / "page.html").write_text(page.replace("</body>", count))
     done = execute(tmp_path, [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu",
                               f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
-                              "--virtual-time-budget=5000", "--dump-dom",
+                              "--virtual-time-budget=5000", "--window-size=500,800",
+                              "--dump-dom",
                               f"file://{tmp_path / 'page.html'}"])
-    assert "<title>3 loaded</title>" in done.stdout
+    assert "<title>3 loaded, fits</title>" in done.stdout
     assert "CONSOLE" not in done.stderr

@@ -35,13 +35,13 @@ def drawn(monkeypatch):
     """The images that a picture shows, (rows, columns, C, H, W)."""
     shown = []
     draw = figures.draw_grid
-    monkeypatch.setattr(figures, "draw_grid", lambda x: shown.append(x) or draw(x))
+    monkeypatch.setattr(figures, "draw_grid", lambda x, title: shown.append(x) or draw(x, title))
     return shown
 
 
-def test_redrawn_with_its_own_label_an_image_stays_what_it_is(model, drawn, tmp_path):
+def test_redrawn_with_its_own_label_an_image_stays_what_it_is(model, drawn):
     x, y = torch.rand(4, 1, 8, 8, dtype=torch.float64), torch.tensor([3, 0, 9, 3])
-    figures.plot_redrawn(model, x, y, tmp_path / "a.png")
+    figure = figures.plot_redrawn(model, x, y)
     (grid,) = drawn
     assert grid.shape == (4, 11, 1, 8, 8)
     torch.testing.assert_close(grid[:, 0], x.float())
@@ -49,13 +49,14 @@ def test_redrawn_with_its_own_label_an_image_stays_what_it_is(model, drawn, tmp_
     torch.testing.assert_close(own, x.float(), atol=1e-5, rtol=0)
     change = (grid[:, 1:] - own[:, None]).abs().flatten(2).amax(2)              # (4, K)
     assert ((change > 1e-4).sum(1) == 9).all()                                  # other classes
-    assert Image.open(tmp_path / "a.png").width > 500
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == [
+        "image", *"0123456789"]
 
 
-def test_an_interpolation_goes_from_one_image_to_the_other(model, drawn, tmp_path):
+def test_an_interpolation_goes_from_one_image_to_the_other(model, drawn):
     x, other = torch.rand(2, 3, 1, 8, 8, dtype=torch.float64)
     y = torch.tensor([1, 5, 7])
-    figures.plot_interpolation(model, x, other, y, tmp_path / "a.png", steps=5)
+    figures.plot_interpolation(model, x, other, y, steps=5)
     (grid,) = drawn
     assert grid.shape == (3, 5, 1, 8, 8)
     torch.testing.assert_close(grid[:, 0], x.float(), atol=1e-5, rtol=0)
@@ -66,8 +67,8 @@ def test_an_interpolation_goes_from_one_image_to_the_other(model, drawn, tmp_pat
     torch.testing.assert_close(z[1][0], (z[0][0] + z[2][0]) / 2, atol=1e-3, rtol=1e-3)
 
 
-def test_temperature_zero_has_one_sample_per_class(model, drawn, tmp_path):
-    figures.plot_samples(model.float(), tmp_path / "a.png", 0, temperature=0.0)
+def test_temperature_zero_has_one_sample_per_class(model, drawn):
+    figures.plot_samples(model.float(), 0, temperature=0.0)
     (grid,) = drawn
     assert torch.equal(grid, grid[:1].expand_as(grid))
     assert not torch.equal(grid[0, 0], grid[0, 1])
@@ -88,12 +89,14 @@ def test_pictures_of_points_and_of_runs(experiment, tmp_path):
     pictures = experiment("pictures")
     weights = ["--config", str(first / "params.yaml"), "--pretrained", str(first / "model.torch")]
     pictures.main(["latent", "--save", "latent.png", "--run", str(first)])
+    pictures.main(["density", "--save", "density.png", "--run", str(first)])
     pictures.main(["curves", str(first), str(second), "--save", "curves.png"])
+    assert (tmp_path / "density.png").read_bytes() == (first / "density.png").read_bytes()
     for name in ("latent.png", "curves.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.width > 700 and len(picture.convert("RGB").getcolors(2**20)) > 10
     for argv, message in ((["redrawn", "--save", "x.png", *weights], "redrawn is for images"),
-                          (["latent", "--save", "x.png", *SHIPPED], "for points in the plane"),
+                          (["latent", "--save", "x.png", *SHIPPED], "latent is for points in"),
                           (["samples", "--save", "x.png"], "name the weights"),
                           (["samples", "--save", "no/x.png", *SHIPPED], "no folder no"),
                           (["samples", "--save", "/dev/null", *SHIPPED], "not a file that could"),

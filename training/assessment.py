@@ -1,16 +1,15 @@
-"""What a trained model is worth beyond its mean error and likelihood: an Assessment, and a report.
+"""What a trained model is worth beyond its mean error and likelihood: an Assessment.
 
 Confusion of classes, calibration of p(y | x), the most confident mistakes, and how well p(x) tells
 the test images from images of other kinds.
 """
 
 import time
-import traceback
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,11 +17,9 @@ from torch.nn import functional as F
 from utils import Settings
 from utils.data import DATASETS, Examples, SemiSupervisedData
 from utils.figures import plot_mistakes
-from utils.metrics import Row
-from utils.report import write_report
 
 from .device import device_name
-from .evaluation import Inference, RunEvaluation, predict, summary
+from .evaluation import Inference, predict, summary
 from .fast import FastLogJoint
 from .processes import Processes
 
@@ -72,16 +69,11 @@ class Assessment:
             lines.append(f"{i:15}" + "".join(f"{n or '.':>{width}}" for n in row) + f"{shown:>9}")
         return lines
 
-    def plot_mistakes(self, examples: Examples, path: Path) -> bool:
-        """Draw the most confident of the mistakes on `examples`, images and classes, if any.
-
-        -> whether there are any.
-        """
+    def plot_mistakes(self, examples: Examples) -> Figure:
+        """The most confident of the mistakes on `examples`, images and classes."""
         shown = self.mistakes[:N_MISTAKES]
-        if len(shown):
-            images, y = (part.cpu()[shown] for part in examples)
-            plot_mistakes(images, y, self.predicted[shown], self.confidence[shown], path)
-        return len(shown) > 0
+        images, y = (part.cpu()[shown] for part in examples)
+        return plot_mistakes(images, y, self.predicted[shown], self.confidence[shown])
 
 
 def assess(infer: Inference, others: Inference, data: SemiSupervisedData, examples: Examples,
@@ -201,27 +193,3 @@ def print_evaluation(log_joint: FastLogJoint, data: SemiSupervisedData,
         assessment = assess(infer, Inference(log_joint), data, (images, y), name, settings,
                             draws[0])
         print("\n".join(assessment.lines()))
-
-
-def report_run(evaluation: RunEvaluation, rows: list[Row], run_dir: Path) -> None:
-    """Assess the trained model of a run with the metrics `rows`, print that, and write mistakes.png
-    and report.html to its directory.
-
-    The model has the weights that the run keeps. With these `evaluation` has evaluated the test
-    set, unless the run was finished already; the validation set may have had others. A failure is
-    reported, and does not end the run: its weights are worth more than its report.
-    """
-    data, settings = evaluation.data, evaluation.settings
-    name, examples = assessed_examples(data, settings)
-    infer = evaluation.infer["test" if settings.test else "val"]
-    try:
-        assessment = assess(infer, Inference(evaluation.log_joint), data, examples, name, settings,
-                            infer.predictions if settings.test else None)
-        print("\n".join(assessment.lines()))
-        picture = run_dir / "mistakes.png"
-        if data.grey_levels is None or not assessment.plot_mistakes(examples, picture):
-            picture.unlink(missing_ok=True)         # of an earlier end of this run
-        write_report(run_dir, vars(settings), rows, assessment)
-    except Exception as error:
-        traceback.print_exc()
-        print(f"The report could not be written ({type(error).__name__}); the run is finished")

@@ -124,4 +124,5 @@ def device_name(device: torch.device) -> str:
     """The name of the GPU, or the number of CPU threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"the CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"the CPU, {threads} thread{'s' * (threads > 1)}"

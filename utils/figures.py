@@ -1,6 +1,7 @@
-"""The pictures of a run: curves.png, samples.png, and for points in the plane density.png.
+"""The pictures of runs and models.
 
-experiments/pictures.py draws the others.
+Each function returns a Figure of matplotlib; `save` writes it to a file. `plot_run` writes those of
+a run to its directory, and experiments/pictures.py has a command for each of the others.
 """
 
 import itertools
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -21,11 +22,14 @@ from .data import SemiSupervisedData
 from .files import atomic_write
 from .metrics import Row, name_of_kept
 
-CLASS_COLOURS = ["#1f77b4", "#d62728"]   # of points
-# Okabe and Ito's colours, which colour-blind people can tell apart.
+# Colours which colour-blind people can tell apart, by Okabe and Ito, and for ten classes by Tol.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+CLASS_COLOURS = ("#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677",
+                 "#882255", "#aa4499", "#000000")
+POINT_COLOURS = ListedColormap(["#0072b2", "#d55e00"])      # of both classes of points
+POSTERIOR = LinearSegmentedColormap.from_list("posterior", ["#a6d8f4", "white", "#f7cf8a"])
 LINES = ("-", "--", ":", "-.")      # of more curves than there are colours
-# Of the curves, in every panel; colour-blind people can tell them apart (Okabe and Ito).
+# Of the curves, in every panel.
 CURVES = {"train": ("training", "0.5"), "labelled": ("training, labelled", "0.5"),
           "val": ("validation", "#0072b2"),
           "ema_val": ("validation, averaged weights", "#e69f00"), "test": ("test", "black")}
@@ -39,16 +43,22 @@ def plot_run(model: SemiConditionalFlow, data: SemiSupervisedData, rows: list[Ro
     A failure is reported, and does not end the run: its weights are worth more than its pictures.
     """
     try:
-        plot_curves(rows, run_dir / "curves.png")
-        plot_samples(model, run_dir / "samples.png", seed)
+        save(plot_curves(rows), run_dir / "curves.png")
+        save(plot_samples(model, seed), run_dir / "samples.png")
         if not model.image:
-            plot_density(model, data, run_dir / "density.png")
+            save(plot_density(model, data), run_dir / "density.png")
     except Exception as error:
         traceback.print_exc()
         print(f"The pictures could not be drawn ({type(error).__name__}); the run goes on")
 
 
-def plot_curves(rows: list[Row], path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write `figure` as a PNG file: the old picture stays whole until the new one is."""
+    with atomic_write(path, "wb") as f:
+        figure.savefig(f, dpi=100, format="png")
+
+
+def plot_curves(rows: list[Row]) -> Figure:
     """Loss, error and likelihood against the epoch, from the rows of a MetricsLog."""
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     loss, error, likelihood = figure.subplots(1, 3)
@@ -81,10 +91,10 @@ def plot_curves(rows: list[Row], path: Path) -> None:
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
         axes.legend()
-    save(figure, path)
+    return figure
 
 
-def plot_curves_of_runs(runs: dict[str, list[Row]], path: Path) -> None:
+def plot_curves_of_runs(runs: dict[str, list[Row]]) -> Figure:
     """Training loss, error and likelihood of several runs, {label: rows of a MetricsLog}, against
     the epoch. Error and likelihood are those of the validation set or, without one, of the test
     set, and of the weights that the run would keep. Raises ValueError for runs of images beside
@@ -116,11 +126,10 @@ def plot_curves_of_runs(runs: dict[str, list[Row]], path: Path) -> None:
     for axes in (loss, error, likelihood):
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
-    save(figure, path)
+    return figure
 
 
-def plot_samples(model: SemiConditionalFlow, path: Path, seed: int,
-                 temperature: float = 1.0) -> None:
+def plot_samples(model: SemiConditionalFlow, seed: int, temperature: float = 1.0) -> Figure:
     """Samples from p(x | y), a column per class, a row per noise vector.
 
     The noise depends on `seed` alone. temperature: its standard deviation; less than 1 gives
@@ -134,27 +143,31 @@ def plot_samples(model: SemiConditionalFlow, path: Path, seed: int,
     x = model.sample(y, noise.repeat_interleave(k, 0).to(device, model.log_p_y.dtype)).cpu()
     x = x.unflatten(0, (rows, k)).float()  # (rows, K, C, H, W)
     if model.image:
-        figure, axes = draw_grid(x)
+        title = "Samples from p(x | y), a row per noise vector"
+        if temperature != 1:
+            title += f", at temperature {temperature:g}"
+        figure, axes = draw_grid(x, title)
         axes.set_xticks(*_middles(x, k))
-        axes.set_xlabel("class y" + ("" if temperature == 1 else f"; temperature {temperature:g}"))
+        axes.set_xlabel("class y")
     else:
         figure = Figure(figsize=(4 * k, 4), layout="constrained")
         for j, axes in enumerate(figure.subplots(1, k, sharex=True, sharey=True)):
-            axes.scatter(*x[:, j, :, 0, 0].numpy().T, s=4, color=CLASS_COLOURS[j])
+            axes.scatter(*x[:, j, :, 0, 0].numpy().T, s=4, color=POINT_COLOURS(j))
             axes.set_title(f"x ~ p(x | y = {j})")
             axes.set_aspect("equal")
-    save(figure, path)
+    return figure
 
 
-def draw_grid(x: Tensor) -> tuple[Figure, Axes]:
+def draw_grid(x: Tensor, title: str) -> tuple[Figure, Axes]:
     """Images x (rows, columns, C, H, W), from 0 to 1, in one figure without ticks."""
     from torchvision.utils import make_grid  # imported here because it takes a second
 
     rows, columns = x.shape[:2]
     grid = make_grid(x.flatten(0, 1).clamp(0, 1), nrow=columns, padding=1, pad_value=0.5)
-    figure = Figure(figsize=(columns * 0.6 + 0.5, rows * 0.6 + 0.5), layout="constrained")
+    figure = Figure(figsize=(columns * 0.6 + 0.5, rows * 0.6 + 0.8), layout="constrained")
     axes = figure.subplots()
     axes.imshow(grid.permute(1, 2, 0).numpy(), vmin=0, vmax=1, interpolation="nearest")
+    axes.set_title(title)
     axes.set_xticks([])
     axes.set_yticks([])
     return figure, axes
@@ -167,7 +180,7 @@ def _middles(x: Tensor, n: int, first: int = 0) -> tuple[list[float], list[str]]
 
 
 @torch.no_grad()
-def plot_redrawn(model: SemiConditionalFlow, x: Tensor, y: Tensor, path: Path) -> None:
+def plot_redrawn(model: SemiConditionalFlow, x: Tensor, y: Tensor) -> Figure:
     """Images x (N, C, H, W) of classes y (N,), each at the left of its row, and re-drawn as every
     class: z_aux and z_h = h_phi(z_f; y) stay the same, and the label in h_phi's inverse differs.
     """
@@ -178,16 +191,16 @@ def plot_redrawn(model: SemiConditionalFlow, x: Tensor, y: Tensor, path: Path) -
     z_f = model.h_phi.inverse(z_h.repeat_interleave(k, 0), other)
     redrawn = model.decode(torch.cat((z_aux.repeat_interleave(k, 0), z_f), 1)).unflatten(0, (-1, k))
     images = torch.cat((x[:, None], redrawn), 1).cpu().float()              # (N, 1 + K, C, H, W)
-    figure, axes = draw_grid(images)
+    figure, axes = draw_grid(images, "Images re-drawn as every class, with their z_aux and z_h")
     places, labels = _middles(images, k, first=1)
     axes.set_xticks([0.5 * (images.shape[-1] + 1), *places], ["image", *labels])
     axes.set_xlabel("re-drawn as class")
-    save(figure, path)
+    return figure
 
 
 @torch.no_grad()
-def plot_interpolation(model: SemiConditionalFlow, x: Tensor, other: Tensor, y: Tensor, path: Path,
-                       steps: int = 9) -> None:
+def plot_interpolation(model: SemiConditionalFlow, x: Tensor, other: Tensor, y: Tensor,
+                       steps: int = 9) -> Figure:
     """In each row, from an image of x to one of `other`, (N, C, H, W) each, of the same class, y
     (N,), in equal steps of (z_aux, z_h).
     """
@@ -199,14 +212,13 @@ def plot_interpolation(model: SemiConditionalFlow, x: Tensor, other: Tensor, y: 
     z_aux, z_h = model.split_latent(z.flatten(0, 1))
     z_f = model.h_phi.inverse(z_h, y.repeat_interleave(steps))
     images = model.decode(torch.cat((z_aux, z_f), 1)).unflatten(0, (-1, steps)).cpu().float()
-    figure, axes = draw_grid(images)
+    figure, axes = draw_grid(images, "From one image to another of its class")
     axes.set_xticks(_middles(images, steps)[0], [f"{float(s):.3g}" for s in share])
-    axes.set_xlabel("from one test image to another of its class")
-    save(figure, path)
+    axes.set_xlabel("share of the second image in z_aux and z_h")
+    return figure
 
 
-def plot_mistakes(x: Tensor, y: Tensor, predicted: Tensor, confidence: Tensor,
-                  path: Path) -> None:
+def plot_mistakes(x: Tensor, y: Tensor, predicted: Tensor, confidence: Tensor) -> Figure:
     """Images x (N, C, H, W), any scale, five in a row, below their class y, the class that the
     model gives them, and the probability of that, (N,) each.
     """
@@ -220,11 +232,11 @@ def plot_mistakes(x: Tensor, y: Tensor, predicted: Tensor, confidence: Tensor,
         axes.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray",
                     interpolation="nearest")
         axes.set_title(f"{int(own)} taken for {int(given)}: {float(p):.1%}", fontsize=8)
-    save(figure, path)
+    return figure
 
 
 @torch.no_grad()
-def plot_latent_space(model: SemiConditionalFlow, x: Tensor, y: Tensor, path: Path) -> None:
+def plot_latent_space(model: SemiConditionalFlow, x: Tensor, y: Tensor) -> Figure:
     """For points x (N, 2, 1, 1) of classes y (N,): z_f, and z_h given the class. ssl_dim must be 2.
     """
     z_f = model.split_latent(model.encode(x)[0])[1]
@@ -233,23 +245,16 @@ def plot_latent_space(model: SemiConditionalFlow, x: Tensor, y: Tensor, path: Pa
     for axes, z, title in zip(figure.subplots(1, 2), (z_f, z_h), ("z_f", "z_h, given the class")):
         for k, marker in zip(range(model.n_classes), "ox"):
             axes.scatter(*z[y == k].cpu().numpy().T, s=12, marker=marker, linewidths=0.8,
-                         color=CLASS_COLOURS[k], alpha=0.7, label=f"class {k}")
+                         color=POINT_COLOURS(k), alpha=0.7, label=f"class {k}")
         axes.set_title(title)
         axes.set_aspect("equal")
         axes.grid(alpha=0.3)
     axes.legend()
-    save(figure, path)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write `figure` as a PNG file: the old picture stays whole until the new one is."""
-    with atomic_write(path, "wb") as f:
-        figure.savefig(f, dpi=100, format="png")
+    return figure
 
 
 @torch.no_grad()
-def plot_density(model: SemiConditionalFlow, data: SemiSupervisedData, path: Path,
-                 cells: int = 200) -> None:
+def plot_density(model: SemiConditionalFlow, data: SemiSupervisedData, cells: int = 200) -> Figure:
     """For points: log p(x) with the training points, and p(y = 1 | x) with the test points.
 
     Both are evaluated on a grid of cells x cells.
@@ -267,17 +272,17 @@ def plot_density(model: SemiConditionalFlow, data: SemiSupervisedData, path: Pat
     density, regions = figure.subplots(1, 2)
     image = density.imshow(log_p.clamp(min=float(log_p.max()) - 12).numpy(), origin="lower",
                            extent=extent, cmap="viridis")
-    figure.colorbar(image, ax=density, label="log p(x), nats")
+    figure.colorbar(image, ax=density, shrink=0.65, label="log p(x), nats")
     density.scatter(*points.T, s=3, color="white", alpha=0.4, linewidths=0)
     density.set_title("density and training points, labelled ones large")
-    image = regions.imshow(posterior.numpy(), origin="lower", extent=extent, cmap="RdBu_r",
-                           vmin=0, vmax=1, alpha=0.7)
-    figure.colorbar(image, ax=regions, label="p(y = 1 | x)")
+    image = regions.imshow(posterior.numpy(), origin="lower", extent=extent, cmap=POSTERIOR,
+                           vmin=0, vmax=1)
+    figure.colorbar(image, ax=regions, shrink=0.65, label="p(y = 1 | x)")
     regions.scatter(*data.test_x[:, :, 0, 0].cpu().numpy().T, s=4, c=data.test_y.cpu().numpy(),
-                    cmap=ListedColormap(CLASS_COLOURS))
+                    cmap=POINT_COLOURS)
     regions.set_title("posterior and test points, labelled ones large")
     labelled, y = data.labelled.cpu().numpy(), data.train_y[data.labelled].cpu().numpy()
     for axes in (density, regions):
-        axes.scatter(*points[labelled].T, s=60, c=y, cmap=ListedColormap(CLASS_COLOURS),
+        axes.scatter(*points[labelled].T, s=60, c=y, cmap=POINT_COLOURS,
                      edgecolors="black", linewidths=1.2)
-    save(figure, path)
+    return figure

@@ -3,44 +3,81 @@
 import base64
 import html
 import math
-from collections.abc import Mapping
+import traceback
 from pathlib import Path
-from typing import Any
 
-from .files import atomic_write
-from .metrics import Row
+import yaml
+
+from utils import Settings
+from utils.figures import save
+from utils.files import atomic_write
+from utils.metrics import Row
+
+from .assessment import Assessment, assess, assessed_examples
+from .device import device_name
+from .evaluation import Inference, RunEvaluation
 
 PICTURES = {"curves.png": "Training", "samples.png": "Samples from p(x | y)",
             "density.png": "Density and posterior",
             "mistakes.png": "The most confident mistakes, and p(y | x)"}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 70em; margin: 2em auto;
-       padding: 0 1em; }
+       padding: 0 1em; overflow-wrap: anywhere; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
 table { border-collapse: collapse; } td, th { padding: 0.2em 0.7em; text-align: right; }
 th { font-weight: 600; } td:first-child, th:first-child { text-align: left; }
 tr { border-bottom: 1px solid #ddd; } img { max-width: 100%; display: block; }
-.confusion td { min-width: 2.2em; } details { margin-top: 2em; }
+.wide { overflow-x: auto; } .wide td { min-width: 2.2em; } details { margin-top: 2em; }
 """
 
 
-def write_report(run_dir: Path, settings: Mapping[str, Any], rows: list[Row],
-                 assessment: Any) -> None:
+def report_run(evaluation: RunEvaluation, rows: list[Row], run_dir: Path) -> None:
+    """Assess the trained model of a run with the metrics `rows`, print that, and write mistakes.png
+    and report.html to its directory.
+
+    The model has the weights that the run keeps. With these `evaluation` has evaluated the test
+    set, unless the run was finished already; the validation set may have had others. A failure is
+    reported, and does not end the run: its weights are worth more than its report.
+    """
+    data, settings = evaluation.data, evaluation.settings
+    name, examples = assessed_examples(data, settings)
+    infer = evaluation.infer["test" if settings.test else "val"]
+    try:
+        assessment = assess(infer, Inference(evaluation.log_joint), data, examples, name, settings,
+                            infer.predictions if settings.test else None)
+        print("\n".join(assessment.lines()))
+        picture = run_dir / "mistakes.png"
+        if data.grey_levels is not None and len(assessment.mistakes):
+            save(assessment.plot_mistakes(examples), picture)
+        else:
+            picture.unlink(missing_ok=True)         # of an earlier end of this run
+        write_report(run_dir, settings, rows, assessment, device_name(data.device))
+    except Exception as error:
+        traceback.print_exc()
+        print(f"The report could not be written ({type(error).__name__}); the run is finished")
+
+
+def write_report(run_dir: Path, settings: Settings, rows: list[Row], assessment: Assessment,
+                 device: str) -> None:
     """Write report.html to the directory of a run, with the pictures that are there.
 
-    rows: the metrics of its epochs; assessment: an Assessment of training/assessment.py.
+    rows: the metrics of its epochs; device: the name of the one that it ended on.
     """
-    title = f"{run_dir.name}: {settings['data']}, {settings['model']}, {settings['ssl_model']}"
+    title = f"{run_dir.name}: {settings.data}, {settings.model}, {settings.ssl_model}"
     figures = [f"<h2>{caption}</h2>\n{_picture(run_dir / name, caption)}"
                for name, caption in PICTURES.items() if (run_dir / name).is_file()]
     seconds = sum(row["seconds"] for row in rows)
-    done = (f"{rows[-1]['epoch']:.0f} epochs, {seconds:,.0f} s of training and evaluation; the "
-            f"figures below are of the {assessment.confusion.sum():,} {assessment.name} examples.")
+    params = yaml.safe_load((run_dir / "params.yaml").read_text(encoding="utf-8"))
+    commit = f", commit {params['commit'][:7]}" if params.get("commit") else ""
+    done = (f"{rows[-1]['epoch']:.0f} epochs, {seconds:,.0f} s of training and evaluation, on "
+            f"{device}{commit}; the figures below are of the {assessment.confusion.sum():,} "
+            f"{assessment.name} examples.")
     options = "".join(f"<tr><td>{html.escape(key)}</td><td>{html.escape(str(value))}</td></tr>"
-                      for key, value in sorted(settings.items()))
+                      for key, value in sorted(vars(settings).items()))
     page = f"""<!DOCTYPE html>
 <html lang="en">
-<head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style></head>
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{html.escape(title)}</title><style>{STYLE}</style></head>
 <body>
 <h1>{html.escape(title)}</h1>
 <p>{done}</p>
@@ -57,7 +94,7 @@ def write_report(run_dir: Path, settings: Mapping[str, Any], rows: list[Row],
         f.write(page)
 
 
-def _figures(assessment: Any) -> list[tuple[str, str]]:
+def _figures(assessment: Assessment) -> list[tuple[str, str]]:
     figures = [("error", f"{assessment.error:.2%}"), ("log p(x)", f"{assessment.log_p:.3f} nats")]
     if math.isfinite(assessment.bits_per_dim):
         figures.append(("bits/dim", f"{assessment.bits_per_dim:.4f}"))
@@ -82,7 +119,8 @@ def _confusion(counts: list[list[int]]) -> str:
             f'<td style="background: rgba(213, 94, 0, {min(20 * n / total, 1) * (i != j):.2f})">'
             f"{n or ''}</td>" for j, n in enumerate(row))
         body += f"<tr><th>{i}</th>{cells}<td>{(total - row[i]) / total:.2%}</td></tr>\n"
-    return (f'<table class="confusion"><tr><th></th>{head}<th>error</th></tr>\n{body}</table>')
+    return (f'<div class="wide"><table><tr><th></th>{head}<th>error</th></tr>\n{body}</table>'
+            "</div>")
 
 
 def _picture(path: Path, caption: str) -> str:
