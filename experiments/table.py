@@ -4,9 +4,9 @@
         [options of train-flow-ssl.py, for all runs]
     python experiments/table.py CONFIG [CONFIG ...] [--seeds ...] --collect FOLDER
 
-Trains each config with --seed S --data_seed S for each seed S, in FOLDER, N runs at a time. Runs
-that are finished are skipped and those that were stopped are resumed, so that the same command
-continues where it was interrupted. --collect trains nothing. Both print the table and write it to
+Trains each config with --seed S --data_seed S for each seed S, in FOLDER, N runs at a time. Ctrl-C
+and SIGTERM stop them after the current training step, and the same command continues there: runs
+that are finished are skipped and those that were stopped are resumed. --collect trains nothing. Both print the table and write it to
 FOLDER/table.md and FOLDER/table.csv: error and bits/dim on the test images, as mean ± standard
 deviation over the seeds, and the paper's figures, which are of MNIST with 100 labels. The figures
 of each run are in FOLDER/runs.csv. A run that is not finished is named below the table and takes no
@@ -15,6 +15,7 @@ part in it; the exit code is then 1.
 
 import contextlib
 import math
+import signal
 import subprocess
 import sys
 import threading
@@ -176,6 +177,7 @@ def train(runs, states, folder, jobs):
     """Train `runs`, whose `states` are given, in `folder`, `jobs` at a time -> {name: why} of those
     that failed."""
     failures, stop = {}, threading.Event()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)      # as Ctrl-C
     with tqdm(total=sum(run.settings.epochs for run in runs), unit="epoch", disable=None) as bar, \
             ThreadPoolExecutor(jobs) as pool:
         def one(run):
@@ -187,6 +189,8 @@ def train(runs, states, folder, jobs):
         except BaseException:
             stop.set()
             raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
     return failures
 
 
@@ -196,7 +200,8 @@ def train_one(run, state, folder, bar, stop):
     if state.directory and (state.directory / "checkpoint.pt").is_file():
         line = ["--resume", str(state.directory), *line]
     process = subprocess.Popen([sys.executable, str(SCRIPT), *line], cwd=folder, text=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               start_new_session=True)      # or Ctrl-C would end the step too
     shown, pattern = 0, f"logs/exman-train-flow-ssl.py/runs/*-{run.name}/metrics.csv"
 
     def show():

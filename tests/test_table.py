@@ -1,7 +1,9 @@
 """experiments/table.py: the paper's table, run and collected."""
 
 import importlib
+import subprocess
 import sys
+import time
 
 import pandas as pd
 import pytest
@@ -74,6 +76,25 @@ def test_a_table_is_run_stopped_and_continued(tmp_path, configs):
 
 
 @pytest.mark.slow
+def test_sigterm_stops_the_runs_with_checkpoints(tmp_path, configs):
+    line = [sys.executable, str(SCRIPT), *configs, "--seeds", "0", "--to", "out", "--epochs", "9999"]
+    process = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        for _ in range(600):
+            if list(tmp_path.glob("out/logs/*/runs/*-glow-seed0/metrics.csv")):
+                break
+            time.sleep(0.1)
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in errors
+    run, = runs(tmp_path / "out")                       # the second one has not been started
+    assert "Stopped by SIGTERM after step" in (run / "log.txt").read_text()
+    assert (run / "checkpoint.pt").is_file()
+
+
+@pytest.mark.slow
 def test_a_failed_run_is_named(tmp_path, configs):
     done = execute(tmp_path, [sys.executable, str(SCRIPT), *configs, "--seeds", "0", "--to", "out",
                               "--lr", "1e30"])
@@ -102,9 +123,11 @@ def test_the_rows_have_the_settings_of_the_paper_s_table(table, tmp_path, monkey
     kept = {key: value for key, value in vars(rows[0]).items()
             if key not in ("ssl_model", "ssl_alg", "cl_weight", "config_file", "name")}
     assert all(kept.items() <= vars(row).items() for row in rows)
-    small = [table.wanted(path, 0, [], tmp_path).settings
-             for path in (PROJECT / "configs" / "table").glob("digits-*")]
-    assert {(row.ssl_model, row.ssl_alg, row.cl_weight > 0) for row in small} == kinds
+    for name in ("digits-*", "small-*"):
+        rows = [table.wanted(path, 0, [], tmp_path).settings
+                for path in (PROJECT / "configs" / "table").glob(name)]
+        assert {(row.ssl_model, row.ssl_alg, row.cl_weight > 0) for row in rows} == kinds
+        assert len(rows) == len(kinds)
 
 
 def test_the_published_figures_are_those_of_the_readme(table):

@@ -57,8 +57,10 @@ def check_output(path: Path) -> None:
 
 def run_command(main: Callable[[], object]) -> None:
     """Run `main`; if it raises BadInput or an OSError, such as that of a full disk, print the
-    message and exit with code 2."""
+    message and exit with code 2; after Ctrl-C exit with 130."""
     try:
         main()
     except (BadInput, OSError) as error:
         exit_with(Path(sys.argv[0]).name, one_line(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
