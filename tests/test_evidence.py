@@ -36,7 +36,7 @@ def config_of(weights):
 
 def table(path, first):
     """The rows, {heading: cell}, of the table in a Markdown file whose first heading is `first`."""
-    lines = (PROJECT / path).read_text().split(f"| {first} |", 1)[1].splitlines()
+    lines = (PROJECT / path).read_text().split(f"\n| {first} |", 1)[1].splitlines()
     rows = []
     for line in lines[2:]:
         if not line.startswith("|"):
@@ -74,11 +74,18 @@ def last_row(folder):
     return read_metrics(folder / "metrics.csv")[-1]
 
 
+MODELS = {"cond-flow": "SCNF-GLOW", "cond-shift": "SCNF-GMM"}
+
+
 def test_the_readme_s_table_of_cpu_runs_agrees_with_results():
     for row in table("README.md", "data"):
         name = row["config"].split("/")[1].removesuffix(".yaml")
         error, bits, seconds = row["test error, %"], row["bits/dim"], row["seconds"]
         folder = PROJECT / "results" / name
+        log = next(path for path in sorted(folder.glob("**/log.txt")))
+        assert f"; {row['parameters']} parameters;" in log.read_text()
+        settings = yaml.safe_load((log.parent / "params.yaml").read_text())
+        assert row["model"] == MODELS[settings["ssl_model"]]
         if (folder / "evaluation.json").is_file():
             figures = evaluation_in(folder)
             assert len(figures["error"]) == len(figures["bits_per_dim"]) == 3
