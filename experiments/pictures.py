@@ -93,9 +93,8 @@ def picture(own, model, data, settings):
         infer = Inference(FastLogJoint(model))
         name, examples = assessed_examples(data, settings)
         assessment = assess(infer, infer, data, examples, name, settings)
-        if not len(assessment.mistakes):
-            raise BadInput(f"there are no mistakes on the {name} images")
-        return assessment.plot_mistakes(examples)
+        with value_errors_as_bad_input():
+            return assessment.plot_mistakes(examples)
     noise = torch.Generator(data.device).manual_seed(settings.seed)
     x = data.dequantize(data.test_x, noise)
     of_class = [torch.nonzero(data.test_y == k)[:2, 0] for k in range(data.n_classes)]

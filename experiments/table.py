@@ -4,13 +4,13 @@
         [options of train-flow-ssl.py, for all runs]
     python experiments/table.py CONFIG [CONFIG ...] [--seeds ...] --collect FOLDER
 
-Trains each config with --seed S --data_seed S for each seed S, in FOLDER, N runs at a time. Ctrl-C
-and SIGTERM stop them after the current training step, and the same command continues there: runs
-that are finished are skipped and those that were stopped are resumed. --collect trains nothing. Both print the table and write it to
-FOLDER/table.md and FOLDER/table.csv: error and bits/dim on the test images, as mean ± standard
-deviation over the seeds, and the paper's figures, which are of MNIST with 100 labels. The figures
-of each run are in FOLDER/runs.csv. A run that is not finished is named below the table and takes no
-part in it; the exit code is then 1.
+Trains each config with --seed S --data_seed S for each seed S, in FOLDER, N runs at a time. Ctrl-C,
+SIGTERM and a closed terminal stop them after the current training step, and the same command
+continues there: runs that are finished are skipped and those that were stopped are resumed.
+--collect trains nothing. Both print the table and write it to FOLDER/table.md and FOLDER/table.csv:
+error and bits/dim on the test images, as mean ± standard deviation over the seeds, and the paper's
+figures, which are of MNIST with 100 labels. The figures of each run are in FOLDER/runs.csv. A run
+that is not finished is named below the table and takes no part in it; the exit code is then 1.
 """
 
 import contextlib
@@ -19,7 +19,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +43,7 @@ PUBLISHED = {("cond-flow", "sgd", False): ("1.9 ± 0.3", "1.145 ± 0.004"),
              ("cond-shift", "sgd", False): ("14.2 ± 2.4", "1.143 ± 0.011"),
              ("cond-shift", "em", True): ("16.9 ± 5.3", "1.141 ± 0.006"),
              ("cond-shift", "em", False): ("13.4 ± 2.8", "1.145 ± 0.005")}
+STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 MODELS = {"cond-flow": "SCNF-GLOW", "cond-shift": "SCNF-GMM",
           "cond-gmm": "SCNF-GMM, trained covariances"}
 ALGORITHMS = {"sgd": "SGD", "em": "EM-SGD"}
@@ -177,31 +177,34 @@ def train(runs, states, folder, jobs):
     """Train `runs`, whose `states` are given, in `folder`, `jobs` at a time -> {name: why} of those
     that failed."""
     failures, stop = {}, threading.Event()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)      # as Ctrl-C
-    with tqdm(total=sum(run.settings.epochs for run in runs), unit="epoch", disable=None) as bar, \
-            ThreadPoolExecutor(jobs) as pool:
-        def one(run):
-            if not stop.is_set() and (why := train_one(run, states[run.name], folder, bar,
-                                                               stop)):
-                failures[run.name] = why
-        try:
+
+    def ask_to_stop(*_):        # it does not raise: the runs need time to write their checkpoints
+        if not stop.is_set():
+            print("Stopping: each run ends its current step", file=sys.stderr)
+        stop.set()
+    before = {number: signal.signal(number, ask_to_stop) for number in STOPPING}
+    try:
+        with tqdm(total=sum(run.settings.epochs for run in runs), unit="epoch",
+                  disable=None) as bar, ThreadPoolExecutor(jobs) as pool:
+            def one(run):
+                if not stop.is_set() and (why := train_one(run, states[run.name], folder, bar,
+                                                           stop)):
+                    failures[run.name] = why
             list(pool.map(one, runs))
-        except BaseException:
-            stop.set()
-            raise
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return failures
 
 
 def train_one(run, state, folder, bar, stop):
-    """Train a run to its end -> why it failed, or None. `stop`: the event that ends it."""
+    """Train a run to its end -> why it failed, or None. `stop`: the event that stops it."""
     line = run.line
     if state.directory and (state.directory / "checkpoint.pt").is_file():
         line = ["--resume", str(state.directory), *line]
     process = subprocess.Popen([sys.executable, str(SCRIPT), *line], cwd=folder, text=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               start_new_session=True)      # or Ctrl-C would end the step too
+                               start_new_session=True)      # Ctrl-C is for this program alone
     shown, pattern = 0, f"logs/exman-train-flow-ssl.py/runs/*-{run.name}/metrics.csv"
 
     def show():
@@ -213,15 +216,17 @@ def train_one(run, state, folder, bar, stop):
     lines = []
     reader = threading.Thread(target=lambda: lines.extend(process.stderr))   # a pipe that fills up
     reader.start()                                                           # would block the run
-    while process.poll() is None:
-        if stop.is_set():
-            process.terminate()
-        bar.set_postfix_str(run.name, refresh=False)
-        show()
-        time.sleep(0.2)
-    reader.join()
+    try:
+        while process.poll() is None and not stop.wait(0.2):
+            bar.set_postfix_str(run.name, refresh=False)
+            show()
+    finally:
+        if process.poll() is None:
+            process.terminate()         # once: a second one could end it while it stops
+        process.wait()
+        reader.join()
     show()
-    if process.returncode:
+    if process.returncode and not stop.is_set():
         last = ([line.strip() for line in lines if line.strip()] or ["no message"])[-1]
         return f"exit code {process.returncode}: {last}"
     return None

@@ -12,6 +12,7 @@ from PIL import Image
 from models import build_model
 from utils import figures
 from utils.errors import BadInput
+from utils.metrics import read_metrics
 
 SHIPPED = ["--config", str(PROJECT / "configs" / "digits.yaml"), "--pretrained", "--device", "cpu"]
 
@@ -39,6 +40,10 @@ def drawn(monkeypatch):
     return shown
 
 
+def title_of(figure):
+    return figure.axes[0].get_title()
+
+
 def test_redrawn_with_its_own_label_an_image_stays_what_it_is(model, drawn):
     x, y = torch.rand(4, 1, 8, 8, dtype=torch.float64), torch.tensor([3, 0, 9, 3])
     figure = figures.plot_redrawn(model, x, y)
@@ -49,6 +54,7 @@ def test_redrawn_with_its_own_label_an_image_stays_what_it_is(model, drawn):
     torch.testing.assert_close(own, x.float(), atol=1e-5, rtol=0)
     change = (grid[:, 1:] - own[:, None]).abs().flatten(2).amax(2)              # (4, K)
     assert ((change > 1e-4).sum(1) == 9).all()                                  # other classes
+    assert title_of(figure) == "Images re-drawn as every class, with their z_aux and z_h"
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == [
         "image", *"0123456789"]
 
@@ -68,10 +74,22 @@ def test_an_interpolation_goes_from_one_image_to_the_other(model, drawn):
 
 
 def test_temperature_zero_has_one_sample_per_class(model, drawn):
-    figures.plot_samples(model.float(), 0, temperature=0.0)
+    figure = figures.plot_samples(model.float(), 0, temperature=0.0)
     (grid,) = drawn
+    assert title_of(figure).endswith("a row per noise vector, at temperature 0")
     assert torch.equal(grid, grid[:1].expand_as(grid))
     assert not torch.equal(grid[0, 0], grid[0, 1])
+
+
+@pytest.mark.parametrize("length", [10, 56])
+def test_the_legend_of_seven_runs_is_inside_the_picture(length):
+    rows = read_metrics(PROJECT / "results" / "digits" / "seed0" / "metrics.csv")
+    figure = figures.plot_curves_of_runs({str(i) * length: rows for i in range(7)})
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box, panel = legend.get_window_extent(), figure.axes[0].get_window_extent()
+    assert box.x0 > 0 and box.x1 < figure.bbox.x1 and box.y0 >= 0 and box.y1 < panel.y0
+    assert panel.height > 200
 
 
 @pytest.mark.parametrize("command", ["samples", "redrawn", "interpolation", "mistakes"])

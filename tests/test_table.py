@@ -1,6 +1,8 @@
 """experiments/table.py: the paper's table, run and collected."""
 
 import importlib
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -76,22 +78,29 @@ def test_a_table_is_run_stopped_and_continued(tmp_path, configs):
 
 
 @pytest.mark.slow
-def test_sigterm_stops_the_runs_with_checkpoints(tmp_path, configs):
-    line = [sys.executable, str(SCRIPT), *configs, "--seeds", "0", "--to", "out", "--epochs", "9999"]
-    process = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    try:
-        for _ in range(600):
-            if list(tmp_path.glob("out/logs/*/runs/*-glow-seed0/metrics.csv")):
-                break
-            time.sleep(0.1)
-        process.terminate()
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130 and "Traceback" not in errors
-    run, = runs(tmp_path / "out")                       # the second one has not been started
+@pytest.mark.parametrize("numbers", [[signal.SIGINT, signal.SIGINT], [signal.SIGTERM]],
+                         ids=["Ctrl-C twice", "SIGTERM"])
+def test_signals_stop_the_runs_with_checkpoints(tmp_path, configs, numbers):
+    """As a terminal sends them, to the whole group of processes."""
+    line = [sys.executable, str(SCRIPT), *configs, "--seeds", "0", "--to", "out"]
+    process = subprocess.Popen([*line, "--epochs", "9999", "--time_limit", "2"], cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    for _ in range(600):
+        if list(tmp_path.glob("out/logs/*/runs/*-glow-seed0/metrics.csv")):
+            break
+        time.sleep(0.1)
+    for number in numbers:
+        os.killpg(process.pid, number)
+        time.sleep(0.05)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and errors == "Stopping: each run ends its current step\n"
+    assert "glow-seed0 (stopped after epoch " in out and "gmm-seed0 (not run)" in out
+    run, = runs(tmp_path / "out")
     assert "Stopped by SIGTERM after step" in (run / "log.txt").read_text()
-    assert (run / "checkpoint.pt").is_file()
+    again = execute(tmp_path, [*line, "--epochs", "9999", "--time_limit", "0.0001"])
+    assert "gmm-seed0 (stopped after epoch 0" in again.stdout
+    assert (run / "log.txt").read_text().count("Continuing after step") == 1
 
 
 @pytest.mark.slow

@@ -70,8 +70,13 @@ class Assessment:
         return lines
 
     def plot_mistakes(self, examples: Examples) -> Figure:
-        """The most confident of the mistakes on `examples`, images and classes."""
+        """The most confident of the mistakes on `examples`, images and classes.
+
+        Raises ValueError if there are none.
+        """
         shown = self.mistakes[:N_MISTAKES]
+        if not len(shown):
+            raise ValueError(f"there are no mistakes on the {self.name} images")
         images, y = (part.cpu()[shown] for part in examples)
         return plot_mistakes(images, y, self.predicted[shown], self.confidence[shown])
 

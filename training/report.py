@@ -27,7 +27,8 @@ h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
 table { border-collapse: collapse; } td, th { padding: 0.2em 0.7em; text-align: right; }
 th { font-weight: 600; } td:first-child, th:first-child { text-align: left; }
 tr { border-bottom: 1px solid #ddd; } img { max-width: 100%; display: block; }
-.wide { overflow-x: auto; } .wide td { min-width: 2.2em; } details { margin-top: 2em; }
+.wide { overflow-x: auto; white-space: nowrap; overflow-wrap: normal; }
+.wide td { min-width: 2.2em; } details { margin-top: 2em; }
 """
 
 
@@ -68,10 +69,11 @@ def write_report(run_dir: Path, settings: Settings, rows: list[Row], assessment:
                for name, caption in PICTURES.items() if (run_dir / name).is_file()]
     seconds = sum(row["seconds"] for row in rows)
     params = yaml.safe_load((run_dir / "params.yaml").read_text(encoding="utf-8"))
-    commit = f", commit {params['commit'][:7]}" if params.get("commit") else ""
-    done = (f"{rows[-1]['epoch']:.0f} epochs, {seconds:,.0f} s of training and evaluation, on "
-            f"{device}{commit}; the figures below are of the {assessment.confusion.sum():,} "
-            f"{assessment.name} examples.")
+    commit = f"started at commit {params['commit'][:7]}" if params.get("commit") else "no commit"
+    changed = ", with changes" if params.get("dirty") else ""
+    done = (f"{rows[-1]['epoch']:.0f} epochs, {seconds:,.0f} s of training and evaluation; "
+            f"{commit}{changed}, ended on {html.escape(device)}. The figures below are of the "
+            f"{assessment.confusion.sum():,} {assessment.name} examples.")
     options = "".join(f"<tr><td>{html.escape(key)}</td><td>{html.escape(str(value))}</td></tr>"
                       for key, value in sorted(vars(settings).items()))
     page = f"""<!DOCTYPE html>

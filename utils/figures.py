@@ -1,7 +1,7 @@
 """The pictures of runs and models.
 
-Each function returns a Figure of matplotlib; `save` writes it to a file. `plot_run` writes those of
-a run to its directory, and experiments/pictures.py has a command for each of the others.
+Each `plot_...` returns a Figure of matplotlib, which `save` writes to a file, except `plot_run`,
+which writes those of a run to its directory. experiments/pictures.py has commands for them.
 """
 
 import itertools
@@ -22,7 +22,8 @@ from .data import SemiSupervisedData
 from .files import atomic_write
 from .metrics import Row, name_of_kept
 
-# Colours which colour-blind people can tell apart, by Okabe and Ito, and for ten classes by Tol.
+# Colours that colour-blind people can tell apart: of Okabe and Ito, and for ten classes Paul Tol's
+# muted ones with black.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 CLASS_COLOURS = ("#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677",
                  "#882255", "#aa4499", "#000000")
@@ -33,6 +34,7 @@ LINES = ("-", "--", ":", "-.")      # of more curves than there are colours
 CURVES = {"train": ("training", "0.5"), "labelled": ("training, labelled", "0.5"),
           "val": ("validation", "#0072b2"),
           "ema_val": ("validation, averaged weights", "#e69f00"), "test": ("test", "black")}
+LEGEND = 150                        # characters that fit below three panels
 IMAGES_PER_CLASS, POINTS_PER_CLASS = 10, 1000
 
 
@@ -100,7 +102,8 @@ def plot_curves_of_runs(runs: dict[str, list[Row]]) -> Figure:
     set, and of the weights that the run would keep. Raises ValueError for runs of images beside
     runs of points, whose likelihoods differ in kind.
     """
-    figure = Figure(figsize=(12, 3.6 + 0.25 * (len(runs) // 3)), layout="constrained")
+    columns = max(1, min(3, LEGEND // (max(map(len, runs)) + 8)))
+    figure = Figure(figsize=(12, 3.4 + 0.22 * -(-len(runs) // columns)), layout="constrained")
     loss, error, likelihood = figure.subplots(1, 3)
     styles = ((line, colour) for line in itertools.cycle(LINES) for colour in COLOURS)
     units = set()
@@ -120,7 +123,7 @@ def plot_curves_of_runs(runs: dict[str, list[Row]]) -> Figure:
                          "them in two pictures")
     likelihood.set_ylabel(units.pop())
     loss.set_ylabel("training loss, nats")
-    figure.legend(loc="outside lower center", ncols=3)
+    figure.legend(loc="outside lower center", ncols=columns)
     error.set_ylabel("error (validation, else test), %")
     error.set_ylim(bottom=0)
     for axes in (loss, error, likelihood):
@@ -224,7 +227,8 @@ def plot_mistakes(x: Tensor, y: Tensor, predicted: Tensor, confidence: Tensor) -
     """
     columns = 5
     rows = -(-len(x) // columns)
-    figure = Figure(figsize=(1.5 * columns, 1.7 * rows), layout="constrained")
+    figure = Figure(figsize=(1.5 * columns, 1.7 * rows + 0.3), layout="constrained")
+    figure.suptitle("The most confident mistakes, with p(y | x) of the class given", fontsize=10)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels:
         axes.axis("off")
@@ -268,16 +272,17 @@ def plot_density(model: SemiConditionalFlow, data: SemiSupervisedData, cells: in
     log_joint = torch.cat([model.log_joint(part) for part in grid.split(4096)]).cpu()
     log_p = log_joint.logsumexp(1).view(cells, cells)
     posterior = log_joint.softmax(1)[:, 1].view(cells, cells)
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    height = 5 * (top - bottom) / (right - left) + 0.7
+    figure = Figure(figsize=(12, height), layout="constrained")
     density, regions = figure.subplots(1, 2)
     image = density.imshow(log_p.clamp(min=float(log_p.max()) - 12).numpy(), origin="lower",
                            extent=extent, cmap="viridis")
-    figure.colorbar(image, ax=density, shrink=0.65, label="log p(x), nats")
+    figure.colorbar(image, ax=density, label="log p(x), nats")
     density.scatter(*points.T, s=3, color="white", alpha=0.4, linewidths=0)
     density.set_title("density and training points, labelled ones large")
     image = regions.imshow(posterior.numpy(), origin="lower", extent=extent, cmap=POSTERIOR,
                            vmin=0, vmax=1)
-    figure.colorbar(image, ax=regions, shrink=0.65, label="p(y = 1 | x)")
+    figure.colorbar(image, ax=regions, label="p(y = 1 | x)")
     regions.scatter(*data.test_x[:, :, 0, 0].cpu().numpy().T, s=4, c=data.test_y.cpu().numpy(),
                     cmap=POINT_COLOURS)
     regions.set_title("posterior and test points, labelled ones large")
