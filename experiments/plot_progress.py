@@ -89,7 +89,7 @@ def chain(runs):
 
 def plot(recipes, published, which):
     """recipes: (label, [what `progress` returns]) of each; published: the paper's figures."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, (quantity, label) in zip(panels, PANELS.items()):
         for (title, runs), colour, marker in zip(recipes, COLOURS, MARKERS):
@@ -109,7 +109,7 @@ def plot(recipes, published, which):
     for axes in panels:
         axes.set_xticks(ticks, [str(minutes) for minutes in ticks])
         axes.minorticks_off()
-    panels[1].legend()
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
