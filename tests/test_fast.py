@@ -439,7 +439,8 @@ def test_scores_of_micro_batches_are_those_of_the_batch():
 def test_micro_batches_take_little_memory_on_a_cpu():
     model = build_model({}, (1, 28, 28), 10)
     _, largest = _trace_shapes(model)
-    assert largest == 64 * 28 * 28 * 4 and FastLogJoint(model).micro_batch_size == 64
+    assert largest == 64 * 28 * 28 * 4 and FastLogJoint(model).micro_batch_size == 32
+    assert FastLogJoint(model, "bf16").micro_batch_size == 64
     assert FastLogJoint(model, micro_bs=10).micro_batch_size == 10
 
 

@@ -28,8 +28,9 @@ TINY_CONV = 2**14
 COMPILED_GRAPHS = 256
 # A GPU's convolutions in bfloat16 want a multiple of so many channels.
 CHANNELS = 8
-# Of the largest activation on a CPU: larger micro-batches take more memory and hardly less time.
-MICRO_BATCH_BYTES = 2**24
+# Of the largest activation on a CPU: larger micro-batches take more memory and more time, as they
+# do not fit its caches.
+MICRO_BATCH_BYTES = 2**23
 
 
 class FastLogJoint(nn.Module):
@@ -72,6 +73,8 @@ class FastLogJoint(nn.Module):
             raise ValueError("precision bf16 is for a model in float32")
         self.cuda_graph = cuda_graph
         shapes, largest = _trace_shapes(model)
+        if precision == "bf16":
+            largest //= 2       # an activation of a network
         fitting = sys.maxsize if model.log_p_y.is_cuda else max(MICRO_BATCH_BYTES // largest, 1)
         power_of_two = 1 << fitting.bit_length() - 1  # as batch sizes are
         self.micro_batch_size = micro_bs or power_of_two
