@@ -74,8 +74,7 @@ def write_report(run_dir: Path, settings: Settings, rows: list[Row], assessment:
     done = (f"{rows[-1]['epoch']:.0f} epochs, {seconds:,.0f} s of training and evaluation; "
             f"{commit}{changed}, ended on {html.escape(device)}. The figures below are of the "
             f"{assessment.confusion.sum():,} {assessment.name} examples.")
-    options = "".join(f"<tr><td>{html.escape(key)}</td><td>{html.escape(str(value))}</td></tr>"
-                      for key, value in sorted(vars(settings).items()))
+    options = _table([(key, str(value)) for key, value in sorted(vars(settings).items())])
     page = f"""<!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -88,7 +87,7 @@ def write_report(run_dir: Path, settings: Settings, rows: list[Row], assessment:
 <p>Rows: the class; columns: what the model says.</p>
 {_confusion(assessment.confusion.tolist())}
 {''.join(figures)}
-<details><summary>Settings</summary><table>{options}</table></details>
+<details><summary>Settings</summary>{options}</details>
 </body>
 </html>
 """
