@@ -203,27 +203,58 @@ def test_the_table_of_the_paper_has_no_number_without_a_run():
         assert config == "-" or (PROJECT / config).is_file()
 
 
-def test_what_the_readme_says_of_the_table_on_digits():
-    folder = PROJECT / "results" / "table" / "digits"
-    with open(folder / "runs.csv", newline="") as f:
-        runs = list(csv.DictReader(f))
-    readme = " ".join((PROJECT / "README.md").read_text().split())
+def runs_of_table(name):
+    """{config: its runs, rows of runs.csv} of results/table/NAME."""
+    runs = {}
+    with open(PROJECT / "results" / "table" / name / "runs.csv", newline="") as f:
+        for row in csv.DictReader(f):
+            assert row["commit"][-1] != "+"
+            runs.setdefault(row["config"], []).append(row)
+    return runs
 
-    def of(config, column, digits):
-        values = [float(run[column]) for run in runs if run["config"] == f"digits-{config}"]
-        assert len(values) == 5
-        average = f"{mean(values):.{digits}f}"
-        return average, f"{average} ± {stdev(values):.{digits}f}"
+
+def spread_of(runs, column, digits):
+    """Mean ± standard deviation, as text; of one run its figure."""
+    values = [float(run[column]) for run in runs]
+    average = f"{mean(values):.{digits}f}"
+    return average if len(values) == 1 else f"{average} ± {stdev(values):.{digits}f}"
+
+
+def test_what_the_readme_says_of_the_table_on_digits():
+    runs = runs_of_table("digits")
+    assert {len(of_config) for of_config in runs.values()} == {5}
     glow, gmm, em, gmm_em, clf, gmm_clf, cond = (
-        of(config, "test error, %", 1)[1] for config in (
+        spread_of(runs[f"digits-{config}"], "test error, %", 1) for config in (
             "scnf-glow", "scnf-gmm", "scnf-glow-em", "scnf-gmm-em", "scnf-glow-em-clf",
             "scnf-gmm-em-clf", "cond-gmm"))
-    bits, gmm_bits = (of(config, "bits/dim", 2)[0] for config in ("scnf-glow", "scnf-gmm"))
+    bits, gmm_bits = (spread_of(runs[f"digits-{config}"], "bits/dim", 2).split()[0]
+                      for config in ("scnf-glow", "scnf-gmm"))
+    readme = " ".join((PROJECT / "README.md").read_text().split())
     for text in (f"{glow} against {gmm} %", f"{em} and {gmm_em} %", f"{clf} and {gmm_clf} %",
                  f"{gmm_bits} against {bits} bits/dim", f"`ssl_model: cond-gmm`, has {cond} %"):
         assert text in readme, text
-    for row in runs:
-        assert row["commit"][-1] != "+"
+
+
+def test_what_the_readme_says_of_the_table_on_mnist_with_a_smaller_flow():
+    runs = runs_of_table("small")
+    counts = {config: len(of_config) for config, of_config in runs.items()}
+    assert counts == {"small-scnf-glow": 3, "small-scnf-gmm": 3, "small-scnf-glow-em": 1,
+                      "small-scnf-gmm-em": 1, "small-scnf-glow-em-clf": 1,
+                      "small-scnf-gmm-em-clf": 2}
+    glow, gmm, em, gmm_em, clf = (
+        spread_of(runs[f"small-{config}"], "test error, %", 1) for config in (
+            "scnf-glow", "scnf-gmm", "scnf-glow-em", "scnf-gmm-em", "scnf-glow-em-clf"))
+    bits, gmm_bits = (spread_of(runs[f"small-{config}"], "bits/dim", 3)
+                      for config in ("scnf-glow", "scnf-gmm"))
+    first, gmm_first = (spread_of(runs[f"small-{config}"][:1], "test error, %", 1)
+                        for config in ("scnf-glow", "scnf-gmm"))
+    memorised = [f"{float(run['test error, %']):.0f}" for run in runs["small-scnf-gmm-em-clf"]]
+    readme = " ".join((PROJECT / "README.md").read_text().split())
+    for text in (f"{glow} against {gmm} % with three seeds", f"{bits} and {gmm_bits} bits/dim",
+                 f"EM-SGD has {em} and {gmm_em} % with seed 0, and SGD {first} and {gmm_first} %",
+                 f"SCNF-GLOW has {clf} % with seed 0",
+                 f"{' and '.join(memorised)} % of the test images wrong with two seeds"):
+        assert text in readme, text
 
 
 def test_what_the_readme_says_of_the_latents():
