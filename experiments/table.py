@@ -104,8 +104,11 @@ def main(argv=None):
     table = pd.DataFrame(rows, columns=COLUMNS)
     figures = pd.DataFrame([figures_of(run, states[run.name]) for run in runs
                             if states[run.name].finished])
-    missing = [f"{run.name} ({failures.get(run.name) or states[run.name].what})"
-               for run in runs if not states[run.name].finished]
+    missing = {}                # {why: names}, as one reason often stops all
+    for run in runs:
+        if not states[run.name].finished:
+            why = failures.get(run.name) or states[run.name].what
+            missing.setdefault(why, []).append(run.name)
     report(table, figures, missing, folder)
     return 1 if missing else 0
 
@@ -263,11 +266,13 @@ def spread(values, digits):
 
 
 def report(table, figures, missing, folder):
-    """Print the table and what is missing, and write them and the runs' figures to `folder`."""
+    """Print the table and what is missing, {why: names}, and write them and the runs' figures to
+    `folder`."""
     rows = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).values.tolist()]
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
     if missing:
-        text += f"\nNot finished, and not in the table: {'; '.join(missing)}\n"
+        parts = [f"{', '.join(names)} ({why})" for why, names in missing.items()]
+        text += f"\nNot finished, and not in the table: {'; '.join(parts)}\n"
     print(text, end="")
     with atomic_write(folder / "table.md") as f:
         f.write(text)

@@ -43,7 +43,9 @@ def test_a_table_is_run_stopped_and_continued(tmp_path, configs):
     folder = tmp_path / "runs of a table"
     line = [sys.executable, str(SCRIPT), *configs, "--seeds", "3", "4"]
     first = execute(tmp_path, [*line, "--to", folder.name, "--jobs", "2", "--time_limit", "0.0001"])
-    assert first.returncode == 1 and "glow-seed3 (stopped after epoch 0 of 2)" in first.stdout
+    assert first.returncode == 1 and (
+        "table: glow-seed3, glow-seed4, gmm-seed3, gmm-seed4 (stopped after epoch 0 of 2)\n"
+        in first.stdout)
     assert "| 0 | glow |" in first.stdout
     done = execute(tmp_path, [*line, "--to", str(folder), "--time_limit", "0"])
     assert done.returncode == 0, done.stdout + done.stderr
