@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import exman
 
+from utils.data import load_data
 from utils.errors import BadInput, OneLineParser, run_command
 from utils.files import PROJECT, atomic_write
 from utils.metrics import read_metrics
@@ -96,8 +97,10 @@ def main(argv=None):
                        "seed is listed once")
     states, failures = states_of(runs, folder), {}
     if own.to:
-        failures = train([run for run in runs if not states[run.name].finished], states, folder,
-                         own.jobs)
+        unfinished = [run for run in runs if not states[run.name].finished]
+        for run in unfinished:
+            load_data(run.settings)         # raises BadInput before any of them is trained
+        failures = train(unfinished, states, folder, own.jobs)
         states = states_of(runs, folder)
     rows = [row_of([run for run in runs if run.config == config], states)
             for config in own.configs]
@@ -122,6 +125,10 @@ def wanted(config, seed, options, folder):
     if settings.resume or settings.pretrained or settings.tmp or not settings.test:
         raise BadInput("a table is of new runs, kept and tested: no --resume, --pretrained, --tmp "
                        "or --test false")
+    for key in "data_root", "initial_weights":      # paths, from here and not from `folder`
+        if path := getattr(settings, key):
+            setattr(settings, key, str(Path(path).resolve()))
+            line += [f"--{key}", getattr(settings, key)]
     return Wanted(config, seed, settings, line)
 
 

@@ -70,6 +70,12 @@ def mean(values):
     return sum(values) / len(values)
 
 
+def spread(values, digits):
+    """Mean ± standard deviation, as text; of one value that value."""
+    average = f"{mean(values):.{digits}f}"
+    return average if len(values) == 1 else f"{average} ± {stdev(values):.{digits}f}"
+
+
 def last_row(folder):
     return read_metrics(folder / "metrics.csv")[-1]
 
@@ -110,8 +116,8 @@ def test_the_readme_s_table_of_cpu_runs_agrees_with_results():
         all_bits = [run["test_bpd"] for run in runs]
         if row["data"] == "MNIST":      # 10,000 test images: 0.01 points are one of them
             each = ", ".join(f"{e:.2f}" for e in errors)
-            assert error == f"{mean(errors):.2f} ± {stdev(errors):.2f} ({each})"
-            assert bits == f"{mean(all_bits):.3f} ± {stdev(all_bits):.3f}"
+            assert error == f"{spread(errors, 2)} ({each})"
+            assert bits == spread(all_bits, 3)
         else:
             assert error == f"{mean(errors):.1f} ({', '.join(f'{e:.1f}' for e in errors)})"
             assert bits in ("-", f"{mean(all_bits):.2f}")
@@ -203,57 +209,46 @@ def test_the_table_of_the_paper_has_no_number_without_a_run():
         assert config == "-" or (PROJECT / config).is_file()
 
 
-def runs_of_table(name):
-    """{config: its runs, rows of runs.csv} of results/table/NAME."""
-    runs = {}
+def figures_of_table(name):
+    """Of results/table/NAME, {config, without NAME: errors in % of its runs}, {...: bits/dim}."""
+    errors, bits = {}, {}
     with open(PROJECT / "results" / "table" / name / "runs.csv", newline="") as f:
         for row in csv.DictReader(f):
             assert row["commit"][-1] != "+"
-            runs.setdefault(row["config"], []).append(row)
-    return runs
-
-
-def spread_of(runs, column, digits):
-    """Mean ± standard deviation, as text; of one run its figure."""
-    values = [float(run[column]) for run in runs]
-    average = f"{mean(values):.{digits}f}"
-    return average if len(values) == 1 else f"{average} ± {stdev(values):.{digits}f}"
+            config = row["config"].removeprefix(f"{name}-")
+            errors.setdefault(config, []).append(float(row["test error, %"]))
+            bits.setdefault(config, []).append(float(row["bits/dim"]))
+    return errors, bits
 
 
 def test_what_the_readme_says_of_the_table_on_digits():
-    runs = runs_of_table("digits")
-    assert {len(of_config) for of_config in runs.values()} == {5}
-    glow, gmm, em, gmm_em, clf, gmm_clf, cond = (
-        spread_of(runs[f"digits-{config}"], "test error, %", 1) for config in (
-            "scnf-glow", "scnf-gmm", "scnf-glow-em", "scnf-gmm-em", "scnf-glow-em-clf",
-            "scnf-gmm-em-clf", "cond-gmm"))
-    bits, gmm_bits = (spread_of(runs[f"digits-{config}"], "bits/dim", 2).split()[0]
-                      for config in ("scnf-glow", "scnf-gmm"))
+    errors, bits = figures_of_table("digits")
+    assert {len(values) for values in errors.values()} == {5}
+    said = {config: spread(values, 1) for config, values in errors.items()}
     readme = " ".join((PROJECT / "README.md").read_text().split())
-    for text in (f"{glow} against {gmm} %", f"{em} and {gmm_em} %", f"{clf} and {gmm_clf} %",
-                 f"{gmm_bits} against {bits} bits/dim", f"`ssl_model: cond-gmm`, has {cond} %"):
+    for text in (f"{said['scnf-glow']} against {said['scnf-gmm']} %",
+                 f"{said['scnf-glow-em']} and {said['scnf-gmm-em']} %",
+                 f"{said['scnf-glow-em-clf']} and {said['scnf-gmm-em-clf']} %",
+                 f"{mean(bits['scnf-gmm']):.2f} against {mean(bits['scnf-glow']):.2f} bits/dim",
+                 f"`ssl_model: cond-gmm`, has {said['cond-gmm']} %"):
         assert text in readme, text
 
 
 def test_what_the_readme_says_of_the_table_on_mnist_with_a_smaller_flow():
-    runs = runs_of_table("small")
-    counts = {config: len(of_config) for config, of_config in runs.items()}
-    assert counts == {"small-scnf-glow": 3, "small-scnf-gmm": 3, "small-scnf-glow-em": 1,
-                      "small-scnf-gmm-em": 1, "small-scnf-glow-em-clf": 1,
-                      "small-scnf-gmm-em-clf": 2}
-    glow, gmm, em, gmm_em, clf = (
-        spread_of(runs[f"small-{config}"], "test error, %", 1) for config in (
-            "scnf-glow", "scnf-gmm", "scnf-glow-em", "scnf-gmm-em", "scnf-glow-em-clf"))
-    bits, gmm_bits = (spread_of(runs[f"small-{config}"], "bits/dim", 3)
-                      for config in ("scnf-glow", "scnf-gmm"))
-    first, gmm_first = (spread_of(runs[f"small-{config}"][:1], "test error, %", 1)
-                        for config in ("scnf-glow", "scnf-gmm"))
-    memorised = [f"{float(run['test error, %']):.0f}" for run in runs["small-scnf-gmm-em-clf"]]
+    errors, bits = figures_of_table("small")
+    assert {config: len(values) for config, values in errors.items()} == {
+        "scnf-glow": 3, "scnf-gmm": 3, "scnf-glow-em": 1, "scnf-gmm-em": 1, "scnf-glow-em-clf": 1,
+        "scnf-gmm-em-clf": 2}
+    said = {config: spread(values, 1) for config, values in errors.items()}
+    sgd = [f"{errors[config][0]:.1f}" for config in ("scnf-glow", "scnf-gmm")]
+    memorised = " and ".join(f"{error:.0f}" for error in errors["scnf-gmm-em-clf"])
     readme = " ".join((PROJECT / "README.md").read_text().split())
-    for text in (f"{glow} against {gmm} % with three seeds", f"{bits} and {gmm_bits} bits/dim",
-                 f"EM-SGD has {em} and {gmm_em} % with seed 0, and SGD {first} and {gmm_first} %",
-                 f"SCNF-GLOW has {clf} % with seed 0",
-                 f"{' and '.join(memorised)} % of the test images wrong with two seeds"):
+    for text in (f"{said['scnf-glow']} against {said['scnf-gmm']} % with three seeds",
+                 f"{spread(bits['scnf-glow'], 3)} and {spread(bits['scnf-gmm'], 3)} bits/dim",
+                 f"EM-SGD has {said['scnf-glow-em']} and {said['scnf-gmm-em']} % with seed 0, "
+                 f"and SGD {' and '.join(sgd)} %",
+                 f"SCNF-GLOW has {said['scnf-glow-em-clf']} % with seed 0",
+                 f"{memorised} % of the test images wrong with two seeds"):
         assert text in readme, text
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -112,6 +113,24 @@ def test_a_failed_run_is_named(tmp_path, configs):
     assert done.returncode == 1
     assert "glow-seed0 (exit code 1: train-flow-ssl.py: error: " in done.stdout
     assert "not finite" in done.stdout and "gmm-seed0" in done.stdout
+
+
+def test_paths_are_those_of_the_folder_where_it_is_called(table, tmp_path, monkeypatch, configs):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    run = table.wanted(Path(configs[0]), 0, ["--initial_weights", "a.torch"], tmp_path / "out")
+    data, weights = str(tmp_path / "data"), str(tmp_path / "a.torch")
+    assert run.line[-4:] == ["--data_root", data, "--initial_weights", weights]
+    assert (run.settings.data_root, run.settings.initial_weights) == (data, weights)
+
+
+def test_missing_data_ends_it_before_the_first_run(table, tmp_path, monkeypatch, configs):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").write_text("a file, so that nothing can be downloaded to it")
+    mnist = str(PROJECT / "configs" / "table" / "small-scnf-gmm.yaml")
+    with pytest.raises(BadInput, match=f"no MNIST in {tmp_path / 'data'}/MNIST/raw"):
+        table.main([*configs, mnist, "--to", "out", "--seeds", "0"])
+    assert not runs(tmp_path / "out")
 
 
 @pytest.mark.parametrize("argv, message", [
