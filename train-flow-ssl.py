@@ -31,13 +31,12 @@ from models import build_model
 from training.assessment import print_evaluation
 from training.checkpoint import (CheckpointWriter, copy_to_cpu, load_checkpoint, load_pretrained,
                                  load_weights, save_atomically)
-from training.device import choose_speed, device_name, set_up_torch
 from training.evaluation import RunEvaluation
-from training.fast import FastLogJoint
 from training.loop import TrainingFailed, TrainingState, train_epoch
 from training.processes import Processes
 from training.report import report_run
 from training.schedule import learning_rate
+from training.speed import Accelerated, choose_speed, device_name, set_up_torch
 from training.stopping import Stopping
 from utils.data import load_data
 from utils.errors import BadInput, one_line, value_errors_as_bad_input
@@ -67,7 +66,7 @@ def main(processes):
 
     if settings.pretrained:
         print(f"Weights      {load_pretrained(model, settings)}")
-        print_evaluation(FastLogJoint(model, *speed), data, settings, processes)
+        print_evaluation(Accelerated(model, *speed), data, settings, processes)
         return
 
     checkpoint = None
@@ -108,11 +107,9 @@ def train(model, data, settings, speed, processes, stopping, run_dir, checkpoint
         labelled_prob = data.labelled_prob(settings.sup_sample_weight)
         x, _ = data.sample_batch(settings.train_bs, labelled_prob, generator)
         model.initialize(x, data.train_x)
-    log_joint = uncompiled = FastLogJoint(model, *speed)
-    if speed.compile:       # for evaluation that takes longer than what it saves
-        uncompiled = FastLogJoint(model, *speed._replace(compile=False))
-    evaluation = RunEvaluation(uncompiled, data, settings, processes)
-    state = TrainingState.create(model, log_joint, data, generator, settings, processes)
+    accelerated = Accelerated(model, *speed)
+    evaluation = RunEvaluation(accelerated, data, settings, processes)
+    state = TrainingState.create(accelerated, data, generator, settings, processes)
     if checkpoint:
         state.load_state_dict(checkpoint, processes)
         print(f"Continuing after {state}")

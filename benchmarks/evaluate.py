@@ -1,7 +1,7 @@
 """The speed of evaluation and sampling, and the share of what the machine can do.
 
     python benchmarks/evaluate.py --config config.yaml
-    python benchmarks/evaluate.py --config config.yaml --modes plain,bf16 --batches 50
+    python benchmarks/evaluate.py --config config.yaml --modes fp32,bf16 --batches 50
     python benchmarks/evaluate.py --config config.yaml --profile 30
 
 For each mode, log p(x, y) of a test batch as `evaluate` computes it; then samples from p(x | y),
@@ -18,10 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measure import (COLUMNS, Mode, convolutions_in, count_flops, fresh_model, measure_limits,
                      print_profile, random_data, read_arguments, report, row_of, start_mode,
                      time_calls)
-from training.cuda_graph import WARM_UP_CALLS
-from training.device import Speed
 from training.evaluation import Inference
-from training.fast import FastLogJoint
+from training.speed import WARM_UP_CALLS, Accelerated, Speed
 from utils.data import DATASETS
 from utils.errors import run_command
 
@@ -45,9 +43,7 @@ def main():
         start_mode(device)
         model = fresh_model(settings, data)
         with convolutions_in(mode.precision), torch.no_grad():
-            infer = model.log_joint
-            if not mode.plain:
-                infer = Inference(FastLogJoint(model, *mode.speed)).log_joint
+            infer = Inference(Accelerated(model, *mode.speed)).log_joint
             def run(infer=infer):
                 infer(x)
             seconds, first = time_calls(run, own.batches, device, warm_up)

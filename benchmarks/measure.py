@@ -10,8 +10,8 @@ import resource
 import statistics
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -20,10 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import build_model
-from training.device import Speed, device_name, set_up_torch
-from training.fast import FastLogJoint
 from training.processes import Processes
-from training.step import TrainingStep, build_optimizer
+from training.speed import Speed, device_name, set_up_torch
 from utils.data import DATASETS, SemiSupervisedData
 from utils.errors import BadInput, OneLineParser, check_output, value_errors_as_bad_input
 from utils.files import atomic_write
@@ -32,41 +30,38 @@ from utils.settings import read_settings
 NAME_LENGTH = 100               # of a kernel, in the profile
 CPU_BATCHES = (16, 32, 64)      # batch sizes at which a CPU's convolution may be fastest
 DTYPES = {"bf16": torch.bfloat16}
-GPU_MODES = "bf16+compile+graph,bf16+graph,bf16,plain"       # one of them compiles, for a minute
-CPU_MODES = "plain,fp32,bf16"
+GPU_MODES = "bf16+compile+graph,bf16+graph,bf16,fp32"        # one of them compiles, for a minute
+CPU_MODES = "fp32,bf16"
 
 
-@dataclass
-class Mode:
-    """How a benchmark computes. plain: with `model.log_joint` instead of the fast path."""
+class Mode(NamedTuple):
+    """How a benchmark computes: bf16+compile+graph, for example."""
 
     name: str
     speed: Speed
-    plain: bool = False
 
     @property
     def precision(self):
         return self.speed.precision
 
 
-def read_arguments(description, count, default, what, modes=True):
+def read_arguments(description, count, default, what):
     """-> own arguments, settings, device. All other arguments are settings.
 
     count, default, what: the name, default and help of the option for the number of timed calls.
-    With `modes`, own.modes are the Modes to compare. Raises BadInput.
+    own.modes are the Modes to compare. Raises BadInput.
     """
     parser = OneLineParser(description=description, allow_abbrev=False,
                            epilog="All other options are those of train-flow-ssl.py.")
     parser.add_argument(f"--{count}", type=int, default=default, help=what)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
-    if modes:
-        parser.add_argument("--profile", type=int, default=0, metavar="N",
-                            help="also list the N longest kernels (on a CPU: operators) of a call")
-        parser.add_argument("--modes", help="comma-separated: plain, or a precision (fp32, tf32, "
-                            "bf16) followed by +compile, +graph, both or neither")
+    parser.add_argument("--profile", type=int, default=0, metavar="N",
+                        help="also list the N longest kernels (on a CPU: operators) of a call")
+    parser.add_argument("--modes", help="comma-separated: a precision (fp32, tf32, bf16) followed "
+                        "by +compile, +graph, both or neither")
     own, rest = parser.parse_known_args()
     _, settings = read_settings(rest)
-    if modes and own.profile < 0:
+    if own.profile < 0:
         raise BadInput(f"--profile must be at least 0, not {own.profile}")
     if getattr(own, count) < 1:
         raise BadInput(f"{count} must be at least 1, not {getattr(own, count)}")
@@ -75,8 +70,7 @@ def read_arguments(description, count, default, what, modes=True):
     if settings.cons_weight and DATASETS[settings.data].grey_levels is None:
         raise BadInput(f"cons_weight needs images, for augmentation; {settings.data} has points")
     device = set_up_torch(settings, Processes())
-    if modes:
-        own.modes = read_modes(own.modes, settings, device)
+    own.modes = read_modes(own.modes, settings, device)
     return own, settings, device
 
 
@@ -95,14 +89,11 @@ def read_modes(names, settings, device):
 def read_mode(name, micro_bs, gpu):
     """The Mode that `name` describes, such as bf16+compile+graph. Raises BadInput."""
     precision, *more = name.split("+")
-    plain = precision == "plain"
-    if (precision not in ("plain", "fp32", "tf32", "bf16") or set(more) - {"compile", "graph"}
-            or (plain and more)):
-        raise BadInput(f"no mode {name}: use plain, or fp32, tf32 or bf16 with +compile, +graph")
+    if precision not in ("fp32", "tf32", "bf16") or set(more) - {"compile", "graph"}:
+        raise BadInput(f"no mode {name}: use fp32, tf32 or bf16 with +compile, +graph")
     if not gpu and (precision == "tf32" or "graph" in more):
         raise BadInput(f"mode {name} needs a GPU")
-    speed = Speed("fp32" if plain else precision, "compile" in more, "graph" in more, micro_bs)
-    return Mode(name, speed, plain)
+    return Mode(name, Speed(precision, "compile" in more, "graph" in more, micro_bs))
 
 
 def random_data(settings, device):
@@ -135,36 +126,6 @@ def fresh_model(settings, data):
             if name.endswith("last.weight"):
                 p.normal_(0, 0.01)
     return model
-
-
-class PlainLogJoint(FastLogJoint):
-    """`model.log_joint` itself, in place of the fast path."""
-
-    cuda_graph, side_stream, micro_batch_size = False, None, sys.maxsize
-
-    def __init__(self, model):
-        torch.nn.Module.__init__(self)
-        self.twin, self.named_model_parameters = model, list(model.named_parameters())
-        self.bfloat16_layers = []
-
-    def _log_joint(self, x):
-        return self.twin.log_joint(x)
-
-
-class StepOfTensors(TrainingStep):
-    """A training step whose optimiser has the parameters one by one."""
-
-    def __init__(self, log_joint, settings):
-        super().__init__(log_joint, settings, Processes())
-        self.optimizer = build_optimizer(self.parameters, settings, self.lr)
-        self.averages = [] if self.average is None else self._by_name(self.average).values()
-
-    def _update(self):
-        if self.settings.clip_gn:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_gn)
-        self.optimizer.step()
-        for average, p in zip(self.averages, self.parameters):
-            average.lerp_(p.detach(), 1 - self.settings.ema)
 
 
 def count_flops(call):
@@ -257,9 +218,9 @@ def measure_limits(precisions, batch, device):
 
 @contextlib.contextmanager
 def convolutions_in(precision):
-    """Set cuDNN's TF32 as a run of that precision does (training/device.py)."""
+    """Set cuDNN's TF32 as a run of that precision does (training/speed.py)."""
     before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = precision in ("tf32", "bf16")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     try:
         yield
     finally:

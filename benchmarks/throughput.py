@@ -1,14 +1,13 @@
 """The speed of training, and the share of what the machine can do.
 
     python benchmarks/throughput.py --config config.yaml
-    python benchmarks/throughput.py --config config.yaml --modes plain,bf16 --json out.json
+    python benchmarks/throughput.py --config config.yaml --modes fp32,bf16 --json out.json
     python benchmarks/throughput.py --config config.yaml --profile 30
 
 For each mode: milliseconds per training step (batch, forward, backward, optimiser), images per
 second, TFLOP/s counted from the model, their share of what a 64-channel 3x3 convolution and a large
 matrix product reach on the same machine in the same run, seconds per epoch, peak memory, and the
-seconds of the first call, which include compilation. `plain` is model.log_joint instead of the fast
-path, and an optimiser that has the parameters one by one.
+seconds of the first call, which include compilation.
 """
 
 import sys
@@ -18,12 +17,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from measure import (COLUMNS, PlainLogJoint, StepOfTensors, convolutions_in, count_flops,
-                     fresh_model, measure_limits, print_profile, random_data, read_arguments,
-                     report, row_of, start_mode, time_calls)
-from training.cuda_graph import WARM_UP_CALLS
-from training.fast import FastLogJoint
+from measure import (COLUMNS, convolutions_in, count_flops, fresh_model, measure_limits,
+                     print_profile, random_data, read_arguments, report, row_of, start_mode,
+                     time_calls)
 from training.processes import Processes
+from training.speed import WARM_UP_CALLS, Accelerated
 from training.step import TrainingStep
 from utils.data import DATASETS
 from utils.errors import run_command
@@ -34,8 +32,8 @@ def random_batch(data, settings, generator):
 
 
 def count_flops_of_step(settings, data):
-    """The FLOPs of a training step of the plain model."""
-    step = StepOfTensors(PlainLogJoint(fresh_model(settings, data)), settings)
+    """The FLOPs of a training step."""
+    step = TrainingStep(Accelerated(fresh_model(settings, data)), settings, Processes())
     batch = random_batch(data, settings, torch.Generator(data.device).manual_seed(0))
     return count_flops(lambda: step(*batch))
 
@@ -54,8 +52,7 @@ def main():
         model = fresh_model(settings, data)
         generator = torch.Generator(device).manual_seed(0)
         with convolutions_in(mode.precision):
-            step = (StepOfTensors(PlainLogJoint(model), settings) if mode.plain else
-                    TrainingStep(FastLogJoint(model, *mode.speed), settings, Processes()))
+            step = TrainingStep(Accelerated(model, *mode.speed), settings, Processes())
 
             def run(step=step, generator=generator):
                 step(*random_batch(data, settings, generator))

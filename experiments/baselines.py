@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from neural_baselines import fit_fixmatch, fit_m1_m2
 
-from training.device import set_up_torch
 from training.processes import Processes
+from training.speed import set_up_torch
 from utils.data import load_data
 from utils.errors import BadInput, OneLineParser, run_command
 from utils.files import atomic_write

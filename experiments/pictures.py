@@ -23,10 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import build_model
 from training.assessment import assess, assessed_examples
 from training.checkpoint import load_pretrained
-from training.device import set_up_torch
 from training.evaluation import Inference
-from training.fast import FastLogJoint
 from training.processes import Processes
+from training.speed import Accelerated, set_up_torch
 from utils.data import load_data
 from utils.errors import (BadInput, OneLineParser, check_output, run_command,
                           value_errors_as_bad_input)
@@ -90,7 +89,7 @@ def picture(own, model, data, settings):
             raise BadInput(f"latent needs ssl_dim 2, not {model.ssl_dim}")
         return plot_latent_space(model, data.test_x, data.test_y)
     if own.command == "mistakes":
-        infer = Inference(FastLogJoint(model))
+        infer = Inference(Accelerated(model))
         name, examples = assessed_examples(data, settings)
         assessment = assess(infer, infer, data, examples, name, settings)
         with value_errors_as_bad_input():

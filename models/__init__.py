@@ -2,14 +2,22 @@
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from .architectures import FLOWS, HEADS
+from .bijections import Bijection
 from .conv1x1 import CONVS
-from .pixels import PIXELS
+from .f_w import FLOWS
+from .h_phi import HEADS
+from .marginal import MarginalGaussian
+from .pixels import Logit
+from .pyramid import PixelPyramid, pixel_pyramid
 from .scnf import SemiConditionalFlow
+
+PIXELS: dict[str, Callable[..., Bijection]] = {     # (shape, grey_levels=...)
+    "logit": lambda shape, grey_levels: Logit(), "marginal": MarginalGaussian}
 
 # The options that describe a model, with the defaults of the paper's MNIST run.
 MODEL_OPTIONS: dict[str, Any] = {
@@ -18,7 +26,7 @@ MODEL_OPTIONS: dict[str, Any] = {
     "ssl_model": "cond-flow", "ssl_dim": 196, "ssl_l": 2, "ssl_k": 4, "ssl_hd": 256, "ssl_std": 1.0,
     "ssl_conv": "full", "ssl_hh": 2,
 }
-MODEL_CHOICES = {"model": tuple(FLOWS), "pixels": tuple(PIXELS), "conv": tuple(CONVS),
+MODEL_CHOICES = {"model": (*FLOWS, "pyramid"), "pixels": tuple(PIXELS), "conv": tuple(CONVS),
                  "ssl_conv": tuple(CONVS), "ssl_model": tuple(HEADS)}
 
 __all__ = ["MODEL_CHOICES", "MODEL_OPTIONS", "SemiConditionalFlow", "build_model"]
@@ -33,8 +41,8 @@ def build_model(settings: Mapping[str, Any] | SimpleNamespace | argparse.Namespa
     settings: a mapping or namespace with the keys of MODEL_OPTIONS; missing keys have their
     defaults; ssl_nclasses, if given, must agree with n_classes; all other keys are ignored.
     data_shape: (C, H, W), or (2, 1, 1) for points. class_probs: p(y), K numbers, or None for
-    uniform. grey_levels: of the images, 256 for MNIST; only pixels marginal needs it. Raises
-    ValueError if these do not fit together.
+    uniform. grey_levels: of the images, 256 for MNIST; pixels marginal and model pyramid need it.
+    Raises ValueError if these do not fit together.
     """
     given = settings if isinstance(settings, Mapping) else vars(settings)
     values = {key: given.get(key, default) for key, default in MODEL_OPTIONS.items()}
@@ -49,11 +57,15 @@ def build_model(settings: Mapping[str, Any] | SimpleNamespace | argparse.Namespa
     if given.get("ssl_nclasses", -1) not in (-1, n_classes):
         raise ValueError(f"ssl_nclasses is {given['ssl_nclasses']}, "
                          f"but the data has {n_classes} classes")
-    f_w = FLOWS[options.model](tuple(data_shape), options)
+    is_pyramid = options.model == "pyramid"
+    pixels = partial(PIXELS[options.pixels], grey_levels=grey_levels)
+    f_w = (pixel_pyramid if is_pyramid else FLOWS[options.model])(
+        tuple(data_shape), options, pixels)
     dim = math.prod(data_shape)
     ssl_dim = dim if options.ssl_dim == -1 else options.ssl_dim
     if not 2 <= ssl_dim <= dim or ssl_dim % 2:
         raise ValueError(f"ssl_dim must be an even number from 2 to the data's {dim} dimensions "
                          f"(or -1 for all of them), not {options.ssl_dim}")
     h_phi = HEADS[options.ssl_model](ssl_dim, n_classes, options)
-    return SemiConditionalFlow(f_w, h_phi, data_shape, ssl_dim, n_classes, class_probs)
+    kind = PixelPyramid if is_pyramid else SemiConditionalFlow
+    return kind(f_w, h_phi, data_shape, ssl_dim, n_classes, class_probs)

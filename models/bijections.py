@@ -1,16 +1,20 @@
 """The bijections of the flow. The forward direction is x -> z.
 
-They share one contract:
+There are two kinds. A `Bijection` has a log-determinant that depends on x:
 
     forward(x) -> (z, ldj)      ldj: log|det dz/dx| of each sample, in nats, shape (B,)
     inverse(z) -> x
+
+An `Affine` one, z = A x + b, has one that follows from its weights alone. Its forward returns z,
+and MultiScale, the container of them all, adds the log-determinants of all affine layers at once.
 
 x is (B, C, H, W) for images and (B, C) for vectors. The bijections of h_phi take the embedding of
 the label, (B, E), as a second argument, the context. No bijection keeps state between calls.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,19 +34,39 @@ def sum_per_sample(v: Tensor) -> Tensor:
     return v.flatten(1).sum(1)
 
 
-def total(ldjs: Iterable[Tensor | float]) -> Tensor:
-    """The sum of log-determinants of each sample, (B,); a part without one has 0.0."""
-    return torch.stack([ldj for ldj in ldjs if isinstance(ldj, Tensor)]).sum(0)
-
-
 class Bijection(nn.Module):
-    """Base class of all bijections; the module's docstring states the contract."""
+    """Base class of the bijections whose log-determinant depends on x, or is zero."""
 
     inverse: Callable[..., Tensor]
+
+    def fit(self, images: Tensor | None) -> None:
+        """Set what depends on the training images (N, C, H, W), integer grey levels; by default
+        nothing does."""
 
     def output_shape(self, shape: Shape) -> Shape:
         """Shape of z for x of shape `shape`, both without the batch dimension."""
         return shape
+
+
+class Affine(Bijection):
+    """Base class of z = A x + b, with the same A for the channels of every pixel.
+
+    forward(x) -> z and inverse(z) -> x. log|det dz/dx| is the number of pixels times log|det A|.
+    """
+
+    def log_det_weights(self) -> Tensor:
+        """What log|det A| follows from: a tensor whose shape follows from the number of channels.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def log_dets(weights: Sequence[Tensor]) -> Tensor:
+        """log|det A| of N layers of this class: (N,).
+
+        weights: their `log_det_weights`, stacked: (N_1, ...), (N_2, ...), ... with one tensor for
+        each number of channels; N = N_1 + N_2 + ...
+        """
+        raise NotImplementedError
 
 
 class Squeeze(Bijection):
@@ -66,7 +90,7 @@ class Squeeze(Bijection):
         return 4 * c, h // 2, w // 2
 
 
-class ActNorm(Bijection):
+class ActNorm(Affine):
     """z = (x - bias) * exp(logs), per channel (Kingma & Dhariwal 2018, arXiv 1807.03039, 3.1).
 
     It is the identity until `initialize` sets it from a batch (data-dependent initialisation). The
@@ -94,16 +118,18 @@ class ActNorm(Bijection):
         self.logs.copy_(-torch.log(values.std(1) + 1e-6))
         self.initialized.fill_(True)
 
-    def transform(self, x: Tensor) -> Tensor:
-        """x (B, C, ...) -> z, without the log-determinant."""
+    def forward(self, x: Tensor) -> Tensor:
         return (x - per_channel(self.bias, x)) * per_channel(self.logs.exp(), x)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        pixels = math.prod(x.shape[2:])
-        return self.transform(x), (self.logs.sum() * pixels).expand(len(x))
 
     def inverse(self, z: Tensor) -> Tensor:
         return z * per_channel((-self.logs).exp(), z) + per_channel(self.bias, z)
+
+    def log_det_weights(self) -> Tensor:
+        return self.logs
+
+    @staticmethod
+    def log_dets(weights: Sequence[Tensor]) -> Tensor:
+        return torch.cat([logs.sum(1) for logs in weights])
 
 
 class CheckerboardCoupling(Bijection):
@@ -138,12 +164,9 @@ class CheckerboardCoupling(Bijection):
         return kept + (1 - self.mask) * (z - t) / torch.sigmoid(raw + 2)
 
 
-def _scale_shift(net: nn.Module, x: Tensor,
-                 context: tuple[Tensor, ...] = ()) -> tuple[Tensor, Tensor]:
-    """s and t of ChannelCoupling and SplitCoupling."""
-    if context:
-        x = torch.cat((x, *context), 1)
-    raw, t = net(x).chunk(2, dim=1)
+def scale_shift(net: nn.Module, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+    """s and t of ChannelCoupling, from the input of its network."""
+    raw, t = net(torch.cat((x, *context), 1) if context else x).chunk(2, dim=1)
     return torch.sigmoid(raw + 2) + 1e-6, t
 
 
@@ -163,59 +186,18 @@ class ChannelCoupling(Bijection):
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         x1, x2 = x.chunk(2, dim=1)
-        s1, t1 = _scale_shift(self.net1, x2, context)
+        s1, t1 = scale_shift(self.net1, x2, *context)
         z1 = (x1 + t1) * s1
-        s2, t2 = _scale_shift(self.net2, z1, context)
+        s2, t2 = scale_shift(self.net2, z1, *context)
         z2 = (x2 + t2) * s2
-        return torch.cat((z1, z2), 1), sum_per_sample(s1.log()) + sum_per_sample(s2.log())
+        return torch.cat((z1, z2), 1), sum_per_sample(torch.cat((s1, s2), 1).log())
 
     def inverse(self, z: Tensor, *context: Tensor) -> Tensor:
         z1, z2 = z.chunk(2, dim=1)
-        s2, t2 = _scale_shift(self.net2, z1, context)
+        s2, t2 = scale_shift(self.net2, z1, *context)
         x2 = z2 / s2 - t2
-        s1, t1 = _scale_shift(self.net1, x2, context)
+        s1, t1 = scale_shift(self.net1, x2, *context)
         return torch.cat((z1 / s1 - t1, x2), 1)
-
-
-class SplitCoupling(Bijection):
-    """On vectors x = (x1, x2) with x2 (B, n): z1 = (x1 + t) s and z2 = x2, where
-    (raw, t) = net(x2) and s = sigmoid(raw + 2) + 1e-6.
-
-    With x2 = z_f and a Gaussian base of z1, z_aux given z_f is a diagonal Gaussian: the prior of
-    Kingma & Dhariwal 2018 (arXiv 1807.03039) for the part that leaves the flow at a split. The
-    network maps n dimensions to twice those of x1: first raw, then t.
-    """
-
-    def __init__(self, net: nn.Module, n: int):
-        super().__init__()
-        self.net, self.n = net, n
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x1, x2 = x[:, :-self.n], x[:, -self.n:]
-        s, t = _scale_shift(self.net, x2)
-        return torch.cat(((x1 + t) * s, x2), 1), sum_per_sample(s.log())
-
-    def inverse(self, z: Tensor) -> Tensor:
-        z1, x2 = z[:, :-self.n], z[:, -self.n:]
-        s, t = _scale_shift(self.net, x2)
-        return torch.cat((z1 / s - t, x2), 1)
-
-
-class ConditionalFlowStep(Bijection):
-    """A flow step of h_phi: ActNorm, invertible 1x1 convolution, conditional channel coupling."""
-
-    def __init__(self, act: ActNorm, inv: Bijection, coupling: ChannelCoupling):
-        super().__init__()
-        self.act, self.inv, self.coupling = act, inv, coupling
-
-    def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        x, ldj_act = self.act(x)
-        x, ldj_inv = self.inv(x)
-        z, ldj_coupling = self.coupling(x, context)
-        return z, total([ldj_act, ldj_inv, ldj_coupling])
-
-    def inverse(self, z: Tensor, context: Tensor) -> Tensor:
-        return self.act.inverse(self.inv.inverse(self.coupling.inverse(z, context)))
 
 
 class Split:
@@ -239,18 +221,20 @@ class MultiScale(Bijection):
     """A flow of `layers`: bijections in order, and a Split wherever channels leave.
 
     z (B, D) holds the channels that left at each split, in order, and last what reached the end,
-    each part flattened in the order (c, h, w). A context, if given, goes to every bijection.
-    `levels` has the bijections before, between and after the splits. `cheap_last_part`: whether
-    `last_part` computes less than `forward`.
+    each part flattened in the order (c, h, w). A context, if given, goes to every bijection that is
+    not affine. `levels` has the bijections before, between and after the splits; an nn.Sequential
+    among them groups several.
     """
 
-    cheap_last_part = False
-    levels: Sequence[Sequence[Bijection]]
+    levels: Any
+    n_pixels: Tensor
 
-    def __init__(self, input_shape: Sequence[int], layers: Iterable[Bijection | Split]):
+    def __init__(self, input_shape: Sequence[int], layers: Iterable[nn.Module | Split]):
         super().__init__()
-        levels: list[list[Bijection]] = [[]]
+        levels: list[list[nn.Module]] = [[]]
         self.part_shapes: list[Shape] = []  # of the parts of z
+        # The affine layers, by their class and number of channels, with their numbers of pixels.
+        affine: dict[type[Affine], dict[int, list[tuple[Affine, int]]]] = {}
         shape: Shape = tuple(input_shape)
         for layer in layers:
             if isinstance(layer, Split):
@@ -258,37 +242,93 @@ class MultiScale(Bijection):
                 self.part_shapes.append((n, *shape[1:]))
                 shape = (shape[0] - n, *shape[1:])
                 levels.append([])
-            else:
-                shape = layer.output_shape(shape)
-                levels[-1].append(layer)
+                continue
+            levels[-1].append(layer)
+            for bijection in _in_order([layer]):
+                if isinstance(bijection, Affine):
+                    same = affine.setdefault(type(bijection), {}).setdefault(shape[0], [])
+                    same.append((bijection, math.prod(shape[1:])))
+                shape = bijection.output_shape(shape)
         self.part_shapes.append(shape)
-        modules: Any = nn.ModuleList(nn.ModuleList(level) for level in levels)
-        self.levels = modules
+        self.levels = nn.ModuleList(nn.ModuleList(level) for level in levels)
+        self._affine = {kind: [[layer for layer, _ in same] for same in by_size.values()]
+                        for kind, by_size in affine.items()}
+        n_pixels = [float(n) for by_size in affine.values() for same in by_size.values()
+                    for _, n in same]
+        self.register_buffer("n_pixels", torch.tensor(n_pixels), persistent=False)
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        log_det_of_affine = self._start_log_det_of_affine()
         ldjs, parts = [x.new_zeros(len(x))], []
         for i, level in enumerate(self.levels):
             if i:
                 n = self.part_shapes[i - 1][0]
                 parts.append(x[:, :n].flatten(1))
                 x = x[:, n:]
-            for bijection in level:
-                x, ldj = bijection(x, *context)
-                ldjs.append(ldj)
+            for bijection in _in_order(level):
+                if isinstance(bijection, Affine):
+                    x = bijection(x)
+                else:
+                    x, ldj = bijection(x, *context)
+                    ldjs.append(ldj)
         parts.append(x.flatten(1))
-        return torch.cat(parts, 1), total(ldjs)  # (B, D), (B,)
+        return torch.cat(parts, 1), torch.stack(ldjs).sum(0) + log_det_of_affine()  # (B, D), (B,)
 
-    def last_part(self, x: Tensor, n: int) -> Tensor:
-        """The last n dimensions of z: x (B, ...) -> (B, n)."""
-        return self(x)[0][:, -n:]
+    def _start_log_det_of_affine(self) -> Callable[[], Tensor]:
+        """The sum over all affine layers of pixels times log|det A|, as a function that waits for
+        it, -> ()."""
+        # The gradients of weights are where these are stacked, on the main stream.
+        stacked = {kind: [torch.stack([layer.log_det_weights() for layer in same])
+                          for same in by_size] for kind, by_size in self._affine.items()}
+        if not stacked:
+            return self.n_pixels.sum
+
+        def log_det() -> Tensor:
+            return torch.cat([kind.log_dets(tensors) for kind, tensors in stacked.items()]
+                             ) @ self.n_pixels
+        return beside(log_det, [t for tensors in stacked.values() for t in tensors])
 
     def inverse(self, z: Tensor, *context: Tensor) -> Tensor:
         flat = z.split([math.prod(shape) for shape in self.part_shapes], 1)
         parts = [part.unflatten(1, shape) for part, shape in zip(flat, self.part_shapes)]
         x = parts[-1]
         for i in reversed(range(len(self.levels))):
-            for bijection in reversed(self.levels[i]):
-                x = bijection.inverse(x, *context)
+            for bijection in reversed(list(_in_order(self.levels[i]))):
+                x = bijection.inverse(x, *(() if isinstance(bijection, Affine) else context))
             if i:
                 x = torch.cat((parts[i - 1], x), 1)
         return x
+
+
+def _in_order(level: Iterable[nn.Module]) -> Iterator[Any]:
+    """The bijections of a level, with those of its nn.Sequentials one by one."""
+    for layer in level:
+        yield from layer if isinstance(layer, nn.Sequential) else (layer,)
+
+
+def beside(function: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Callable[[], Tensor]:
+    """Start `function` of `inputs` on a GPU's side stream -> a function that waits for the result.
+
+    It runs beside what the main stream gets meanwhile. On a CPU, and where torch.distributed, whose
+    hooks expect one stream, is in use, it is an ordinary call.
+    """
+    if not inputs[0].is_cuda or torch.distributed.is_initialized():
+        result = function()
+        return lambda: result
+    main, side = torch.cuda.current_stream(), _side_stream(inputs[0].device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        result = function()
+    for tensor in inputs:
+        tensor.record_stream(side)
+
+    def wait() -> Tensor:
+        main.wait_stream(side)
+        result.record_stream(main)
+        return result
+    return wait
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -4,8 +4,7 @@ z = W x over the channels, at every pixel; the log-determinant is H W log|det W|
 differ in how W follows from the parameters, and so in the cost of its determinant.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .bijections import Bijection
+from .bijections import Affine
 
 # Up to this many channels, broadcasting beats a matrix product on images.
 BROADCAST_CHANNELS = 16
@@ -60,32 +59,48 @@ def _per_matrix_on_cpu(f: Callable[..., tuple[Tensor, ...]],
     return tuple(map(torch.stack, zip(*map(f, *batched))))
 
 
-log_abs_det = LogAbsDet.apply
+def log_abs_dets(matrices: Sequence[Tensor]) -> Tensor:
+    """log|det W| of each of N_1 matrices, N_2 others of another size, and so on: (N,).
+
+    matrices: (N_1, C_1, C_1), (N_2, C_2, C_2), ... On a GPU they are one batch of the largest size,
+    which it factorises at the same time.
+    """
+    if matrices[0].is_cuda:
+        largest = max(len(w[0]) for w in matrices)
+        matrices = [torch.cat([extended(w, largest) for w in matrices])]
+    return torch.cat([LogAbsDet.apply(w) for w in matrices])
+
+
+def extended(w: Tensor, size: int) -> Tensor:
+    """w (N, C, C) -> (N, size, size) with the identity in the other rows and columns."""
+    more = size - w.shape[1]
+    if not more:
+        return w
+    ones = torch.cat((w.new_zeros(w.shape[1]), w.new_ones(more)))
+    return F.pad(w, (0, more, 0, more)) + ones.diag()
 
 
 def over_channels(w: Tensor, x: Tensor) -> Tensor:
     """W x at every pixel: w (C, C), x (B, C, ...) -> (B, C, ...)."""
-    if x.dim() == 2:
-        return x @ w.T
+    if x.shape[2:].numel() == 1:
+        return (x.flatten(1) @ w.T).view_as(x)
     if len(w) <= BROADCAST_CHANNELS:
         return (w[:, :, None, None] * x[:, None]).sum(2)  # (B, C, C, H, W) -> (B, C, H, W)
     return (w @ x.flatten(2)).view_as(x)
 
 
-class InvertibleConv(Bijection):
-    """z = W x. Each kind defines `matrix()`, which returns W (C, C) and log|det W| ()."""
+class InvertibleConv(Affine):
+    """z = W x. Each kind defines `matrix()`, which returns W (C, C)."""
 
-    def matrix(self) -> tuple[Tensor, Tensor]:
-        """W (C, C) and log|det W| ()."""
+    def matrix(self) -> Tensor:
+        """W (C, C)."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        w, logabsdet = self.matrix()
-        pixels = math.prod(x.shape[2:])
-        return over_channels(w, x), (logabsdet * pixels).expand(len(x))
+    def forward(self, x: Tensor) -> Tensor:
+        return over_channels(self.matrix(), x)
 
     def inverse(self, z: Tensor) -> Tensor:
-        w, _ = self.matrix()
+        w = self.matrix()
         return over_channels(torch.linalg.inv(w.double()).to(w.dtype), z)
 
 
@@ -96,12 +111,15 @@ class FullConv(InvertibleConv):
         super().__init__()
         self.W = nn.Parameter(torch.eye(channels))
 
-    def transform(self, x: Tensor) -> Tensor:
-        """W x, without the log-determinant."""
-        return over_channels(self.W, x)
+    def matrix(self) -> Tensor:
+        return self.W
 
-    def matrix(self) -> tuple[Tensor, Tensor]:
-        return self.W, log_abs_det(self.W[None])[0]
+    def log_det_weights(self) -> Tensor:
+        return self.W
+
+    @staticmethod
+    def log_dets(weights: Sequence[Tensor]) -> Tensor:
+        return log_abs_dets(weights)
 
 
 class HouseholderConv(InvertibleConv):
@@ -123,8 +141,15 @@ class HouseholderConv(InvertibleConv):
             q = q - 2 * torch.outer(q @ v, v) / v.dot(v)  # q H_i
         return q
 
-    def matrix(self) -> tuple[Tensor, Tensor]:
-        return self.orthogonal(), self.v.new_zeros(())
+    def matrix(self) -> Tensor:
+        return self.orthogonal()
+
+    def log_det_weights(self) -> Tensor:
+        return self.v[0]
+
+    @staticmethod
+    def log_dets(weights: Sequence[Tensor]) -> Tensor:
+        return torch.cat([v.new_zeros(len(v)) for v in weights])
 
 
 class QRConv(HouseholderConv):
@@ -142,10 +167,15 @@ class QRConv(HouseholderConv):
         """The diagonal of R, (C,)."""
         return F.softplus(self.s)
 
-    def matrix(self) -> tuple[Tensor, Tensor]:
-        d = self.diagonal()
-        r = torch.diag(d) + self.r.triu(1)
-        return self.orthogonal() @ r, d.abs().log().sum()
+    def matrix(self) -> Tensor:
+        return self.orthogonal() @ (torch.diag(self.diagonal()) + self.r.triu(1))
+
+    def log_det_weights(self) -> Tensor:
+        return self.diagonal()
+
+    @staticmethod
+    def log_dets(weights: Sequence[Tensor]) -> Tensor:
+        return torch.cat([diagonals.abs().log().sum(1) for diagonals in weights])
 
 
 class QRAbsConv(QRConv):

@@ -1,8 +1,12 @@
-"""The networks inside the couplings. They are ordinary functions: nothing inverts them."""
+"""The networks inside the couplings. They are ordinary functions: nothing inverts them.
 
-import math
+Images are channels-last in memory, as are the weights of convolutions and, on a GPU, the gradients
+of images. Training may have a network compute in bfloat16 (`Network.dtype`).
+"""
+
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +14,53 @@ from torch.nn import functional as F
 
 from .bijections import ActNorm
 
-NORM_GROUPS = 8     # of the channels of an ImageNetwork
+# A GPU's convolutions in bfloat16 want a multiple of so many channels.
+CHANNELS = 8
+# Of images of so few pixels a CPU computes a convolution as a product with its matrix.
+FEW_PIXELS = 4
+
+
+class Network(nn.Module):
+    """Base class of networks that can compute in another type than that of input and output.
+
+    dtype: that type; None: the same one.
+    """
+
+    dtype: torch.dtype | None = None
+
+
+class _ChannelsLastGradient(torch.autograd.Function):
+    """The identity, with a channels-last gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        # TorchInductor keeps what as_strided gets, in this format, instead of computing it again
+        # wherever it is used.
+        return grad.as_strided(grad.shape, grad.stride())
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Images x in channels-last memory, and so, on a GPU, their gradient; vectors as they are.
+
+    Reflection padding, among others, loses the format of gradients on a GPU, whose convolutions
+    would copy them.
+    """
+    if x.dim() != 4:
+        return x
+    x = x.contiguous(memory_format=torch.channels_last)
+    return _ChannelsLastGradient.apply(x) if x.is_cuda else x
 
 
 def reflect_pad(x: Tensor) -> Tensor:
     """Reflection padding by one pixel: (B, C, H, W) -> (B, C, H + 2, W + 2)."""
     if x.is_cuda and torch.are_deterministic_algorithms_enabled():
         return _reflect_pad_by_slices(x)  # F.pad's gradient is not deterministic on a GPU
-    with torch.autocast(x.device.type, enabled=False):  # on a CPU it would pad in float32
-        return F.pad(x, (1, 1, 1, 1), mode="reflect")
+    return F.pad(x, (1, 1, 1, 1), mode="reflect")
 
 
 def _reflect_pad_by_slices(x: Tensor) -> Tensor:
@@ -29,40 +71,82 @@ def _reflect_pad_by_slices(x: Tensor) -> Tensor:
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution that keeps height and width. padding_mode: "reflect" or "zeros".
 
-    With `relu` it is one of relu(x). It computes in the memory format of its weight.
+    With `relu` it is one of relu(x). It computes in the type of x, and returns images of `dtype`.
     """
+
+    bias: nn.Parameter
 
     def __init__(self, c_in: int, c_out: int, padding_mode: str = "reflect", relu: bool = False):
         super().__init__(c_in, c_out, 3, padding=1 if padding_mode == "zeros" else 0)
         self.reflects, self.relu = padding_mode == "reflect", relu
+        self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
 
-    def prepare(self, x: Tensor) -> Tensor:
-        """What is convolved: x or relu(x), reflection-padded, in the memory format of the weight.
-        """
-        if self.reflects:
-            x = reflect_pad(x)
-        if self.weight.is_contiguous(memory_format=torch.channels_last):
-            x = x.contiguous(memory_format=torch.channels_last)  # padding loses the format on a GPU
-        # ReLU comes last: what its gradient needs, its output, is then what the convolution keeps.
-        return F.relu(x, inplace=self.reflects) if self.relu else x
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        if x.shape[2:].numel() <= FEW_PIXELS and not x.is_cuda:
+            return self.product(x).to(dtype or x.dtype)
+        x = reflect_pad(x) if self.reflects else x
+        x = x.contiguous(memory_format=torch.channels_last)
+        if self.relu:   # last: what its gradient needs, its output, is what the convolution keeps
+            x = F.relu(x, inplace=self.reflects)
+        dtype = dtype or x.dtype
+        if x.is_cuda and dtype == torch.bfloat16:
+            return gpu_conv2d(x, self.weight.to(x.dtype), self.bias, self.padding)
+        out = F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=self.padding)
+        return channels_last(out).to(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.prepare(x))
+    def product(self, x: Tensor) -> Tensor:
+        """The convolution as a product with its matrix."""
+        (c_out, c_in), (h, w) = self.weight.shape[:2], x.shape[2:]
+        n = h * w
+        units = torch.eye(n, dtype=self.weight.dtype, device=x.device).view(n, 1, h, w)
+        padded = reflect_pad(units) if self.reflects else F.pad(units, (1, 1, 1, 1))
+        taps = F.unfold(padded, 3).permute(1, 2, 0).flatten(1)  # (9, outputs * inputs)
+        matrix = (self.weight.reshape(-1, 9) @ taps).view(c_out, c_in, n, n).transpose(1, 2)
+        matrix = matrix.reshape(c_out * n, c_in * n).to(x.dtype)
+        x = F.linear((F.relu(x) if self.relu else x).flatten(1), matrix)
+        return x.view(-1, c_out, h, w) + self.bias.to(x.dtype)[:, None, None]
+
+
+def gpu_conv2d(x: Tensor, weight: Tensor, bias: Tensor, padding: Any) -> Tensor:
+    """F.conv2d to bfloat16, as a GPU's kernels want it: with multiples of CHANNELS channels.
+
+    Of x and weight in float32 each is the sum of two numbers in bfloat16, high and low; their
+    product is then that of 3C channels, which is more exact than TF32:
+    x w = x_high w_high + x_low w_high + x_high w_low.
+    """
+    if x.dtype != torch.bfloat16:
+        (x_high, x_low), (w_high, w_low) = _high_and_low(x), _high_and_low(weight)
+        x, weight = torch.cat((x_high, x_low, x_high), 1), torch.cat((w_high, w_high, w_low), 1)
+    out = F.conv2d(_padded(x, 1).contiguous(memory_format=torch.channels_last),
+                   _padded(_padded(weight, 1), 0), _padded(bias.bfloat16(), 0), padding=padding)
+    return channels_last(out)[:, :len(weight)]
+
+
+def _high_and_low(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x = high + low, both in bfloat16, to 16 bits. The gradient is that of high."""
+    high = x.bfloat16()
+    return high, (x - high).detach().bfloat16()
+
+
+def _padded(x: Tensor, dim: int) -> Tensor:
+    """x with zeros at the end of `dim`, up to a multiple of CHANNELS."""
+    padding = [0, 0] * (x.dim() - dim - 1) + [0, -x.shape[dim] % CHANNELS]
+    return F.pad(x, padding) if padding[-1] else x
 
 
 class Linear(nn.Linear):
-    """A linear layer; with `relu`, one of relu(x)."""
+    """A linear layer; with `relu`, one of relu(x).
+
+    It computes in the type of x, and returns vectors of `dtype`.
+    """
 
     def __init__(self, c_in: int, c_out: int, relu: bool = False):
         super().__init__(c_in, c_out)
         self.relu = relu
 
-    def prepare(self, x: Tensor) -> Tensor:
-        """What is multiplied: x or relu(x)."""
-        return F.relu(x) if self.relu else x
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.prepare(x))
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        x = F.relu(x) if self.relu else x
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype)).to(dtype or x.dtype)
 
 
 class ResidualBlock(nn.Module):
@@ -73,14 +157,20 @@ class ResidualBlock(nn.Module):
         self.layer1, self.layer2 = (layer(width, width, relu=True) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.layer2(self.layer1(x))
+        return channels_last(x + self.layer2(self.layer1(x)))
 
 
 class NetworkNorm(ActNorm):
-    """An ActNorm inside a network. It is not part of the flow, so it has no log-determinant."""
+    """An ActNorm within a network, in the type of x: one kernel on a CPU.
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return self.transform(x)
+    It is not part of the flow, so its log-determinant does not count.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.logs.exp()
+        no_eps = 1e-30      # PyTorch 2.11 refuses 0
+        return F.batch_norm(x, torch.zeros_like(scale), torch.ones_like(scale), scale,
+                            -self.bias * scale, eps=no_eps)
 
 
 class PositionBias(nn.Module):
@@ -91,15 +181,16 @@ class PositionBias(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels, *size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.bias
+        return x + self.bias.to(x.dtype)
 
 
-class ResNet(nn.Module):
+class ResNet(Network):
     """A residual network: first layer, `n_blocks` residual blocks, ActNorm, ReLU, last layer.
 
     layer(c_in, c_out, relu=False): makes the layers. The last one is zero at the start, so that the
     coupling around the network starts as a constant scaling. With `size`, (H, W) of its images, the
-    first layer has a PositionBias.
+    first layer has a PositionBias. In bfloat16 the first layer is exact but for its output, as
+    rounding x would be the largest error.
     """
 
     def __init__(self, layer: Callable[..., nn.Module], c_in: int, c_out: int,
@@ -109,54 +200,20 @@ class ResNet(nn.Module):
         if size:
             self.first = nn.Sequential(self.first, PositionBias(width, size))
         self.blocks = nn.Sequential(*(ResidualBlock(layer, width) for _ in range(n_blocks)))
-        self.norm: nn.Module = NetworkNorm(width)
+        self.norm = NetworkNorm(width)
         self.last = layer(width, c_out, relu=True)
         for p in self.last.parameters():
             nn.init.zeros_(p)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.norm(self.blocks(self.first(x))))
-
-
-class ImageNetwork(nn.Module):
-    """A network of a whole image of `size`: (B, c_in, H, W) -> (B, n_out).
-
-    A 3x3 convolution, one of stride 2, `n_blocks` residual blocks, another one of stride 2, each
-    after group norm (Wu & He 2018, arXiv 1803.08494) and ReLU; and a linear layer, zero at the
-    start. width: of the blocks; half of it before them.
-    """
-
-    def __init__(self, c_in: int, size: tuple[int, int], n_out: int, width: int, n_blocks: int):
-        super().__init__()
-        def norm_relu(c: int) -> list[nn.Module]:
-            return [nn.GroupNorm(NORM_GROUPS, c), nn.ReLU()]
-        def half(c_in: int, c_out: int) -> nn.Module:
-            return nn.Conv2d(c_in, c_out, 3, stride=2, padding=1)
-        self.convs = nn.Sequential(
-            nn.Conv2d(c_in, width // 2, 3, padding=1), *norm_relu(width // 2),
-            half(width // 2, width),
-            *(NormedBlock(width) for _ in range(n_blocks)), *norm_relu(width),
-            half(width, width), *norm_relu(width), nn.Flatten())
-        pixels = math.prod(-(-side // 4) for side in size)
-        self.last = nn.Linear(width * pixels, n_out)
-        for p in self.last.parameters():
-            nn.init.zeros_(p)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.convs(x))
-
-
-class NormedBlock(nn.Module):
-    """x + conv2(relu(norm2(conv1(relu(norm1(x)))))), with 3x3 convolutions and group norm."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.branch = nn.Sequential(*(
-            layer for _ in range(2) for layer in (nn.GroupNorm(NORM_GROUPS, width), nn.ReLU(),
-                                                  nn.Conv2d(width, width, 3, padding=1))))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.branch(x)
+        dtype = self.dtype or x.dtype
+        if isinstance(self.first, nn.Sequential):
+            layer, position = self.first
+            h = position(layer(x, dtype))
+        else:
+            h = self.first(x, dtype)
+        h = channels_last(self.norm(self.blocks(h)))
+        return self.last(h).to(x.dtype)
 
 
 def resnet3x3(c_in: int, c_out: int, width: int = 64, n_blocks: int = 4,
@@ -173,8 +230,12 @@ def resnet1x1(c_in: int, c_out: int, width: int = 256, n_blocks: int = 4) -> Res
     return ResNet(Linear, c_in, c_out, width, n_blocks)
 
 
-def toy_network(c_in: int, c_out: int, width: int = 64) -> nn.Sequential:
-    """1x1 convolutions with LeakyReLU, for model toy: (B, c_in, H, W) -> (B, c_out, H, W)."""
-    return nn.Sequential(nn.Conv2d(c_in, width, 1), nn.LeakyReLU(),
-                         nn.Conv2d(width, width, 1), nn.LeakyReLU(),
-                         nn.Conv2d(width, c_out, 1))
+class PointNetwork(nn.Sequential):
+    """Linear layers with LeakyReLU, for model toy: points (B, c_in, 1, 1) -> (B, c_out, 1, 1)."""
+
+    def __init__(self, c_in: int, c_out: int, width: int = 64):
+        super().__init__(nn.Linear(c_in, width), nn.LeakyReLU(),
+                         nn.Linear(width, width), nn.LeakyReLU(), nn.Linear(width, c_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1))[:, :, None, None]

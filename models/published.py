@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .architectures import ConditionalFlow
-from .bijections import ConditionalFlowStep, MultiScale
+from .bijections import MultiScale
+from .h_phi import ConditionalFlow
 from .networks import ResNet
 from .scnf import SemiConditionalFlow
 
@@ -50,8 +50,6 @@ def from_published(model: SemiConditionalFlow, state: Mapping[str, Tensor]) -> d
             value = state.pop(theirs)
             if theirs.endswith(".requires_init"):
                 value = ~value.bool().any()
-            elif value.dim() == 4 and own[ours].dim() == 2:
-                value = value.flatten(1)  # their 1x1 convolution is our linear layer
             renamed[ours] = value
     return {**renamed, **state}
 
@@ -87,8 +85,8 @@ def _layer_names(ours: str, theirs: str, flow: MultiScale) -> dict[str, str]:
 
 
 def _parts(bijection: nn.Module) -> list[tuple[str, nn.Module]]:
-    if isinstance(bijection, ConditionalFlowStep):
-        return [(f"{part}.", getattr(bijection, part)) for part in ("act", "inv", "coupling")]
+    if isinstance(bijection, nn.Sequential):    # a conditional flow step
+        return [(f"{name}.", part) for name, part in bijection.named_children()]
     return [("", bijection)]
 
 

@@ -12,16 +12,41 @@ where z_f is the last ssl_dim dimensions of z, and
 (Atanov et al. 2019, arXiv 1905.00505.)
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from .architectures import ConditionalFlow, ConditionalShift
-from .bases import DiagonalGaussian
-from .bijections import ActNorm, MultiScale
-from .pixels import MarginalGaussian
+from .bijections import ActNorm, Bijection, MultiScale
+from .h_phi import ConditionalFlow, ConditionalShift
+
+
+class DiagonalGaussian(nn.Module):
+    """N(0, diag(sigma^2)) with sigma = softplus(logsigma), logsigma trained, 0 at the start.
+
+    The paper has sigma = 1. The authors' code trains it, starting at softplus(0) = 0.693, as we do.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.logsigma = nn.Parameter(torch.zeros(dim))
+
+    @property
+    def sigma(self) -> Tensor:
+        """The standard deviations, (dim,)."""
+        return F.softplus(self.logsigma)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log N(z; 0, diag(sigma^2)), in nats: (B, dim) -> (B,)."""
+        log_p = -0.5 * (z / self.sigma) ** 2 - self.sigma.log() - 0.5 * math.log(2 * math.pi)
+        return log_p.sum(-1)
+
+    def sample(self, eps: Tensor) -> Tensor:
+        """Transform standard normal noise eps (B, dim) into a sample: (B, dim)."""
+        return self.sigma * eps
 
 
 class SemiConditionalFlow(nn.Module):
@@ -30,9 +55,10 @@ class SemiConditionalFlow(nn.Module):
     f_w: a flow on data of `data_shape`, of D dimensions in all; h_phi: the conditional flow on the
     last `ssl_dim` dimensions of z; class_probs: p(y), K positive numbers, or None for uniform.
     Raises ValueError if class_probs is not K positive numbers. `image`: whether the data lives in
-    [0, 1].
+    [0, 1]. `cheap_logits`: whether `logits` computes less than `log_joint`.
     """
 
+    cheap_logits = False
     log_p_y: Tensor
 
     def __init__(self, f_w: MultiScale, h_phi: ConditionalFlow | ConditionalShift,
@@ -55,10 +81,6 @@ class SemiConditionalFlow(nn.Module):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """f_w: x (B, C, H, W) -> z (B, D) = (z_aux, z_f), ldj (B,)."""
         return self.f_w(x)
-
-    def encode_f(self, x: Tensor) -> Tensor:
-        """z_f alone, which is all that p(y | x) needs: x (B, C, H, W) -> (B, ssl_dim)."""
-        return self.f_w.last_part(x, self.ssl_dim)
 
     def decode(self, z: Tensor) -> Tensor:
         """The inverse of f_w: z (B, D) -> x (B, C, H, W)."""
@@ -87,8 +109,17 @@ class SemiConditionalFlow(nn.Module):
         return self.log_joint(x).logsumexp(1)
 
     def posterior(self, x: Tensor) -> Tensor:
-        """p(y | x): x (B, C, H, W) -> (B, K). The terms of f_w do not depend on y and cancel."""
-        return self.log_zf_joint(self.encode_f(x)).softmax(1)
+        """p(y | x): x (B, C, H, W) -> (B, K)."""
+        return self.logits(x).softmax(1)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """log p(z_f, y), in which p(y | x) is a softmax: x (B, C, H, W) -> (B, K).
+
+        The other terms of log p(x, y), those of f_w, do not depend on y and cancel.
+        """
+        z, _ = self.encode(x)
+        _, z_f = self.split_latent(z)
+        return self.log_zf_joint(z_f)
 
     @torch.no_grad()
     def sample(self, y: Tensor, eps: Tensor | None = None) -> Tensor:
@@ -111,13 +142,11 @@ class SemiConditionalFlow(nn.Module):
 
         x: a batch (B, C, H, W), for the ActNorms that are not initialised yet. Each is set from its
         own input, in the order of the forward pass; those of h_phi see every sample with every
-        label. images: the training images (N, C, H, W), as integer grey levels; pixels marginal is
-        fitted to them. Raises ValueError if it lacks them.
+        label. images: the training images (N, C, H, W), as integer grey levels, to which a first
+        layer may have to be fitted. Raises ValueError if it lacks them.
         """
         for part in self.modules():
-            if isinstance(part, MarginalGaussian):
-                if images is None:
-                    raise ValueError("pixels marginal is fitted to the training images: give them")
+            if isinstance(part, Bijection):
                 part.fit(images)
         acts = [m for m in self.modules() if isinstance(m, ActNorm) and not m.initialized]
         hooks = [act.register_forward_pre_hook(lambda act, args: act.initialize(args[0]))

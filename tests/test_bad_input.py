@@ -304,7 +304,7 @@ def test_damaged_checkpoint(folder, capsys):
 
 
 def test_what_the_environment_lacks(folder, monkeypatch, capsys):
-    monkeypatch.setattr("training.device.shutil.which", lambda name: None)
+    monkeypatch.setattr("training.speed.shutil.which", lambda name: None)
     assert run_script(options(compile="on")) == 2
     assert "needs a C++ compiler" in capsys.readouterr().err
     # As torchrun --nproc_per_node 3 sets them.

@@ -14,30 +14,22 @@ from models.bijections import (
     ActNorm,
     ChannelCoupling,
     CheckerboardCoupling,
-    ConditionalFlowStep,
     MultiScale,
     Split,
-    SplitCoupling,
     Squeeze,
     split_size,
 )
 from models.conv1x1 import CONVS, invertible_conv
+from models.marginal import EVEN_SHARE, LARGEST_SHARE, PSEUDO_COUNTS, MarginalGaussian
 from models.networks import (
-    ImageNetwork,
+    PointNetwork,
     _reflect_pad_by_slices,
     reflect_pad,
     resnet1x1,
     resnet3x3,
-    toy_network,
 )
-from models.pixels import (
-    EVEN_SHARE,
-    LARGEST_SHARE,
-    PSEUDO_COUNTS,
-    ConditionalPixels,
-    Logit,
-    MarginalGaussian,
-)
+from models.pixels import Logit
+from models.pyramid import ConditionalPixels, ImageNetwork, SplitCoupling
 
 pytestmark = pytest.mark.usefixtures("float64")
 B = 3
@@ -64,7 +56,13 @@ def pyramid():
 
 def conditional_flow_step():
     networks = (resnet1x1(3 + 10, 6, 8, 2) for _ in range(2))
-    return ConditionalFlowStep(ActNorm(6), invertible_conv("qr", 6, 2), ChannelCoupling(*networks))
+    layers = ActNorm(6), invertible_conv("qr", 6, 2), ChannelCoupling(*networks)
+    return MultiScale((6,), [torch.nn.Sequential(*layers)])
+
+
+def alone(make, shape):
+    """Makes a flow of one affine layer, which has its log-determinant there."""
+    return lambda: MultiScale(shape, [make()])
 
 
 def h_phi(**settings):
@@ -102,14 +100,16 @@ BIJECTIONS = {
     "conditional pixels": (conditional_pixels, (1, 8, 8)),
     "conditional pixels, oblong": (partial(conditional_pixels, (1, 4, 8)), (1, 4, 8)),
     "squeeze": (Squeeze, (3, 4, 6)),
-    "actnorm": (lambda: ActNorm(4), (4, 2, 3)),
-    "actnorm of vectors": (lambda: ActNorm(6), (6,)),
+    "actnorm": (alone(lambda: ActNorm(4), (4, 2, 3)), (4, 2, 3)),
+    "actnorm of vectors": (alone(lambda: ActNorm(6), (6,)), (6,)),
     "checkerboard 0": (lambda: CheckerboardCoupling(resnet3x3(2, 4, 8, 2), (4, 4), 0), (2, 4, 4)),
     "checkerboard 1": (lambda: CheckerboardCoupling(resnet3x3(1, 2, 8, 2), (4, 6), 1), (1, 4, 6)),
     "channel": (partial(channel_coupling, partial(resnet3x3, n_blocks=2), 4), (4, 3, 3)),
-    "channel of points": (partial(channel_coupling, toy_network, 2), (2, 1, 1)),
-    **{f"conv {kind}": (partial(invertible_conv, kind, 4, 3), (4, 2, 3)) for kind in CONVS},
-    **{f"conv {kind} of vectors": (partial(invertible_conv, kind, 6, 2), (6,)) for kind in CONVS},
+    "channel of points": (partial(channel_coupling, PointNetwork, 2), (2, 1, 1)),
+    **{f"conv {kind}": (alone(partial(invertible_conv, kind, 4, 3), (4, 2, 3)), (4, 2, 3))
+       for kind in CONVS},
+    **{f"conv {kind} of vectors": (alone(partial(invertible_conv, kind, 6, 2), (6,)), (6,))
+       for kind in CONVS},
     "split coupling": (lambda: SplitCoupling(resnet1x1(2, 8, 8, 1), 2), (6,)),
     "multi-scale": (multi_scale, (2, 4, 4)),
     **{f"f_w {model}, {conv}": (partial(f_w, model, conv, shape), shape)
@@ -379,9 +379,9 @@ def test_conditional_pixels_are_finite_where_a_network_is_certain(dtype):
 def test_actnorm_initialisation():
     torch.manual_seed(0)
     act, x = ActNorm(3), 5 + 2 * torch.randn(16, 3, 4, 4)
-    assert torch.equal(act(x)[0], x)
+    assert torch.equal(act(x), x)
     act.initialize(x)
-    z, _ = act(x)
+    z = act(x)
     values = z.transpose(0, 1).flatten(1)
     torch.testing.assert_close(values.mean(1), torch.zeros(3))
     torch.testing.assert_close(values.std(1), torch.ones(3), rtol=1e-5, atol=0)
@@ -392,21 +392,20 @@ def test_actnorm_initialisation():
 
 def test_convolutions_at_start():
     x = torch.randn(2, 4, 3, 3)
-    z, ldj = invertible_conv("full", 4, 2)(x)
-    assert torch.equal(z, x) and not ldj.any()
-    q, ldj = invertible_conv("hh", 4, 2).matrix()
-    torch.testing.assert_close(q @ q.T, torch.eye(4))
-    assert ldj == 0
-    w, ldj = invertible_conv("qr", 4, 2).matrix()
-    torch.testing.assert_close(w @ w.T, torch.eye(4) * math.log(2) ** 2)    # softplus(0)
-    w, ldj = invertible_conv("qr-abs", 4, 2).matrix()
-    torch.testing.assert_close(w @ w.T, torch.eye(4))
+    for kind, log_det in (("full", 0), ("hh", 0), ("qr", 4 * math.log(math.log(2))), ("qr-abs", 0)):
+        conv = invertible_conv(kind, 4, 2)
+        z, ldj = MultiScale((4, 3, 3), [conv])(x)
+        assert ldj.tolist() == pytest.approx([9 * log_det] * 2, abs=1e-12)
+        w = conv.matrix()
+        scale = math.log(2) if kind == "qr" else 1                          # softplus(0)
+        torch.testing.assert_close(w @ w.T, torch.eye(4) * scale ** 2)
+        assert torch.equal(z.view_as(x), x) == (kind == "full")
 
 
 def test_householder_product_order():
     conv = invertible_conv("hh", 3, 2)
     h1, h2 = (torch.eye(3) - 2 * torch.outer(v, v) / v.dot(v) for v in conv.v)
-    torch.testing.assert_close(conv.matrix()[0], h1 @ h2)
+    torch.testing.assert_close(conv.matrix(), h1 @ h2)
 
 
 def test_both_ways_to_pad_agree():

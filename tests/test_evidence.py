@@ -14,10 +14,9 @@ from conftest import PROJECT, run_script
 
 from models import build_model
 from training import checkpoint
-from training.device import choose_speed
 from training.evaluation import Inference, evaluate
-from training.fast import FastLogJoint
 from training.processes import Processes
+from training.speed import Accelerated, choose_speed
 from utils.data import load_data
 from utils.errors import BadInput
 from utils.files import sha256
@@ -171,26 +170,6 @@ def test_label_spreading_on_the_labels_of_mnist_small():
     assert f"has {mean(errors):.2f} % on its own with the same labels ({each})" in readme
 
 
-ABLATIONS = {"config.yaml": "config-fp32", "mnist-glow, float32": "mnist-glow-fp32",
-             "mnist-glow, bfloat16": "mnist-glow-bf16", "digits": "digits",
-             "digits, consistency": "digits-consistency", "digits, bfloat16": "digits-bf16",
-             "moons": "moons", "circles": "circles"}
-
-
-def test_the_gains_of_the_fast_path_agree_with_results():
-    rows = table("results/README.md", "part of `training/fast.py` and `step.py`")
-    for heading, name in ABLATIONS.items():
-        path = PROJECT / "results" / "speed" / "ablation" / f"{name}.json"
-        all_parts, *others = json.loads(path.read_text())["modes"]
-        gains = {row["without"]: f"{row['gain']:.1f}" for row in others}
-        *parts, _, total = rows
-        assert total[heading] == f"{all_parts['ms']:,.0f}"
-        for row in parts:
-            part = next(iter(row.values())).split(" (")[0]
-            assert row[heading] == gains.pop(part, "-")
-        assert not gains
-
-
 def test_the_table_of_the_paper_has_no_number_without_a_run():
     for row in table("README.md", "model"):
         here, config = (row["error, % (here)"], row["bits/dim (here)"]), row["config"]
@@ -306,8 +285,8 @@ def test_shipped_weights_give_the_numbers_of_their_card(name, tmp_path, monkeypa
     assert len(images) == (500 if settings.data == "mnist" else 360)
     model = build_model(settings, data.shape, data.n_classes, grey_levels=data.grey_levels)
     checkpoint.load_weights(model, checkpoint.shipped_weights(settings.config_file))
-    log_joint = FastLogJoint(model, *choose_speed(settings, data.device, Processes()))
-    inference = Inference(log_joint)
+    accelerated = Accelerated(model, *choose_speed(settings, data.device, Processes()))
+    inference = Inference(accelerated)
     draws = [evaluate(inference, data, (images, y), 256, seed, Processes()) for seed in (7, 8, 9)]
     error = mean([100 * (1 - accuracy) for _, accuracy in draws])
     bits = mean([data.bits_per_dim(log_p) for log_p, _ in draws])

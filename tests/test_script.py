@@ -261,18 +261,18 @@ def test_benchmarks(tmp_path, benchmark, changes):
     count, images = {"throughput": ("--steps", 64), "evaluate": ("--batches", 180)}[benchmark]
     command = [sys.executable, str(PROJECT / "benchmarks" / f"{benchmark}.py"),
                *options(**changes), count, "2", "--json", "out.json"]
-    done = execute(tmp_path, [*command, "--modes", "plain,fp32", "--profile", "5"])
+    done = execute(tmp_path, [*command, "--modes", "fp32,bf16", "--profile", "5"])
     assert done.returncode == 0, done.stderr
     longest = re.findall(r"^ *(\d+\.\d{3}) ms +\d+  aten::", done.stdout, re.MULTILINE)
     assert len(longest) >= 5 and re.search(r"fp32: [\d,]+ operators, \d", done.stdout)
     figures = json.loads((tmp_path / "out.json").read_text())
-    assert [row["mode"] for row in figures["modes"]][:2] == ["plain", "fp32"]
+    assert [row["mode"] for row in figures["modes"]][:2] == ["fp32", "bf16"]
     for row in figures["modes"][:2]:
         assert row["ms"] > 0 and row["peak_gib"] > 0
-        share = row["tflops"] / figures["limits_tflops"]["convolution fp32"]
+        share = row["tflops"] / figures["limits_tflops"][f"convolution {row['mode']}"]
         assert row["of_convolution"] == pytest.approx(100 * share)
         assert row["images_per_s"] * row["ms"] / 1e3 == pytest.approx(images)
-    assert "limit: convolution fp32" in done.stdout and "plain" in done.stdout
+    assert "limit: convolution fp32" in done.stdout and "bf16" in done.stdout
 
 
 @pytest.mark.parametrize("wrong, message", [
@@ -299,18 +299,6 @@ def test_benchmarks_fill_large_batches(monkeypatch):
                                spread_labels=0)
     data = measure.random_data(settings, "cpu")
     assert len(data.train_x) >= 3000 and len(data.test_x) >= 5000
-
-
-def test_benchmark_of_the_parts(tmp_path):
-    command = [sys.executable, str(PROJECT / "benchmarks" / "ablation.py"),
-               *options(**CONSISTENCY, micro_bs=32), "--rounds", "2", "--json", "out.json"]
-    done = execute(tmp_path, command)
-    assert done.returncode == 0, done.stderr
-    all_parts, *others = json.loads((tmp_path / "out.json").read_text())["modes"]
-    assert all_parts["without"] == "-" and all_parts["ms"] > 0
-    names = [row["without"] for row in others]
-    assert names == ["dense product for a tiny image", "micro-batches", "parameters as one vector"]
-    assert all(row["low"] <= row["gain"] <= row["high"] for row in others)
 
 
 def test_shipped_weights_of_the_quick_start(tmp_path):

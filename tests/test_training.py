@@ -13,13 +13,12 @@ from conftest import PROJECT, TINY, load_tiny, options, run_script, runs
 from torch.nn import functional as F
 
 from models import build_model
-from training.device import choose_speed
 from training.evaluation import Inference, evaluate, predict
-from training.fast import FastLogJoint
 from training.loop import TrainingState, train_epoch
 from training.objective import Terms, objective
 from training.processes import Processes
 from training.schedule import learning_rate
+from training.speed import Accelerated, choose_speed
 from training.step import OPTIMIZERS
 from training.stopping import Stopping
 from utils.data import SemiSupervisedData, load_data
@@ -641,7 +640,7 @@ def test_evaluation_is_exact_and_repeatable():
     data = load_tiny()
     model = build_model(TINY, data.shape, 10)
     data.test_x, data.test_y = data.test_x[:359], data.test_y[:359]     # the last batch is filled
-    infer, sizes = Inference(FastLogJoint(model)), []
+    infer, sizes = Inference(Accelerated(model)), []
 
     def log_joint_of(x):
         sizes.append(len(x))
@@ -717,12 +716,12 @@ def test_the_paper_s_network_trains_and_evaluates(tmp_path, monkeypatch, mnist_r
     model = build_model(settings, data.shape, data.n_classes, data.class_probs, data.grey_levels)
     generator = torch.Generator().manual_seed(0)
     model.initialize(data.sample_batch(256, 1 / 3, generator)[0], data.train_x)
-    log_joint = FastLogJoint(model, *choose_speed(settings, data.device, processes))
-    assert log_joint.micro_batch_size == 16
-    state = TrainingState.create(model, log_joint, data, generator, settings, processes)
+    accelerated = Accelerated(model, *choose_speed(settings, data.device, processes))
+    assert accelerated.micro_batch_size == 16
+    state = TrainingState.create(accelerated, data, generator, settings, processes)
     assert state.steps_per_epoch == steps_per_epoch
     state.steps_per_epoch = 2
-    infer = Inference(log_joint)
+    infer = Inference(accelerated)
     start = {key: value.clone() for key, value in model.named_parameters()}
     log_p, _ = evaluate(infer, data, test, settings.test_bs, 0, processes)
     low, high = bits_at_the_start

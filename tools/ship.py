@@ -28,10 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import build_model
 from models.networks import ResNet
 from training.checkpoint import load_file, load_weights, save_atomically
-from training.device import choose_speed, device_name, set_up_torch
 from training.evaluation import Inference, evaluate
-from training.fast import FastLogJoint
 from training.processes import Processes
+from training.speed import Accelerated, choose_speed, device_name, set_up_torch
 from utils.data import load_data
 from utils.errors import BadInput, OneLineParser, run_command, value_errors_as_bad_input
 from utils.files import PROJECT, atomic_write, sha256
@@ -141,7 +140,7 @@ def evaluate_weights(model, weights, data, settings):
     """
     model.load_state_dict(weights)                  # cast to the types of the model
     speed = choose_speed(settings, data.device, Processes())
-    infer = Inference(FastLogJoint(model, *speed))
+    infer = Inference(Accelerated(model, *speed))
 
     def evaluate_examples(examples):
         values = [evaluate(infer, data, examples, settings.test_bs, settings.seed + i, Processes())

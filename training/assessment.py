@@ -18,10 +18,9 @@ from utils import Settings
 from utils.data import DATASETS, Examples, SemiSupervisedData
 from utils.figures import plot_mistakes
 
-from .device import device_name
 from .evaluation import Inference, predict, summary
-from .fast import FastLogJoint
 from .processes import Processes
+from .speed import Accelerated, device_name
 
 BINS = 15           # of the confidence, in the calibration error
 N_OTHERS = 200      # images of each other kind
@@ -167,7 +166,7 @@ def other_images(data: SemiSupervisedData, images: Tensor,
     return {kind: x.to(images.device) for kind, x in kinds.items()}
 
 
-def print_evaluation(log_joint: FastLogJoint, data: SemiSupervisedData,
+def print_evaluation(accelerated: Accelerated, data: SemiSupervisedData,
                      settings: Settings, processes: Processes) -> None:
     """Print error, likelihood and the rest of an Assessment on the test set; with settings.test
     false, on the validation set.
@@ -176,7 +175,7 @@ def print_evaluation(log_joint: FastLogJoint, data: SemiSupervisedData,
     values follow them. The rest is of the first sample.
     """
     start = time.perf_counter()
-    infer, (name, (images, y)) = Inference(log_joint), assessed_examples(data, settings)
+    infer, (name, (images, y)) = Inference(accelerated), assessed_examples(data, settings)
     draws = [predict(infer, data, images, settings.test_bs, settings.seed + i, processes)
              for i in range(settings.draws)]
     log_p, accuracy = np.transpose([summary(*draw, y) for draw in draws])
@@ -195,6 +194,6 @@ def print_evaluation(log_joint: FastLogJoint, data: SemiSupervisedData,
     if processes.is_main:
         if settings.draws > 1:
             print("With the first sample of the noise:")
-        assessment = assess(infer, Inference(log_joint), data, (images, y), name, settings,
+        assessment = assess(infer, Inference(accelerated), data, (images, y), name, settings,
                             draws[0])
         print("\n".join(assessment.lines()))

@@ -52,6 +52,10 @@ def load_weights(model: SemiConditionalFlow, path: str | Path, averaged: bool = 
     if is_published(state):
         with value_errors_as_bad_input():
             state = from_published(model, state)
+    own = model.state_dict()
+    # Linear layers are 1x1 convolutions in the authors' code, and some in earlier versions of ours.
+    state = {key: value.flatten(1) if key in own and value.shape == (*own[key].shape, 1, 1)
+             else value for key, value in state.items()}
     check_architecture(model, state, path)
     not_finite = [key for key, value in state.items() if not value.isfinite().all()]
     if not_finite:

@@ -1,17 +1,18 @@
 """Log-likelihood and accuracy on a set of examples."""
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.compiler import set_stance
 
 from utils import Settings
 from utils.data import Examples, SemiSupervisedData
 from utils.metrics import average_is_better
 
-from .cuda_graph import Captured
-from .fast import FastLogJoint
 from .processes import Processes
+from .speed import Accelerated, Captured
 from .step import TrainingStep
 
 
@@ -20,17 +21,20 @@ class Inference:
 
     log_joint: log p(x, y); logits: log p(y | x) up to a term that does not depend on y; log_p_y:
     (K,). With CUDA graphs they accept batches of one size only: build them for each set of
-    examples. predictions: what `predict` returned in the last call of `evaluate`, if any.
+    examples. compiled: whether to use what is compiled, or to call the same functions as they are.
+    predictions: what `predict` returned in the last call of `evaluate`, if any.
     """
 
-    def __init__(self, model: FastLogJoint):
-        def build(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def __init__(self, accelerated: Accelerated, compiled: bool = True):
+        def build(method: str) -> Callable[[Tensor], Tensor]:
             @torch.no_grad()
             def infer(x: Tensor) -> Tensor:
-                return torch.cat([function(part) for part in x.split(model.micro_batch_size)])
-            return Captured(infer) if model.cuda_graph else infer
-        self.log_joint, self.logits = build(model), build(model.logits)
-        self.log_p_y = model.twin.log_p_y
+                with contextlib.nullcontext() if compiled else set_stance("force_eager"):
+                    return torch.cat([accelerated.call(method, part)
+                                      for part in x.split(accelerated.micro_batch_size)])
+            return Captured(infer) if accelerated.cuda_graph else infer
+        self.log_joint, self.logits = build("log_joint"), build("logits")
+        self.log_p_y = accelerated.model.log_p_y
         self.predictions: tuple[Tensor, Tensor] | None = None
 
 
@@ -92,15 +96,16 @@ class RunEvaluation:
     examples; the same with the prefix ema_, of the averaged weights, if there are such; and
     test_log_p, test_acc, test_bpd of the weights that the run would keep after that epoch. With
     validation examples the test set is evaluated after the last epoch only, and with settings.test
-    false never. settings: epochs, ema, test, test_bs, seed.
+    false never. It calls nothing that is compiled: compiling would take longer than it saves.
+    settings: epochs, ema, test, test_bs, seed.
     """
 
-    def __init__(self, log_joint: FastLogJoint, data: SemiSupervisedData,
+    def __init__(self, accelerated: Accelerated, data: SemiSupervisedData,
                  settings: Settings, processes: Processes):
-        self.log_joint, self.data, self.settings = log_joint, data, settings
-        self.processes = processes
+        self.accelerated, self.data = accelerated, data
+        self.settings, self.processes = settings, processes
         self.examples = {"val": (data.val_x, data.val_y), "test": (data.test_x, data.test_y)}
-        self.infer = {name: Inference(log_joint) for name in self.examples}
+        self.infer = {name: Inference(accelerated, compiled=False) for name in self.examples}
 
     def __call__(self, training_step: TrainingStep, epoch: int) -> dict[str, float]:
         has_validation, row = len(self.data.val_x) > 0, {}

@@ -13,10 +13,10 @@ from utils import Settings
 from utils.data import SemiSupervisedData
 
 from .checkpoint import get_rng_state, set_rng_state
-from .fast import FastLogJoint
 from .objective import Terms
 from .processes import Processes
 from .schedule import learning_rate
+from .speed import Accelerated
 from .step import TrainingStep
 from .stopping import Stopping
 
@@ -52,14 +52,14 @@ class TrainingState:
     seconds: float = 0.0
 
     @classmethod
-    def create(cls, model: SemiConditionalFlow, log_joint: FastLogJoint, data: SemiSupervisedData,
+    def create(cls, accelerated: Accelerated, data: SemiSupervisedData,
                generator: torch.Generator, settings: Settings,
                processes: Processes) -> "TrainingState":
         """The state before the first training step.
 
         An epoch has as many rows as there are training examples, rounded up to full batches.
         """
-        return cls(model, TrainingStep(log_joint, settings, processes), generator,
+        return cls(accelerated.model, TrainingStep(accelerated, settings, processes), generator,
                    steps_per_epoch=-(-len(data.train_x) // settings.train_bs),
                    sums=torch.zeros(len(Terms._fields), device=data.device))
 
@@ -152,7 +152,7 @@ def train_epoch(state: TrainingState, data: SemiSupervisedData,
                 mean_loss = float(state.sums[0]) / state.step_in_epoch
                 bar.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
     check(processes.min(n_finite))
-    if not state.training_step.vector.isfinite().all():
+    if not state.training_step.is_finite:
         raise TrainingFailed(f"A weight is not finite after step {state.step_in_epoch} {where}")
     state.seconds += time.perf_counter() - start
     return stopped

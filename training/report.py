@@ -14,8 +14,8 @@ from utils.files import atomic_write
 from utils.metrics import Row
 
 from .assessment import Assessment, assess, assessed_examples
-from .device import device_name
 from .evaluation import Inference, RunEvaluation
+from .speed import device_name
 
 PICTURES = {"curves.png": "Training", "samples.png": "Samples from p(x | y)",
             "density.png": "Density and posterior",
@@ -44,7 +44,8 @@ def report_run(evaluation: RunEvaluation, rows: list[Row], run_dir: Path) -> Non
     name, examples = assessed_examples(data, settings)
     infer = evaluation.infer["test" if settings.test else "val"]
     try:
-        assessment = assess(infer, Inference(evaluation.log_joint), data, examples, name, settings,
+        assessment = assess(infer, Inference(evaluation.accelerated, compiled=False), data,
+                            examples, name, settings,
                             infer.predictions if settings.test else None)
         print("\n".join(assessment.lines()))
         picture = run_dir / "mistakes.png"

@@ -1,7 +1,4 @@
 """A training step: gradients of micro-batches, the optimiser, the moving average of the weights.
-
-The parameters are views of one vector, so that the optimiser and the average are a few operations
-on one tensor, and the step can be captured as one CUDA graph.
 """
 
 import contextlib
@@ -16,10 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils import Settings
 
-from .cuda_graph import Captured
-from .fast import FastLogJoint
 from .objective import Terms, objective
 from .processes import Processes
+from .speed import Accelerated, Captured
 from .vat import virtual_adversarial_loss
 
 # The optimisers that settings.optimizer names, and the moments of the gradients in their state.
@@ -27,8 +23,6 @@ from .vat import virtual_adversarial_loss
 OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[str, str]]] = {
     "adamax": (partial(torch.optim.Adamax, foreach=True), ("exp_avg", "exp_inf")),
     "adam": (partial(torch.optim.Adam, fused=True), ("exp_avg", "exp_avg_sq"))}
-# Elements: GPU kernels want weights to begin at multiples of 16 bytes and more.
-ALIGNMENT = 32
 
 
 def build_optimizer(parameters: list[nn.Parameter], settings: Settings,
@@ -40,7 +34,7 @@ def build_optimizer(parameters: list[nn.Parameter], settings: Settings,
 
 
 class TrainingStep:
-    """step(x, y) changes the parameters of `log_joint` by one step of the optimiser.
+    """step(x, y) changes the parameters of a model by one step of the optimiser.
 
     It never synchronises with the device. settings: optimizer, lr, weight_decay, clip_gn, ema, and
     those of `objective`; processes: each computes its shard of every batch. `lr`, on the device, is
@@ -49,33 +43,26 @@ class TrainingStep:
     d = min(ema, (1 + t) / (10 + t)), so that it soon forgets the initial weights.
     """
 
-    def __init__(self, log_joint: FastLogJoint, settings: Settings,
-                 processes: Processes):
-        self.micro_batch_size = log_joint.micro_batch_size
-        self.settings, self.processes = settings, processes
-        self.names, self.parameters = map(list, zip(*log_joint.named_model_parameters))
-        self.vector, self.padding = _as_one_vector(self.parameters)
-        self.vector.grad = torch.zeros_like(self.vector)
-        self.lr = torch.tensor(settings.lr, device=self.vector.device)
-        self.optimizer = build_optimizer([self.vector], settings, self.lr)
+    def __init__(self, accelerated: Accelerated, settings: Settings, processes: Processes):
+        self.accelerated, self.settings, self.processes = accelerated, settings, processes
+        self.names, self.parameters = map(list, zip(*accelerated.model.named_parameters()))
+        self.lr = torch.tensor(settings.lr, device=self.parameters[0].device)
+        self.optimizer = build_optimizer(self.parameters, settings, self.lr)
         self.moments = OPTIMIZERS[settings.optimizer][1]
-        self.log_joint: nn.Module = log_joint
-        self.logits, self.logits_given = log_joint.logits, log_joint.logits_given
+        self.log_joint: nn.Module = accelerated
         if processes.size > 1:
             # All processes start with the main one's parameters; buffers never change. The option
             # that says so has another name since PyTorch 2.14.
             options = inspect.signature(DistributedDataParallel).parameters
             sync_buffers = ("forward_sync_buffers" if "forward_sync_buffers" in options
                             else "broadcast_buffers")
-            # The hooks of DistributedDataParallel expect gradients on one stream.
-            log_joint.side_stream = None
             # Dynamo's optimisation for it would split the compiled parts, which are small.
             torch._dynamo.config.optimize_ddp = False
             no_sync: dict[str, Any] = {sync_buffers: False}
-            self.log_joint = DistributedDataParallel(log_joint, **no_sync)
+            self.log_joint = DistributedDataParallel(accelerated, **no_sync)
         # After DistributedDataParallel, which may have changed the parameters.
-        self.average = self.vector.detach().clone() if settings.ema else None
-        self.captured = Captured(self._run) if log_joint.cuda_graph else None
+        self.average = [p.detach().clone() for p in self.parameters] if settings.ema else []
+        self.captured = Captured(self._run) if accelerated.cuda_graph else None
 
     def __call__(self, *batch: Tensor) -> Tensor:
         """Train on a batch of `sample_batch` -> its Terms, stacked: (T,).
@@ -90,7 +77,7 @@ class TrainingStep:
     def _run(self, x: Tensor, y: Tensor, *of_copies: Tensor) -> Tensor:
         for p in self.parameters:
             p.grad = None
-        n_images = max(self.micro_batch_size // (2 if of_copies else 1), 1)
+        n_images = max(self.accelerated.micro_batch_size // (2 if of_copies else 1), 1)
         xs, ys, *more = [self.processes.shard(rows).split(n_images) for rows in (x, y, *of_copies)]
         copies = more.pop(0) if more else None
         clean = more.pop(0) if copies and self.settings.clf_noise == "train" else None
@@ -116,26 +103,35 @@ class TrainingStep:
         """For each of micro_batches, x (B, C, H, W), log p(y | x) up to a term that does not depend
         on y, (B, K), with the weights that the settings want."""
         with self.averaged(self.settings.target_weights == "averaged"):
-            return [self.logits(x) for x in micro_batches]
+            return [self.accelerated.call("logits", x) for x in micro_batches]
 
     def _divergence(self, x: Tensor) -> Tensor | None:
         """The virtual adversarial loss of x (B, C, H, W), (B,), if the settings have it."""
         if not self.settings.vat_weight:
             return None
-        return virtual_adversarial_loss(self.logits_given(x), x, self.settings.vat_eps)
+        with torch.no_grad():
+            last = self.accelerated.call("last_group", x)
+        return virtual_adversarial_loss(
+            lambda seen: self.accelerated.call("logits_seeing", seen, last), x,
+            self.settings.vat_eps)
 
+    @torch.no_grad()
     def _update(self) -> None:
         """The optimiser and the moving average, with the gradients of the parameters."""
-        gradients: list[Any] = [p.grad for p in self.parameters]
-        torch.cat([part for grad, padding in zip(gradients, self.padding)
-                   for part in (_in_memory_order(grad), *padding)], out=self.vector.grad)
         if self.settings.clip_gn:
-            nn.utils.clip_grad_norm_([self.vector], self.settings.clip_gn)
+            nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_gn)
         self.optimizer.step()
-        if self.average is not None:
-            t = self.optimizer.state[self.vector]["step"]
-            share = (9 / (10 + t)).clamp(min=1 - self.settings.ema).to(self.average)
-            self.average.lerp_(self.vector.detach(), share)
+        if self.average:
+            t = self.optimizer.state[self.parameters[0]]["step"]
+            share = (9 / (10 + t)).clamp(min=1 - self.settings.ema).to(self.average[0])
+            change = torch._foreach_sub(self.parameters, self.average)
+            torch._foreach_mul_(change, share)
+            torch._foreach_add_(self.average, change)
+
+    @property
+    def is_finite(self) -> Tensor:
+        """Whether all parameters are finite, ()."""
+        return torch.stack([p.isfinite().all() for p in self.parameters]).all()
 
     def _gradient_sync(self, now: bool) -> contextlib.AbstractContextManager:
         """Processes exchange gradients once, with the last micro-batch."""
@@ -150,81 +146,34 @@ class TrainingStep:
         if not when:
             yield
             return
-        assert self.average is not None, "there is no average without settings.ema"
-        own = self.vector.clone()
-        self.vector.copy_(self.average)
+        assert self.average, "there is no average without settings.ema"
+        own = [p.clone() for p in self.parameters]
+        torch._foreach_copy_(self.parameters, self.average)
         try:
             yield
         finally:
-            self.vector.copy_(own)
+            torch._foreach_copy_(self.parameters, own)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """What continues the training steps, keyed by the model's names of its parameters.
 
         optimizer: step, (), and for each of the optimiser's two moments a tensor per parameter;
         empty before the first step. average: a tensor per parameter; empty without settings.ema.
-        The tensors are views.
+        The tensors are not copies.
         """
-        state = self.optimizer.state[self.vector]
-        moments = {key: self._by_name(state[key]) for key in self.moments if state}
-        step = {"step": state["step"]} if state else {}
-        return {"optimizer": {**step, **moments},
-                "average": {} if self.average is None else self._by_name(self.average)}
+        states = [self.optimizer.state[p] for p in self.parameters]
+        optimizer = {} if not states[0] else {"step": states[0]["step"], **{
+            key: dict(zip(self.names, [state[key] for state in states])) for key in self.moments}}
+        return {"optimizer": optimizer, "average": dict(zip(self.names, self.average))}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """Restore what `state_dict` returned, from any device. Other keys are ignored."""
-        def fill(vector: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-            for name, view in self._by_name(vector).items():
-                view.copy_(tensors[name])
-            return vector
         optimizer = state["optimizer"]
-        if optimizer:
-            step = optimizer["step"].to(self.vector.device if self.vector.is_cuda else "cpu",
-                                        copy=True)
-            self.optimizer.state[self.vector] = {
-                "step": step, **{key: fill(torch.zeros_like(self.vector), optimizer[key])
-                                 for key in self.moments}}
-        if self.average is not None:
-            fill(self.average, state["average"])
-
-    def _by_name(self, vector: Tensor) -> dict[str, Tensor]:
-        """The parts of `vector`, which is as long as the one of the parameters, by name."""
-        parts = _parts_of(vector, self.parameters, self.padding)
-        return dict(zip(self.names, parts))
-
-
-def _in_memory_order(p: Tensor) -> Tensor:
-    """p flattened in the order of its memory: convolution weights are channels-last."""
-    return (p.permute(0, 2, 3, 1) if p.dim() == 4 else p).reshape(-1)
-
-
-@torch.no_grad()
-def _as_one_vector(parameters: list[nn.Parameter]) -> tuple[nn.Parameter, list[list[Tensor]]]:
-    """Make `parameters` views of one vector that begin at multiples of ALIGNMENT.
-
-    -> the vector, a Parameter; and for each of `parameters` the zeros after it: a list of one
-    tensor, or of none.
-    """
-    padding = [[p.new_zeros(n)] if (n := -p.numel() % ALIGNMENT) else [] for p in parameters]
-    vector = torch.cat([part for p, zeros in zip(parameters, padding)
-                        for part in (_in_memory_order(p), *zeros)])
-    for p, part in zip(parameters, _parts_of(vector, parameters, padding)):
-        p.data = part
-    return nn.Parameter(vector), padding
-
-
-def _parts_of(vector: Tensor, parameters: list[nn.Parameter],
-              padding: list[list[Tensor]]) -> Iterator[Tensor]:
-    """The views of `vector` with the shapes of `parameters`, in the order of their memory."""
-    start = 0
-    for p, zeros in zip(parameters, padding):
-        part = vector.detach()[start:start + p.numel()]
-        start += p.numel() + sum(map(len, zeros))
-        # A 1x1 kernel has the same order in both formats. Its gradient comes with the strides of
-        # the contiguous one, and DistributedDataParallel expects those of the parameter.
-        if p.dim() == 4 and p[0, 0].numel() > 1:
-            o, i, h, w = p.shape
-            yield part.view(o, h, w, i).permute(0, 3, 1, 2)
-        else:
-            yield part.view(p.shape)
+        for name, p in zip(self.names, self.parameters if optimizer else ()):
+            device = p.device if p.is_cuda else "cpu"
+            self.optimizer.state[p] = {
+                "step": optimizer["step"].to(device, copy=True),
+                **{key: torch.empty_like(p).copy_(optimizer[key][name]) for key in self.moments}}
+        for name, average in zip(self.names, self.average):
+            average.copy_(state["average"][name])

@@ -38,6 +38,7 @@ LEGEND = 150                        # characters that fit below three panels
 IMAGES_PER_CLASS, POINTS_PER_CLASS = 10, 1000
 
 
+@torch.compiler.set_stance("force_eager")     # compiling would take longer than it saves
 def plot_run(model: SemiConditionalFlow, data: SemiSupervisedData, rows: list[Row],
              run_dir: Path, seed: int) -> None:
     """Write the pictures of a run with the metrics `rows` to its directory.

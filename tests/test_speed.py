@@ -1,4 +1,4 @@
-"""The fast path against the plain model: the same numbers, and nothing waits for the device."""
+"""How a run computes against the model and torch.optim: the same numbers, and nothing waits."""
 
 import copy
 import math
@@ -11,22 +11,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import PROJECT, TINY, load_tiny, options, randomize, run_script, runs
+from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
-from models import build_model
-from models.bijections import ActNorm
-from models.conv1x1 import CONVS, FullConv, log_abs_det, over_channels
-from models.networks import Conv3x3
+from models import build_model, networks
+from models.bijections import ActNorm, Affine, MultiScale
+from models.conv1x1 import CONVS, FullConv, extended, log_abs_dets, over_channels
+from models.networks import Conv3x3, Network, NetworkNorm, gpu_conv2d, reflect_pad
 from training.checkpoint import CheckpointWriter, load_weights, save_atomically
-from training.cuda_graph import Captured
-from training.device import choose_speed
 from training.evaluation import Inference
-from training.fast import (FastLogJoint, _Bfloat16Layer, _TinyConv3x3, _trace_shapes,
-                           give_weights)
 from training.loop import TrainingState, train_epoch
 from training.objective import objective
 from training.processes import Processes
+from training.speed import (MICRO_BATCH_BYTES, WARM_UP_CALLS, Accelerated, Captured,
+                            choose_speed)
 from training.step import TrainingStep
 from training.stopping import Stopping
 from training.vat import virtual_adversarial_loss
@@ -63,6 +62,18 @@ def shipped_digits_model():
     return model, data.dequantize(data.test_x, torch.Generator().manual_seed(0))
 
 
+def paper_s_model():
+    """-> the model of config.yaml with last layers that are not zero, and images for it."""
+    torch.manual_seed(0)
+    model, x = build_model({}, (1, 28, 28), 10), torch.rand(64, 1, 28, 28) ** 4
+    model.initialize(x)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("last.weight"):
+                p.normal_(0, 0.01)
+    return model, x
+
+
 def gradients(model, log_joint, x):
     """-> log_joint(x), and the gradients of a function of it with respect to the parameters."""
     model.zero_grad()
@@ -87,21 +98,60 @@ def assert_fidelity(out, own_gradients, exact, exact_gradients):
     assert cosine(own_gradients, exact_gradients) > 0.999
 
 
+def assert_fidelity_of_bfloat16(model, x, log_joint, exact_log_joint):
+    """What bfloat16 can give for the paper's model, of 134 layers with weights of 8 bits.
+
+    The gradient of log p(y | x) is a difference of those of log p(x, y), which nearly cancel where
+    the classes still look alike to h_phi: their rounding remains. It is asked less than that of
+    the loss, in which nothing cancels.
+    """
+    found = []
+    for function in (log_joint, exact_log_joint):
+        out = function(x)
+        loss, nll = -out.logsumexp(1).mean(), -out.log_softmax(1)[:, 0].mean()
+        of_both = [torch.autograd.grad(value, list(model.parameters()), retain_graph=value is loss,
+                                       allow_unused=True) for value in (loss, nll)]
+        of_nll = [torch.zeros_like(p) if g is None else g
+                  for p, g in zip(model.parameters(), of_both[1])]
+        found.append((mean_log_p(out), of_both[0], of_nll))
+    (log_p, of_loss, of_nll), (exact_log_p, exact_of_loss, exact_of_nll) = found
+    assert log_p == pytest.approx(exact_log_p, rel=5e-4) and log_p != exact_log_p
+    assert cosine(of_loss, exact_of_loss) > 0.9999
+    assert 0.98 < cosine(of_nll, exact_of_nll) < 1 - 1e-6
+
+
+def affine_layers(model):
+    """-> the names of the affine layers of a flow, those within networks left out."""
+    return [name for name, part in model.named_modules()
+            if isinstance(part, Affine) and not isinstance(part, NetworkNorm)]
+
+
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", MODELS)
-def test_fast_log_joint_is_the_model_s(name):
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "digits, cond-shift"])
+def test_log_determinants_of_weights_are_computed_at_once(name):
+    """Against the determinant of each layer's matrix, times the pixels of what it transforms."""
     model, x = random_model(name)
-    expected, expected_gradients = gradients(model, model.log_joint, x)
-    fast = FastLogJoint(model)
-    out, own_gradients = gradients(model, fast, x)
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-10)
-    for own, theirs in zip(own_gradients, expected_gradients):
-        torch.testing.assert_close(own, theirs, rtol=1e-9, atol=1e-9)
-    assert set(map(id, fast.parameters())) == set(map(id, model.parameters()))
-    with torch.no_grad():                                       # the parameters remain shared
-        for p in model.parameters():
-            p.mul_(0.9)
-    torch.testing.assert_close(fast(x), model.log_joint(x), rtol=1e-12, atol=1e-10)
+    pixels = {}
+    hooks = [model.get_submodule(layer).register_forward_pre_hook(
+        lambda part, args, layer=layer: pixels.update({layer: args[0][0, 0].numel()}))
+        for layer in affine_layers(model)]
+    model.log_joint(x)
+    for hook in hooks:
+        hook.remove()
+
+    def log_det(layer):
+        if isinstance(layer, ActNorm):
+            return layer.logs.sum()
+        return torch.linalg.slogdet(layer.matrix()).logabsdet
+    expected = sum(n * log_det(model.get_submodule(layer)) for layer, n in pixels.items())
+    found = sum(flow._start_log_det_of_affine()() for flow in model.modules()
+                if isinstance(flow, MultiScale))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-10)
+    weights = [p for layer in pixels for p in model.get_submodule(layer).parameters()]
+    ours, theirs = (torch.autograd.grad(value, weights, allow_unused=True, materialize_grads=True)
+                    for value in (found, expected))
+    for own, other in zip(ours, theirs):
+        torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.usefixtures("float64")
@@ -109,7 +159,7 @@ def test_fast_log_joint_is_the_model_s(name):
 def test_copies_get_what_the_posterior_needs(name):
     model, x = random_model(name)
     copies = x.flip(0)[:4].contiguous()
-    log_joint, of_copies = FastLogJoint(model)(x, copies)
+    log_joint, of_copies = Accelerated(model)(x, copies)
     torch.testing.assert_close(log_joint, model.log_joint(x), rtol=1e-12, atol=1e-10)
     torch.testing.assert_close(of_copies.softmax(1), model.posterior(copies), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(model.posterior(x), model.log_joint(x).softmax(1), rtol=1e-9,
@@ -118,48 +168,29 @@ def test_copies_get_what_the_posterior_needs(name):
 
 def test_unknown_precision():
     with pytest.raises(ValueError, match="precision must be"):
-        FastLogJoint(random_model()[0], "fp16")
+        Accelerated(random_model()[0], "fp16")
 
 
 class DoubledConv(FullConv):
     """A subclass that computes something else: z = 2 W x."""
 
     def forward(self, x):
-        z, ldj = super().forward(x)
-        return 2 * z, ldj + x[0].numel() * math.log(2)
+        return 2 * super().forward(x)
+
+    @staticmethod
+    def log_dets(weights):
+        return FullConv.log_dets([2 * w for w in weights])
 
 
 @pytest.mark.usefixtures("float64")
-def test_subclasses_of_bijections_run_as_they_are():
-    model, x = random_model()
-    plain = model.log_joint(x)
-    model.f_w.levels[0][1] = DoubledConv(1)
-    assert (model.log_joint(x) - plain).abs().min() > 1e-3
-    torch.testing.assert_close(FastLogJoint(model)(x), model.log_joint(x), rtol=1e-12, atol=1e-10)
-
-
-def test_log_determinants_of_weights_are_not_computed_per_sample():
-    """The twin leaves out those of 1x1 convolutions and ActNorms, which do not depend on x."""
-    model, x = random_model()
-    fast = FastLogJoint(model)
-    constant = fast.weight_log_det(fast.weight_log_det.gather()).detach()
-    of_scales = sum(m.logs.sum() * _pixels(name) for name, m in model.named_modules()
-                    if isinstance(m, ActNorm) and ".norm" not in name)
-    of_matrices = sum(torch.linalg.slogdet(p.double()).logabsdet * _pixels(name)
-                      for name, p in model.named_parameters() if name.endswith(".W"))
-    expected = float((of_scales + of_matrices).detach())
-    assert float(constant) == pytest.approx(expected, rel=1e-5)
-    torch.testing.assert_close(fast.twin.log_joint(x) + constant, model.log_joint(x),
-                               rtol=1e-5, atol=1e-4)
-
-
-def _pixels(name):
-    """The number of pixels at a bijection of the digits model, from 8 x 8 down to 2 x 2."""
-    if name.startswith("h_phi"):
-        return 1
-    level, place = int(name.split(".")[2]), int(name.split(".")[3])
-    before_squeeze = place < (10 if level == 0 else 9)
-    return {0: 64, 1: 16, 2: 4}[level] if before_squeeze else {0: 16, 1: 4, 2: 4}[level]
+def test_subclasses_of_affine_bijections_have_their_own_log_determinants():
+    x = torch.randn(2, 4, 3, 3)
+    plain, doubled = (MultiScale((4, 3, 3), [FullConv(4), kind(4), FullConv(4)])
+                      for kind in (FullConv, DoubledConv))
+    for own, theirs in zip(doubled(x), plain(x)):
+        assert own.shape == theirs.shape
+    assert torch.equal(doubled(x)[0], 2 * plain(x)[0])
+    torch.testing.assert_close(doubled(x)[1], plain(x)[1] + 36 * math.log(2))
 
 
 def matrices(n):
@@ -178,7 +209,7 @@ def test_log_abs_det_and_its_gradient(threads):
         for n in (1, 2, 8, 98, 196):
             w = matrices(n).requires_grad_()
             expected = torch.stack([torch.linalg.slogdet(m).logabsdet for m in w])
-            own = log_abs_det(w)
+            own = log_abs_dets([w])
             torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)
             weights = torch.arange(1.0, 5)
             theirs, = torch.autograd.grad(expected @ weights, w)
@@ -188,16 +219,29 @@ def test_log_abs_det_and_its_gradient(threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.usefixtures("float64")
+def test_log_abs_dets_of_several_sizes():
+    several = [matrices(n)[:k].requires_grad_() for n, k in ((2, 1), (8, 3), (5, 2))]
+    expected = torch.cat([torch.linalg.slogdet(w).logabsdet for w in several])
+    weights = torch.arange(1.0, 7)
+    theirs = torch.autograd.grad(expected @ weights, several)
+    one_batch = torch.cat([extended(w, 8) for w in several])    # as a GPU gets them
+    for own in (log_abs_dets(several), log_abs_dets([one_batch])):
+        torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)
+        for ours, other in zip(torch.autograd.grad(own @ weights, several), theirs):
+            torch.testing.assert_close(ours, other, rtol=1e-9, atol=1e-9)
+
+
 def test_log_abs_det_of_float32_is_exact_to_float32():
     noise = torch.randn(1, 196, 196, generator=torch.Generator().manual_seed(0))
     w = torch.eye(196) + 0.02 * noise
     expected = torch.linalg.slogdet(w.double()).logabsdet.float()
-    torch.testing.assert_close(log_abs_det(w), expected, rtol=1e-7, atol=0)
+    torch.testing.assert_close(log_abs_dets([w]), expected, rtol=1e-7, atol=0)
 
 
 def test_log_abs_det_of_singular_and_non_finite_matrices():
     w = torch.stack((torch.zeros(3, 3), torch.full((3, 3), math.nan))).requires_grad_()
-    log_det = log_abs_det(w)
+    log_det = log_abs_dets([w])
     assert log_det[0] == -math.inf and log_det[1].isnan()
     log_det.sum().backward()                    # without an exception: the loop reports it
     assert not w.grad[1].isfinite().any()
@@ -211,87 +255,108 @@ def test_channels_at_every_pixel():
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("padding_mode", ["reflect", "zeros"])
 @pytest.mark.parametrize("size", [(2, 2), (2, 3), (4, 4)])
-def test_convolution_of_a_tiny_image(size, padding_mode):
-    conv, x = Conv3x3(3, 5, padding_mode), torch.randn(4, 3, *size, requires_grad=True)
-    expected, own = conv(x), _TinyConv3x3(conv, size)(x)
-    torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)
-    g = torch.randn_like(own)
-    inputs = x, *conv.parameters()
-    for one, two in zip(*(torch.autograd.grad(out, inputs, g) for out in (own, expected))):
-        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+def test_convolution_of_few_pixels_is_a_product(size, padding_mode, relu):
+    conv = Conv3x3(3, 5, padding_mode, relu)
+    x = torch.randn(4, 3, *size, requires_grad=True)
+    padded = F.relu(x) if relu else x
+    padded = reflect_pad(padded) if padding_mode == "reflect" else F.pad(padded, (1, 1, 1, 1))
+    expected = F.conv2d(padded, conv.weight, conv.bias)
+    g, inputs = torch.randn_like(expected), (x, *conv.parameters())
+    expected_gradients = torch.autograd.grad(expected, inputs, g)
+    for own in (conv.product(x), conv(x)):
+        torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12)
+        for one, two in zip(torch.autograd.grad(own, inputs, g), expected_gradients):
+            torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
 
 
-def test_bfloat16_in_the_networks_only():
+def without_compilation(monkeypatch):
+    """Accelerated with compile=True has then everything but torch.compile."""
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: None)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_bfloat16_in_the_networks_only(monkeypatch, compile):
+    without_compilation(monkeypatch)
     model, x = shipped_digits_model()
     exact, exact_gradients = gradients(model, model.log_joint, x)
-    fast, dtypes = FastLogJoint(model, "bf16"), {}
+    accelerated, dtypes = Accelerated(model, "bf16", compile), {}
 
     def record(name, out):
         dtypes[name] = out[0].dtype if isinstance(out, tuple) else out.dtype
-    for name, part in fast.twin.named_modules():
+    for name, part in model.named_modules():
         part.register_forward_hook(lambda part, args, out, name=name: record(name, out))
-    out, own_gradients = gradients(model, fast, x)
+    out, own_gradients = gradients(model, accelerated, x)
     assert out.dtype == torch.float32
     assert mean_log_p(out) != mean_log_p(exact)
     assert_fidelity(out, own_gradients, exact, exact_gradients)
     low = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}
     assert low and all(".net" in name for name in low)
-    layers = (".first", ".last", ".layer1", ".layer2")
+    layers = (".layer1", ".layer2", ".blocks.0", ".last")
     assert all(name in low for name in dtypes if name.endswith(layers))
+    assert torch.equal(model.log_joint(x), exact)       # the model itself computes as before
 
 
 @pytest.mark.parametrize("name", ["digits, full", "squeezed first", "digits, position_bias",
                                   "pyramid"])
-def test_layers_for_a_gpu(monkeypatch, name):
+def test_weights_that_are_cast_together(monkeypatch, name):
     """As torch.compile gets them: their values and gradients, and weights that change."""
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
+    without_compilation(monkeypatch)
+    monkeypatch.setattr(networks, "FEW_PIXELS", 0)      # products sum before they round
     model, x = random_model(name)
-    fast = FastLogJoint(model, "bf16", compile=True)
-    assert fast.bfloat16_layers
-    assert set(map(id, fast.parameters())) == set(map(id, model.parameters()))
+    accelerated = Accelerated(model, "bf16", compile=True)
+    assert accelerated.cast_together
+    parameters = dict(model.named_parameters())
     for _ in range(2):
         exact, exact_gradients = gradients(model, model.log_joint, x)
-        out, own_gradients = gradients(model, fast, x)
+        out, own_gradients = gradients(model, accelerated, x)
+        one_by_one, plain_gradients = gradients(model, Accelerated(model, "bf16"), x)
+        assert torch.equal(out, one_by_one)
+        assert all(map(torch.equal, own_gradients, plain_gradients))
         assert mean_log_p(out) == pytest.approx(mean_log_p(exact), rel=2e-3)
         assert cosine(own_gradients, exact_gradients) > 0.99
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(0.9)
-    torch.testing.assert_close(fast.logits(x).softmax(1), model.posterior(x), rtol=0, atol=0.1)
+    logits = accelerated.call("logits", x)
+    torch.testing.assert_close(logits.softmax(1), model.posterior(x), rtol=0, atol=0.1)
+    assert all(p is parameters[key] for key, p in model.named_parameters())
+    assert all(part.dtype is None for part in model.modules() if isinstance(part, Network))
 
 
-def test_no_pass_keeps_the_graph_of_the_last_one(monkeypatch):
-    """Its nodes belong to the streams of that pass, which a CUDA graph cannot use."""
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
-    model, x = random_model()
-    fast, fired = FastLogJoint(model, "bf16", compile=True), []
-    fast(x).sum().backward()
-    node = fast.bfloat16_layers[0].bias.grad_fn
-    while node.next_functions:
-        node = node.next_functions[0][0]
-    node.register_prehook(lambda *args: fired.append(1))
-    del node
-    fast(x).sum().backward()
-    assert not fired
+@pytest.mark.slow
+@pytest.mark.parametrize("compile", [False, True])
+def test_fidelity_of_the_paper_s_model_in_bfloat16(monkeypatch, compile):
+    """With the bounds that it has on a GPU."""
+    without_compilation(monkeypatch)
+    model, x = paper_s_model()
+    assert_fidelity_of_bfloat16(model, x[:32], Accelerated(model, "bf16", compile),
+                                model.log_joint)
 
 
-def test_the_first_layer_for_a_gpu_rounds_its_output_only():
+@pytest.mark.parametrize("padding_mode", ["reflect", "zeros"])
+def test_convolutions_as_a_gpu_wants_them_in_bfloat16(padding_mode):
+    """In float32 they round the output only; in bfloat16 they are F.conv2d, with channels added."""
     torch.manual_seed(0)
-    conv, x = Conv3x3(2, 16), torch.randn(8, 2, 8, 8, requires_grad=True)
+    conv, x = Conv3x3(2, 12, padding_mode), torch.randn(8, 2, 8, 8, requires_grad=True)
     conv.bias.data = conv.bias.data.bfloat16().float()          # the bias is rounded too
-    layer = _Bfloat16Layer(conv, splits=True)
     exact = copy.deepcopy(conv).double()(x.double()).detach()
-    give_weights([layer])
+
+    def on_a_gpu(x, dtype=torch.float32):
+        padded = reflect_pad(x) if conv.reflects else x
+        return gpu_conv2d(padded.to(dtype), conv.weight.to(dtype), conv.bias, conv.padding)
+
     def rounded_well(out):
         """The share of `out` that is the bfloat16 nearest to the exact number."""
         return float((out == exact.bfloat16()).float().mean())
-    assert rounded_well(layer(x)) > 0.98 > 0.6 > rounded_well(copy.deepcopy(conv).bfloat16()(
-        x.bfloat16()))
+    in_bfloat16 = copy.deepcopy(conv).bfloat16()(x.bfloat16())
+    assert rounded_well(on_a_gpu(x)) > 0.98 > 0.6 > rounded_well(in_bfloat16)
+    torch.testing.assert_close(on_a_gpu(x, torch.bfloat16), in_bfloat16)
     g = torch.randn_like(exact)
     expected, own = (torch.autograd.grad(f(x), (x, *conv.parameters()), g.to(f(x)))
-                     for f in (conv, layer))
+                     for f in (conv, on_a_gpu))
     for one, two in zip(own, expected):
         assert float((one - two).norm() / two.norm()) < 0.004
 
@@ -299,7 +364,7 @@ def test_the_first_layer_for_a_gpu_rounds_its_output_only():
 def test_points_are_not_rounded(monkeypatch):
     """In bfloat16 log p(x, y) of single points would be off by up to 0.1 nats."""
     with pytest.raises(ValueError, match="bf16 is for images"):
-        FastLogJoint(random_model("points")[0], "bf16")
+        Accelerated(random_model("points")[0], "bf16")
     settings = SimpleNamespace(data="moons", precision="auto", compile="off", cuda_graph="off",
                                pretrained="", deterministic=False, micro_bs=0)
     gpu = torch.device("cuda")
@@ -308,7 +373,7 @@ def test_points_are_not_rounded(monkeypatch):
 
 
 def test_a_gpu_without_a_compiler_says_so(monkeypatch, capsys):
-    monkeypatch.setattr("training.device._can_compile", lambda: False)
+    monkeypatch.setattr("training.speed._can_compile", lambda: False)
     settings = SimpleNamespace(data="digits", precision="fp32", compile="auto", cuda_graph="off",
                                pretrained="", deterministic=False, micro_bs=0)
     assert not choose_speed(settings, torch.device("cuda"), Processes()).compile
@@ -322,14 +387,13 @@ def test_a_cpu_that_emulates_bfloat16_says_so(monkeypatch, capsys):
     settings = SimpleNamespace(data="digits", precision="bf16", compile="auto", cuda_graph="off",
                                pretrained="", deterministic=False, micro_bs=0)
     for emulates in (True, False):
-        monkeypatch.setattr("training.device._emulates_bf16", lambda e=emulates: e)
+        monkeypatch.setattr("training.speed._emulates_bf16", lambda e=emulates: e)
         choose_speed(settings, torch.device("cpu"), Processes())
         assert ("has no instructions for bf16" in capsys.readouterr().out) == emulates
 
 
 def make_step(settings, model, micro_bs, **speed):
-    log_joint = FastLogJoint(model, micro_bs=micro_bs, **speed)
-    return TrainingStep(log_joint, settings, Processes())
+    return TrainingStep(Accelerated(model, micro_bs=micro_bs, **speed), settings, Processes())
 
 
 def plain_divergence(model, x, settings):
@@ -337,14 +401,12 @@ def plain_divergence(model, x, settings):
     of x, and have no gradient."""
     if not settings.vat_weight:
         return None
-    pixels, z_steps = model.f_w.levels[0][0], model.f_w.levels[-1]
+    pixels, rest = model.f_w.levels[0][0], model.f_w.levels[-1]
     z_last = pixels.last_group(x)[0].detach()
+    z_steps = MultiScale((model.ssl_dim,), rest)
 
     def logits(seen):
-        z = z_last + pixels.shift_of(seen)
-        for bijection in z_steps:
-            z, _ = bijection(z)
-        return model.log_zf_joint(z)
+        return model.log_zf_joint(z_steps(z_last + pixels.shift_of(seen))[0])
     return virtual_adversarial_loss(logits, x, settings.vat_eps)
 
 
@@ -417,31 +479,20 @@ def plain_optimizer(settings, model):
     return kind(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
 
 
-def test_parameters_in_the_vector_are_aligned(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    _, settings = read_settings(options())
-    model = build_model({}, (1, 28, 28), 10)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    step = make_step(settings, model, 64)
-    assert all(p.storage_offset() * p.element_size() % 128 == 0 for p in step.parameters)
-    storages = {p.untyped_storage().data_ptr() for p in step.parameters}
-    assert storages == {step.vector.untyped_storage().data_ptr()}
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
 def test_scores_of_micro_batches_are_those_of_the_batch():
     model, x = random_model()
-    infer = Inference(FastLogJoint(model, micro_bs=4))
-    for scores in (infer.log_joint(x), infer.logits(x)):
-        torch.testing.assert_close(scores, model.log_joint(x), rtol=1e-5, atol=1e-4)
+    infer = Inference(Accelerated(model, micro_bs=4))
+    torch.testing.assert_close(infer.log_joint(x), model.log_joint(x), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(infer.logits(x), model.logits(x), rtol=1e-5, atol=1e-4)
 
 
 def test_micro_batches_take_little_memory_on_a_cpu():
     model = build_model({}, (1, 28, 28), 10)
-    _, largest = _trace_shapes(model)
-    assert largest == 64 * 28 * 28 * 4 and FastLogJoint(model).micro_batch_size == 32
-    assert FastLogJoint(model, "bf16").micro_batch_size == 64
-    assert FastLogJoint(model, micro_bs=10).micro_batch_size == 10
+    largest = 64 * 28 * 28 * 4                  # bytes of an image in a network
+    assert 32 <= MICRO_BATCH_BYTES / largest < 64
+    assert Accelerated(model).micro_batch_size == 32
+    assert Accelerated(model, "bf16").micro_batch_size == 64
+    assert Accelerated(model, micro_bs=10).micro_batch_size == 10
 
 
 def test_the_optimizer_s_state_is_restored(tmp_path, monkeypatch):
@@ -467,7 +518,7 @@ def test_the_optimizer_s_state_is_restored(tmp_path, monkeypatch):
     for s in (step, second):
         s.lr.fill_(0.01)                                        # of the next steps
         s(x, y)
-    assert torch.equal(step.vector, second.vector)
+    assert all(map(torch.equal, step.parameters, second.parameters))
     assert step.state_dict()["optimizer"]["step"] == 2
 
 
@@ -545,7 +596,7 @@ def test_moving_average_of_the_weights(tmp_path, monkeypatch):
     assert all(torch.equal(p, own[key]) for key, p in model.named_parameters())
     second = make_step(settings, randomize(build_model(settings, data.shape, 10), seed=1), 64)
     second.load_state_dict(copy.deepcopy(step.state_dict()))
-    assert torch.equal(second.average, step.average)
+    assert all(map(torch.equal, second.average, step.average))
 
 
 def test_nothing_is_read_from_the_device_during_an_epoch(tmp_path, monkeypatch):
@@ -555,7 +606,7 @@ def test_nothing_is_read_from_the_device_during_an_epoch(tmp_path, monkeypatch):
                                         validation=100, warmup_steps=4, lr_schedule="cosine"))
     data, reads = load_tiny(), []
     model = randomize(build_model(settings, data.shape, 10))
-    log_joint = FastLogJoint(model, micro_bs=64)
+    accelerated = Accelerated(model, micro_bs=64)
     for name in ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__"):
         real = getattr(torch.Tensor, name)
 
@@ -568,7 +619,7 @@ def test_nothing_is_read_from_the_device_during_an_epoch(tmp_path, monkeypatch):
     counts = []
     for steps in (2, 9):
         generator = torch.Generator().manual_seed(0)
-        state = TrainingState.create(model, log_joint, data, generator, settings, Processes())
+        state = TrainingState.create(accelerated, data, generator, settings, Processes())
         state.steps_per_epoch = steps
         reads.clear()
         assert train_epoch(state, data, settings, Processes(), Stopping()) is None
@@ -598,18 +649,25 @@ def test_compiled_parts_are_whole_graphs_that_equal_parts_share(monkeypatch, nam
     def compile_with_backend(self, **options):
         return compile_module(self, backend=backend, **options)
     model, x = random_model(name)
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
-    plain, plain_gradients = gradients(model, FastLogJoint(model, precision, compile=True), x)
+    without_compilation(monkeypatch)
+    plain, plain_gradients = gradients(model, Accelerated(model, precision, compile=True), x)
     monkeypatch.setattr(torch.nn.Module, "compile", compile_with_backend)
-    fast = FastLogJoint(model, precision, compile=True)
-    parts = [part for part in fast.twin.modules() if part._compiled_call_impl is not None]
-    out, own_gradients = gradients(model, fast, x)
+    accelerated = Accelerated(model, precision, compile=True)
+    parts = [part for part in model.modules() if part._compiled_call_impl is not None]
+    out, own_gradients = gradients(model, accelerated, x)
     torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-4)
     assert cosine(own_gradients, plain_gradients) > 1 - 1e-6
     assert 0 < backend.graphs <= (len(parts) if name == "points" else 0.8 * len(parts))
     graphs = backend.graphs
-    fast(x + 0.001)
+    accelerated(x + 0.001)
+    with torch.no_grad():
+        accelerated.call("log_joint", x[:5])
+    assert backend.graphs > graphs                              # for another shape
+    graphs = backend.graphs
+    accelerated(x + 0.001)
+    uncompiled = Inference(accelerated, compiled=False).log_joint(x[:4])
     assert backend.graphs == graphs                             # nothing is compiled again
+    torch.testing.assert_close(uncompiled, out[:4].detach(), rtol=1e-5, atol=1e-4)
     torch._dynamo.reset()
 
 
@@ -687,10 +745,10 @@ def test_log_abs_det_on_a_gpu():
     for n in (1, 2, 4, 8, 98, 196):
         w = matrices(n)
         own = w.cuda().requires_grad_()
-        log_abs_det(own).sum().backward()
+        log_abs_dets([own]).sum().backward()
         expected = torch.stack([torch.linalg.slogdet(m).logabsdet for m in w.double()]).float()
         inverse = torch.stack([torch.linalg.inv(m) for m in w.double()]).float()
-        torch.testing.assert_close(log_abs_det(own).cpu(), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(log_abs_dets([own]).cpu(), expected, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(own.grad.cpu(), inverse.mT, rtol=1e-5, atol=1e-5)
 
 
@@ -719,23 +777,14 @@ def test_no_step_waits_for_the_gpu(tmp_path, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.gpu_first
 @pytest.mark.parametrize("compiled", [True, False])
-def test_fidelity_of_the_paper_s_model_on_a_gpu(compiled, monkeypatch):
-    """bf16 against plain float32, on the model of config.yaml with last layers that are not zero.
-    """
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    torch.manual_seed(0)
-    model = build_model({}, (1, 28, 28), 10)
-    x = torch.rand(64, 1, 28, 28) ** 4
-    model.initialize(x)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("last.weight"):
-                p.normal_(0, 0.01)
-    model, x = model.cuda(), x.cuda()
-    exact, exact_gradients = gradients(model, model.log_joint, x)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    out, own_gradients = gradients(model, FastLogJoint(model, "bf16", compiled), x)
-    assert_fidelity(out, own_gradients, exact, exact_gradients)
+def test_fidelity_of_the_paper_s_model_on_a_gpu(compiled):
+    """bf16 against plain float32."""
+    model, x = (part.cuda() for part in paper_s_model())
+
+    def exact(x):
+        with torch.compiler.set_stance("force_eager"):
+            return model.log_joint(x)
+    assert_fidelity_of_bfloat16(model, x, Accelerated(model, "bf16", compiled), exact)
 
 
 MODES = {"fp32": ("fp32", False), "fp32, compiled": ("fp32", True),
@@ -751,8 +800,8 @@ def test_fidelity_on_a_gpu(mode, monkeypatch):
     precision, compiled = MODES[mode]
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     exact, exact_gradients = gradients(model, model.log_joint, x)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision != "fp32")
-    out, own_gradients = gradients(model, FastLogJoint(model, precision, compiled), x)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision == "tf32")
+    out, own_gradients = gradients(model, Accelerated(model, precision, compiled), x)
     assert_fidelity(out, own_gradients, exact, exact_gradients)
 
 
@@ -771,16 +820,34 @@ def test_captured_steps_are_the_plain_ones_on_a_gpu(tmp_path, monkeypatch, preci
                          cuda_graph=cuda_graph)
         generator, terms = torch.Generator().manual_seed(0), []
         for i in range(8):                                      # warm-up, capture, replays
-            step.lr.fill_(1e-3 / (i + 1))
+            # The weights stay as they are until the first step that is captured.
+            step.lr.fill_(1e-3 / (i + 1) if i >= WARM_UP_CALLS else 0)
             batch = data.sample_batch(64, 0.5, generator, augmented=True)
             terms.append(step(*[part.cuda() for part in batch]).clone())
-        vectors = torch.stack((step.vector.detach(), step.average))
-        results.append((torch.stack(terms), vectors, step.state_dict()["optimizer"]["step"]))
-    (terms, vector, count), (plain_terms, plain_vector, _) = results
+            if i == WARM_UP_CALLS:
+                after_one = [p.detach().clone() for p in step.parameters]
+        results.append((torch.stack(terms), after_one, [*step.parameters, *step.average],
+                        step.state_dict()["optimizer"]["step"]))
+        assert not cuda_graph or step.captured.graph is not None
+    (terms, after_one, weights, count), (plain_terms, plain_after_one, plain_weights, _) = results
     assert count == 8
     # The terms after the first three depend on counts of rows.
-    torch.testing.assert_close(terms[:, :3], plain_terms[:, :3], rtol=1e-3, atol=1e-3)
-    assert float((vector - plain_vector).norm() / plain_vector.norm()) < 1e-3
+    terms, plain_terms = terms[:, :3], plain_terms[:, :3]
+    same_weights = WARM_UP_CALLS + 1
+    torch.testing.assert_close(terms[:same_weights], plain_terms[:same_weights], rtol=1e-3,
+                               atol=1e-3)
+    assert distance(after_one, plain_after_one) < 1e-4
+    # Sums on a GPU depend on the order of its threads, and steps amplify that: on an H100 a term
+    # was 0.43 % apart at the eighth step in bf16, and less than 0.1 % in float32.
+    rtol = 1e-2 if precision == "bf16" else 1e-3
+    torch.testing.assert_close(terms, plain_terms, rtol=rtol, atol=1e-3)
+    assert distance(weights, plain_weights) < 1e-3
+
+
+def distance(ours, theirs):
+    """The norm of the difference of two lists of tensors, relative to that of the second."""
+    ours, theirs = (torch.cat([t.detach().flatten() for t in part]) for part in (ours, theirs))
+    return float((ours - theirs).norm() / theirs.norm())
 
 
 @pytest.mark.gpu
@@ -800,7 +867,7 @@ def test_what_cannot_be_captured_is_called_on_a_gpu(capsys):
 @pytest.mark.gpu
 def test_captured_scores_on_a_gpu():
     model, x = random_model(device="cuda")
-    infer = Inference(FastLogJoint(model, cuda_graph=True))
+    infer = Inference(Accelerated(model, cuda_graph=True))
     for i in range(6):
         batch = 0.9 * x + 0.01 * i                              # stays in [0, 1]
         expected = model.log_joint(batch).detach()

@@ -1,0 +1,328 @@
+"""How a run computes: device, threads, precision, compilation, CUDA graphs, micro-batches.
+
+`Accelerated` computes the functions of a model as the `Speed` says that `choose_speed` chooses.
+"""
+
+import contextlib
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.module import register_module_forward_hook
+
+from models import SemiConditionalFlow
+from models.bijections import Affine, ChannelCoupling, CheckerboardCoupling
+from models.networks import Conv3x3, Linear, Network, NetworkNorm
+from utils import Settings
+from utils.data import DATASETS
+from utils.errors import BadInput
+
+from .processes import Processes
+
+# Graphs that torch.compile may make of a function: one per shape, with and without gradient.
+COMPILED_GRAPHS = 256
+# Of the largest activation on a CPU: larger micro-batches take more memory and more time, as they
+# do not fit its caches.
+MICRO_BATCH_BYTES = 2**23
+WARM_UP_CALLS = 3      # before the capture of a CUDA graph: libraries choose their algorithms
+
+
+class Speed(NamedTuple):
+    """How a run computes: the options of Accelerated.
+
+    precision: of the couplings' networks, fp32, tf32 or bf16; compile: whether by torch.compile;
+    cuda_graph: whether as CUDA graphs; micro_bs: micro-batch size, 0 to choose it.
+    """
+
+    precision: str = "fp32"
+    compile: bool = False
+    cuda_graph: bool = False
+    micro_bs: int = 0
+
+
+def set_up_torch(settings: Settings, processes: Processes) -> torch.device:
+    """Set threads and determinism -> the device that settings.device names. Raises BadInput."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    n_gpus = torch.cuda.device_count()
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and processes.size > 1:
+        if name != "cuda" or processes.local_size > n_gpus:
+            raise BadInput(f"{processes.local_size} processes on this machine need a GPU each, and "
+                           f"PyTorch sees {n_gpus}: start at most so many, with device cuda, or "
+                           "use device cpu")
+        name = f"cuda:{processes.local_rank}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda") or name.startswith("cpu:"):
+        raise BadInput(f"device must be auto, cpu, cuda or cuda:N, not {name}")
+    if device.type == "cuda":
+        if (device.index or 0) >= n_gpus:
+            raise BadInput(f"no device {name}: PyTorch {torch.__version__} sees {n_gpus} GPUs")
+        torch.cuda.set_device(device.index or 0)    # it refuses a device without an index
+        torch.backends.cudnn.benchmark = not settings.deterministic
+        # MAGMA's LU waits for the device. The option is experimental, and warns of that.
+        with warnings.catch_warnings(action="ignore"):
+            torch.backends.cuda.preferred_linalg_library("cusolver")
+    return device
+
+
+def choose_speed(settings: Settings, device: torch.device, processes: Processes) -> Speed:
+    """The precision, compile, cuda_graph and micro_bs of `settings`, with `auto` decided.
+
+    Also sets PyTorch's global options that go with them: TF32 in cuDNN, and Inductor's determinism.
+    Raises BadInput if one of them is impossible on this machine.
+    """
+    gpu = device.type == "cuda"
+    precision = settings.precision
+    images = DATASETS[settings.data].grey_levels is not None
+    if precision == "auto":
+        supported = gpu and images and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if supported else "fp32"
+    if precision == "bf16" and not images:
+        raise BadInput(f"precision bf16 is for images, and {settings.data} has points: use fp32")
+    if precision == "tf32" and not gpu:
+        raise BadInput("precision tf32 needs a GPU: use fp32 or bf16 on a CPU")
+    if precision == "bf16" and not gpu and _emulates_bf16():
+        print("This CPU has no instructions for bf16, which is slow here: --precision fp32 is "
+              "faster")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    can_compile = _can_compile()
+    needs = "a C++ compiler (g++ or clang++) and Python's header files"
+    if settings.compile == "on" and not can_compile:
+        raise BadInput(f"compile on needs {needs}: install them, or use compile off")
+    if settings.cuda_graph == "on" and not (gpu and processes.size == 1):
+        raise BadInput("cuda_graph on needs a GPU and a run of one process: use cuda_graph off")
+    pays_off = gpu and not settings.pretrained  # a single evaluation is faster than compiling
+    compiled = settings.compile == "on" or (
+        settings.compile == "auto" and pays_off and can_compile)
+    if settings.compile == "auto" and pays_off and not can_compile:
+        print(f"Not compiled, and therefore slower: torch.compile needs {needs}")
+    if compiled:
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # off on purpose
+    if compiled and settings.deterministic:
+        import torch._inductor.config as inductor  # slow to import
+
+        inductor.deterministic = True
+    cuda_graph = settings.cuda_graph == "on" or (
+        settings.cuda_graph == "auto" and pays_off and processes.size == 1)
+    return Speed(precision, compiled, cuda_graph, settings.micro_bs)
+
+
+def _emulates_bf16() -> bool:
+    """Whether this is an x86 CPU without arithmetic in bfloat16."""
+    has_it = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    return platform.machine().lower() in ("x86_64", "amd64") and not has_it()
+
+
+def _can_compile() -> bool:
+    """Whether the tools that torch.compile calls are installed."""
+    compilers = (os.environ.get("CXX"), "g++", "clang++", "gcc", "clang")
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return any(name and shutil.which(name) for name in compilers) and headers.is_file()
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, or the number of CPU threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"the CPU, {threads} thread{'s' * (threads > 1)}"
+
+
+class Accelerated(nn.Module):
+    """The functions of `model`, with its parameters, as the options of Speed want them computed.
+
+    precision: with bf16 the networks compute in bfloat16, but for the first layers of ResNets
+    (models/networks.py); scales, log-determinants, base densities and logsumexp keep the
+    type of the model. Points have too few dimensions for these errors to average out. compile: each
+    coupling and each affine layer is one graph of torch.compile. Equal ones share a graph, so that
+    a deep flow compiles in little more time than a shallow one. In bf16 their networks' weights,
+    and the gradients of these, are then cast by one kernel for all of them. cuda_graph tells those
+    who call it whether to capture their calls as CUDA graphs. micro_bs: the `micro_batch_size`, the
+    number of rows for which one pass is efficient; 0: what takes little memory on a CPU, or any
+    number on a GPU.
+
+    `model` must be on its device and stay there. Raises ValueError for another precision, and for
+    bf16 if `model` is one of points or in double precision.
+    """
+
+    def __init__(self, model: SemiConditionalFlow, precision: str = "fp32", compile: bool = False,
+                 cuda_graph: bool = False, micro_bs: int = 0):
+        super().__init__()
+        if precision not in ("fp32", "tf32", "bf16"):
+            raise ValueError(f"precision must be fp32, tf32 or bf16, not {precision}")
+        if precision == "bf16" and not model.image:
+            raise ValueError("precision bf16 is for images: log p(x) of points would be coarse")
+        if precision == "bf16" and model.log_p_y.dtype != torch.float32:
+            raise ValueError("precision bf16 is for a model in float32")
+        self.methods, self.cuda_graph = _Methods(model), cuda_graph
+        self.dtype = torch.bfloat16 if precision == "bf16" else None
+        self.networks = [part for part in model.modules() if isinstance(part, Network)]
+        self.cast_together = _names_of_weights(self.methods) if compile and self.dtype else []
+        self.micro_batch_size = micro_bs or (
+            sys.maxsize if model.log_p_y.is_cuda else _fitting_batch(model, self.dtype))
+        if compile:
+            limit = max(torch._dynamo.config.recompile_limit, COMPILED_GRAPHS)
+            torch._dynamo.config.recompile_limit = limit
+            for part in model.modules():
+                is_layer = isinstance(part, CheckerboardCoupling | ChannelCoupling | Affine)
+                if is_layer and not isinstance(part, NetworkNorm):
+                    part.compile(fullgraph=True, dynamic=False)
+
+    @property
+    def model(self) -> SemiConditionalFlow:
+        """The model itself."""
+        return self.methods.model
+
+    def forward(self, x: Tensor, copies: Tensor | None = None) -> Any:
+        """x (B, C, H, W) -> log p(x, y), (B, K); with `copies`, images (B', C, H, W), also log
+        p(y | x) of these up to a term that does not depend on y, (B', K)."""
+        if copies is None:
+            return self.call("log_joint", x)
+        if self.model.cheap_logits:
+            return self.call("log_joint", x), self.call("logits", copies)
+        return self.call("log_joint", torch.cat((x, copies))).split((len(x), len(copies)))
+
+    def call(self, method: str, *args: Tensor) -> Any:
+        """The method of the model with these arguments."""
+        with self._networks_in_precision():
+            if not self.cast_together:
+                return self.methods(method, *args)
+            weights = [self.methods.get_parameter(name) for name in self.cast_together]
+            cast = dict(zip(self.cast_together, _CastTogether.apply(*weights)))
+            return functional_call(self.methods, cast, (method, *args))
+
+    @contextlib.contextmanager
+    def _networks_in_precision(self) -> Iterator[None]:
+        for network in self.networks:
+            network.dtype = self.dtype
+        try:
+            yield
+        finally:
+            for network in self.networks:
+                network.dtype = None
+
+
+class _Methods(nn.Module):
+    """The methods of a model as one function, as functional_call wants it."""
+
+    def __init__(self, model: SemiConditionalFlow):
+        super().__init__()
+        self.model = model
+
+    def forward(self, method: str, *args: Tensor) -> Any:
+        return getattr(self.model, method)(*args)
+
+
+def _names_of_weights(module: nn.Module) -> list[str]:
+    """The names, within `module`, of the weights and biases that its networks use in their `dtype`:
+    those of their first layers too, where they are biases of a GPU's convolutions."""
+    networks = [(name, part) for name, part in module.named_modules() if isinstance(part, Network)]
+    layers = [(f"{name}.{layer}", part, layer.startswith("first")) for name, network in networks
+              for layer, part in network.named_modules() if isinstance(part, Conv3x3 | Linear)]
+    return [*(f"{name}.weight" for name, _, is_first in layers if not is_first),
+            *(f"{name}.bias" for name, part, is_first in layers
+              if not is_first or (isinstance(part, Conv3x3) and part.bias.is_cuda))]
+
+
+class _CastTogether(torch.autograd.Function):
+    """Tensors in float32 -> the same in bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)        # p(y | x) alone may not need all of them
+        return _cast(tensors, torch.bfloat16)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = iter(_cast(tuple(g for g in grads if g is not None), torch.float32))
+        return tuple(None if g is None else next(given) for g in grads)
+
+
+def _cast(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    copies = tuple(torch.empty_like(t, dtype=dtype) for t in tensors)
+    torch._foreach_copy_(copies, tensors)
+    return copies
+
+
+@torch.no_grad()
+def _fitting_batch(model: SemiConditionalFlow, dtype: torch.dtype | None) -> int:
+    """How many images of the largest activation fit MICRO_BATCH_BYTES: a power of two, as batch
+    sizes are. dtype: of the activations in networks, which the largest is one of, if not None."""
+    largest = 1
+
+    def record(part: nn.Module, inputs: Any, out: Any) -> None:
+        nonlocal largest
+        out = out[0] if isinstance(out, tuple) else out
+        if isinstance(out, Tensor):
+            largest = max(largest, out.numel() * (dtype or out.dtype).itemsize)
+    hook = register_module_forward_hook(record)
+    try:
+        model.log_joint(model.log_p_y.new_zeros(1, *model.data_shape))
+    finally:
+        hook.remove()
+    return 1 << max(MICRO_BATCH_BYTES // largest, 1).bit_length() - 1
+
+
+class Captured:
+    """`function` of tensors of fixed shapes on a GPU, captured after WARM_UP_CALLS plain calls.
+
+    The next call overwrites the tensor that a call returned. Side effects on the device belong to
+    the graph; those on the host happen in the plain calls and during capture only. If capture
+    fails, a line says why, and all calls are plain ones.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]):
+        self.function, self.calls = function, 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.side_stream = torch.cuda.Stream()
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if self.graph is None:
+            self.calls += 1
+            if self.calls == WARM_UP_CALLS + 1:
+                self.graph = self._capture(inputs)
+            if self.graph is None:
+                return self._plain(inputs)
+        for own, x in zip(self.inputs, inputs):
+            own.copy_(x)
+        self.graph.replay()
+        return self.output
+
+    def _capture(self, inputs: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph | None:
+        """Record the graph, which executes nothing. -> None if that failed."""
+        self.inputs, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.output = self.function(*self.inputs)
+        except RuntimeError as error:
+            reason, *_ = str(error).splitlines()
+            print(f"Not captured as a CUDA graph, and therefore slower: {reason}")
+            return None
+        return graph
+
+    def _plain(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """A plain call on a side stream, as the calls before capture have to be."""
+        main = torch.cuda.current_stream()
+        self.side_stream.wait_stream(main)
+        with torch.cuda.stream(self.side_stream):
+            output = self.function(*inputs)
+        main.wait_stream(self.side_stream)
+        return output
