@@ -284,8 +284,8 @@ def test_damaged_checkpoint(folder, capsys):
     fewer = {name: value for name, value in average.items() if name != "base_h.logsigma"}
     older = {key: value for key, value in content.items() if key != "format"}
     for damaged, message in (
-            (older, "has format 1, and this version reads format 3"),
-            ({**content, "format": 2}, "has format 2"),
+            (older, "has format 1, and this version reads format 4"),
+            ({**content, "format": 3}, "has format 3"),
             ({**content, "sums": {"loss": torch.zeros(())}}, "is not a checkpoint of a run"),
             (content["model"], "is not a checkpoint of a run"),
             ({**content, "average": fewer}, "the optimiser's state does not fit"),

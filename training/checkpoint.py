@@ -25,7 +25,7 @@ from .step import OPTIMIZERS
 
 PRETRAINED = PROJECT / "pretrained"
 # The version of the content of checkpoint.pt, which counts up whenever older files cannot be read.
-CHECKPOINT_FORMAT = 3
+CHECKPOINT_FORMAT = 4
 CHECKPOINT_KEYS = {"format", "model", "average", "optimizer", "epoch", "step", "sums", "seconds",
                    "generator", "rng", "settings"}
 
