@@ -35,7 +35,7 @@ def sum_per_sample(v: Tensor) -> Tensor:
 
 
 class Bijection(nn.Module):
-    """Base class of the bijections whose log-determinant depends on x, or is zero."""
+    """Base class of all bijections; the module's docstring states the contracts of both kinds."""
 
     inverse: Callable[..., Tensor]
 

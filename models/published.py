@@ -29,7 +29,7 @@ def is_published(state: Mapping[str, Tensor]) -> bool:
 
 
 def from_published(model: SemiConditionalFlow, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The published state dict `state` with the names and shapes of `model`.
+    """The published state dict `state` with the names of `model`, reflections stacked as there.
 
     Entries without a counterpart in `model` keep their names. Raises ValueError if the mean of a
     base density is not zero: it is not trained there, and fixed at zero here.

@@ -150,8 +150,8 @@ class Accelerated(nn.Module):
     """The functions of `model`, with its parameters, as the options of Speed want them computed.
 
     precision: with bf16 the networks compute in bfloat16, but for the first layers of ResNets
-    (models/networks.py); scales, log-determinants, base densities and logsumexp keep the
-    type of the model. Points have too few dimensions for these errors to average out. compile: each
+    (models/networks.py); scales, log-determinants, base densities and logsumexp keep the type of
+    the model. Points have too few dimensions for these errors to average out. compile: each
     coupling and each affine layer is one graph of torch.compile. Equal ones share a graph, so that
     a deep flow compiles in little more time than a shallow one. In bf16 their networks' weights,
     and the gradients of these, are then cast by one kernel for all of them. cuda_graph tells those
