@@ -13,44 +13,40 @@ The model (models/scnf.py): x --f_w--> (z_aux, z_f) and z_f --h_phi( . ; y)--> z
 with one pass of the large flow f_w, and one pass of the small flow h_phi for each of the K classes.
 
 The loss (training/objective.py) is the mean over a batch of -log p(x, y) for labelled rows and of
--log p(x) for unlabelled ones. Optional terms are added to it: classification of the labelled rows
-(the paper's L_clf) and consistency under augmentation. On average a third of the rows is
-labelled: of the 60,000 rows of an epoch on MNIST, 20,000 come from the 100 labelled images.
+-log p(x) for unlabelled ones, plus, optionally, the paper's L_clf. On average a third of the rows
+is labelled: of the 60,000 rows of an epoch on MNIST, 20,000 come from the 100 labelled images.
 """
 
 import contextlib
-import os
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from models import build_model
 from training.assessment import print_evaluation
-from training.checkpoint import (CheckpointWriter, copy_to_cpu, load_checkpoint, load_pretrained,
-                                 load_weights, save_atomically)
+from training.beyond import Beyond
+from training.checkpoint import (CheckpointWriter, load_checkpoint, load_pretrained, load_weights,
+                                 restore, state_of_run)
+from training.distributed import Processes
 from training.evaluation import RunEvaluation
-from training.loop import TrainingFailed, TrainingState, train_epoch
-from training.processes import Processes
-from training.report import report_run
-from training.schedule import learning_rate
-from training.speed import Accelerated, choose_speed, device_name, set_up_torch
-from training.stopping import Stopping
-from utils.data import load_data
+from training.objective import objective
+from training.optim import Optimizer, learning_rate
+from training.progress import Limits, Progress, TrainingFailed
+from training.report import RunFiles
+from training.speed import Accelerated, Captured, choose_speed, device_name, set_up_torch
+from utils.data import Batch
+from utils.datasets import load_data
 from utils.errors import BadInput, one_line, value_errors_as_bad_input
-from utils.figures import plot_run
-from utils.metrics import MetricsLog, average_is_better, line, result
-from utils.settings import Run, read_settings
-
-SECONDS_BETWEEN_PLOTS = 300     # during training
+from utils.runs import Run
+from utils.settings import read_settings
 
 
 def main(processes):
     """Read the settings, load the data, build the model; then train, or evaluate given weights."""
     parser, settings = read_settings()
-    stopping = Stopping(settings.time_limit)
+    limits = Limits(settings.time_limit)
     device = set_up_torch(settings, processes)
     speed = choose_speed(settings, device, processes)
     if settings.train_bs % processes.size and not settings.pretrained:
@@ -77,12 +73,12 @@ def main(processes):
         load_weights(model, settings.initial_weights)
     run = None
     try:
-        with stopping, contextlib.ExitStack() as stack:
+        with limits, contextlib.ExitStack() as stack:
             if processes.is_main:
                 start = Run.resumed if checkpoint else parser.start_run
                 run = stack.enter_context(start(settings))
             run_dir = run and run.run
-            stopped = train(model, data, settings, speed, processes, stopping, run_dir, checkpoint)
+            stopped = train(model, data, settings, speed, processes, limits, run_dir, checkpoint)
             if stopped and processes.is_main:
                 print(f"Stopped {stopped}; to continue: {run.resume_command}")
             processes.barrier()                     # no process leaves while the main one writes
@@ -97,22 +93,53 @@ def main(processes):
         raise
 
 
-def train(model, data, settings, speed, processes, stopping, run_dir, checkpoint):
+def make_training_step(accelerated, settings, processes):
+    """-> a function that makes a training step, and its Optimizer.
+
+    The function takes the fields of a Batch, and returns the terms of the loss, those of this
+    process's rows.
+    """
+    network = processes.parallel(accelerated)
+    optimizer = Optimizer(accelerated.model, settings)
+    goes_beyond = settings.cons_weight or settings.vat_weight
+    beyond = Beyond(accelerated, optimizer, settings) if goes_beyond else None
+
+    def training_step(*fields):
+        batch = Batch(*fields)
+        parts = accelerated.micro_batches(processes.shard(batch))       # on a GPU, one
+        targets = beyond.targets(parts) if beyond else [None] * len(parts)
+        optimizer.zero_grad()
+        sums = {}
+        for part, target in zip(parts, targets):
+            with processes.gradient_sync(network, part is parts[-1]):
+                log_joint, copy_logits = network(part.x, part.copies)   # log p(x, y), (B, K)
+                terms = objective(log_joint, part.y, batch.y, settings)
+                if beyond:
+                    terms = beyond.add(terms, part, batch.y, log_joint, copy_logits, target)
+                (terms["loss"] * processes.size).backward()     # the mean over processes is taken
+            sums = {name: sums.get(name, 0) + term.detach() for name, term in terms.items()}
+        optimizer.step()
+        return sums
+    return Captured(training_step) if accelerated.cuda_graph else training_step, optimizer
+
+
+def train(model, data, settings, speed, processes, limits, run_dir, checkpoint):
     """Train, from `checkpoint` if there is one; the main process fills `run_dir`.
 
-    -> None, or why and where `stopping` ended it. Raises TrainingFailed.
+    -> None, or why and where `limits` ended it. Raises TrainingFailed.
     """
     generator = torch.Generator(data.device).manual_seed(settings.seed)
     if not checkpoint and not settings.initial_weights:
-        labelled_prob = data.labelled_prob(settings.sup_sample_weight)
-        x, _ = data.sample_batch(settings.train_bs, labelled_prob, generator)
-        model.initialize(x, data.train_x)
+        batch = data.sample_batch(settings.train_bs, generator, augmented=False)
+        model.initialize(batch.x, data.train_x)
     accelerated = Accelerated(model, *speed)
+    step, optimizer = make_training_step(accelerated, settings, processes)
+    steps_per_epoch = -(-len(data.train_x) // settings.train_bs)
+    progress = Progress(steps_per_epoch, settings, optimizer.parameters, processes, limits)
     evaluation = RunEvaluation(accelerated, data, settings, processes)
-    state = TrainingState.create(accelerated, data, generator, settings, processes)
     if checkpoint:
-        state.load_state_dict(checkpoint, processes)
-        print(f"Continuing after {state}")
+        restore(checkpoint, model, optimizer, progress, generator)
+        print(f"Continuing after {progress}")
         if settings.lr_schedule != "no" and settings.epochs != checkpoint["settings"]["epochs"]:
             print(f"The learning rate now follows the schedule of {settings.epochs} epochs, not of "
                   f"{checkpoint['settings']['epochs']}")
@@ -120,52 +147,33 @@ def train(model, data, settings, speed, processes, stopping, run_dir, checkpoint
     print(f"PyTorch {torch.__version__} on {device_name(data.device)}{others}; "
           f"{sum(p.numel() for p in model.parameters()):,} parameters; "
           f"{len(data.labelled)} labelled of {len(data.train_x)} examples; "
-          f"{state.steps_per_epoch} training steps per epoch; "
+          f"{steps_per_epoch} training steps per epoch; "
           f"{speed.precision}{', compiled' * speed.compile}")
     if data.spread_labels:
         print(f"Before the first step: label spreading over {len(data.train_x):,} images")
 
-    with CheckpointWriter(run_dir and run_dir / "checkpoint.pt", settings) as writer:
-        if processes.is_main:
-            log, weights = MetricsLog(run_dir / "metrics.csv", state.epoch), run_dir / "model.torch"
-            if state.epoch < settings.epochs and weights.exists():      # those of fewer epochs
-                weights.rename(run_dir / f"model-epoch{state.epoch}.torch")
+    state = partial(state_of_run, model, optimizer, progress, generator)
+    with CheckpointWriter(run_dir and run_dir / "checkpoint.pt", settings, state) as checkpoints:
+        files = RunFiles(run_dir, model, data, settings, progress.epoch)
         if not checkpoint:
-            if processes.is_main:
-                np.savetxt(run_dir / "labelled.txt", data.labelled_ids, "%d")
-            writer.write(state.state_dict())
-        plotted = time.perf_counter()
-        while state.epoch < settings.epochs:
-            stopped = train_epoch(state, data, settings, processes, stopping)
-            if stopped:
-                state.sums.copy_(processes.sum(state.sums))
-                writer.write(state.state_dict())
-                return f"{stopped} after {state}"
-            row = state.finish_epoch(processes)
-            if state.epoch % settings.log_each and state.epoch != settings.epochs:
+            checkpoints.write()
+        while progress.epoch < settings.epochs:
+            for i in progress.steps():
+                optimizer.set_lr(learning_rate(progress.epoch + 1, i, steps_per_epoch, settings))
+                batch = data.sample_batch(settings.train_bs, generator)
+                progress.add(step(*batch))
+            if progress.stopped:
+                checkpoints.write()
+                return f"{progress.stopped} after {progress}"
+            row = progress.finish_epoch()
+            if progress.epoch % settings.log_each and progress.epoch != settings.epochs:
                 continue
-            start = time.perf_counter()
-            row.update(epoch=state.epoch, **evaluation(state.training_step, state.epoch))
-            steps, logged = state.steps_per_epoch, time.perf_counter()
-            row["lr"] = learning_rate(state.epoch, steps, steps, settings)
-            row["seconds"], state.seconds = state.seconds + logged - start, 0.0
-            if processes.is_main:
-                log.append(row)
-            writer.write(state.state_dict())
-            if processes.is_main:
-                print(line(log.rows[-1]))
-                if time.perf_counter() - plotted > SECONDS_BETWEEN_PLOTS:
-                    plot_run(model, data, log.rows, run_dir, settings.seed)
-                    plotted = time.perf_counter()
-            state.seconds = time.perf_counter() - logged    # of the next row
-
-    if processes.is_main:
-        with state.training_step.averaged(average_is_better(log.rows[-1])):
-            save_atomically(copy_to_cpu(model.state_dict()), weights)
-            plot_run(model, data, log.rows, run_dir, settings.seed)
-            report_run(evaluation, log.rows, run_dir)
-        print(f"{result(log.rows[-1])}; weights, pictures and a report are in "
-              f"{os.path.relpath(run_dir)}")
+            lr = learning_rate(progress.epoch, steps_per_epoch, steps_per_epoch, settings)
+            row.update(lr=lr, **evaluation(optimizer, progress.epoch))
+            files.log({**row, "seconds": progress.lap()})
+            checkpoints.write()
+    with optimizer.averaged(files.keep_average):
+        files.finish(evaluation)
     return None
 
 

@@ -11,45 +11,38 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
+import pandas as pd
 import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from models import build_model
-from training.processes import Processes
-from training.speed import Speed, device_name, set_up_torch
-from utils.data import DATASETS, SemiSupervisedData
+from training.distributed import Processes
+from training.speed import WARM_UP_CALLS, Speed, device_name, set_up_torch
+from utils.data import SemiSupervisedData
+from utils.datasets import DATASETS
 from utils.errors import BadInput, OneLineParser, check_output, value_errors_as_bad_input
 from utils.files import atomic_write
 from utils.settings import read_settings
 
 NAME_LENGTH = 100               # of a kernel, in the profile
 CPU_BATCHES = (16, 32, 64)      # batch sizes at which a CPU's convolution may be fastest
-DTYPES = {"bf16": torch.bfloat16}
 GPU_MODES = "bf16+compile+graph,bf16+graph,bf16,fp32"        # one of them compiles, for a minute
 CPU_MODES = "fp32,bf16"
-
-
-class Mode(NamedTuple):
-    """How a benchmark computes: bf16+compile+graph, for example."""
-
-    name: str
-    speed: Speed
-
-    @property
-    def precision(self):
-        return self.speed.precision
+# Of the table: {key: (heading, format)}.
+COLUMNS = {"mode": ("mode", ""), "ms": ("ms", ".2f"), "ms_low": ("25 %", ".2f"),
+           "ms_high": ("75 %", ".2f"), "images_per_s": ("images/s", ",.0f"),
+           "tflops": ("TFLOP/s", ".3f"), "of_convolution": ("% of conv.", ".0f"),
+           "of_matmul": ("% of matmul", ".0f"), "peak_gib": ("peak GiB", ".1f"),
+           "first_s": ("first call, s", ".1f")}
 
 
 def read_arguments(description, count, default, what):
-    """-> own arguments, settings, device. All other arguments are settings.
+    """-> args arguments, settings, device. All other arguments are settings.
 
-    count, default, what: the name, default and help of the option for the number of timed calls.
-    own.modes are the Modes to compare. Raises BadInput.
+    count, default, what: name, default and help of the option for the number of timed calls.
+    args.modes are those to compare, as from `read_modes`. Raises BadInput.
     """
     parser = OneLineParser(description=description, allow_abbrev=False,
                            epilog="All other options are those of train-flow-ssl.py.")
@@ -59,41 +52,40 @@ def read_arguments(description, count, default, what):
                         help="also list the N longest kernels (on a CPU: operators) of a call")
     parser.add_argument("--modes", help="comma-separated: a precision (fp32, tf32, bf16) followed "
                         "by +compile, +graph, both or neither")
-    own, rest = parser.parse_known_args()
+    args, rest = parser.parse_known_args()
     _, settings = read_settings(rest)
-    if own.profile < 0:
-        raise BadInput(f"--profile must be at least 0, not {own.profile}")
-    if getattr(own, count) < 1:
-        raise BadInput(f"{count} must be at least 1, not {getattr(own, count)}")
-    if own.json:
-        check_output(own.json)
+    if args.profile < 0:
+        raise BadInput(f"--profile must be at least 0, not {args.profile}")
+    if getattr(args, count) < 1:
+        raise BadInput(f"{count} must be at least 1, not {getattr(args, count)}")
+    if args.json:
+        check_output(args.json)
     if settings.cons_weight and DATASETS[settings.data].grey_levels is None:
         raise BadInput(f"cons_weight needs images, for augmentation; {settings.data} has points")
     device = set_up_torch(settings, Processes())
-    own.modes = read_modes(own.modes, settings, device)
-    return own, settings, device
+    args.modes = read_modes(args.modes, settings, device)
+    return args, settings, device
 
 
 def read_modes(names, settings, device):
-    """The Modes in `names`, separated by commas, or the default ones. Raises BadInput."""
+    """The modes in `names`, separated by commas, or the default ones: [(name, Speed)].
+
+    A name is for example bf16+compile+graph. Raises BadInput.
+    """
     gpu, points = device.type == "cuda", DATASETS[settings.data].grey_levels is None
-    default = not names
-    names = (names or (GPU_MODES if gpu else CPU_MODES)).split(",")
-    if points and default:
-        names = [name for name in names if "bf16" not in name]
-    if points and any("bf16" in name for name in names):
-        raise BadInput(f"modes in bf16 are for images, and {settings.data} has points")
-    return [read_mode(name.strip(), settings.micro_bs, gpu) for name in names]
-
-
-def read_mode(name, micro_bs, gpu):
-    """The Mode that `name` describes, such as bf16+compile+graph. Raises BadInput."""
-    precision, *more = name.split("+")
-    if precision not in ("fp32", "tf32", "bf16") or set(more) - {"compile", "graph"}:
-        raise BadInput(f"no mode {name}: use fp32, tf32 or bf16 with +compile, +graph")
-    if not gpu and (precision == "tf32" or "graph" in more):
-        raise BadInput(f"mode {name} needs a GPU")
-    return Mode(name, Speed(precision, "compile" in more, "graph" in more, micro_bs))
+    default = "fp32" if points else GPU_MODES if gpu else CPU_MODES
+    modes = []
+    for name in map(str.strip, (names or default).split(",")):
+        precision, *more = name.split("+")
+        if precision not in ("fp32", "tf32", "bf16") or set(more) - {"compile", "graph"}:
+            raise BadInput(f"no mode {name}: use fp32, tf32 or bf16 with +compile, +graph")
+        if points and precision == "bf16":
+            raise BadInput(f"modes in bf16 are for images, and {settings.data} has points")
+        if not gpu and (precision == "tf32" or "graph" in more):
+            raise BadInput(f"mode {name} needs a GPU")
+        modes.append((name, Speed(precision, "compile" in more, "graph" in more,
+                                  settings.micro_bs)))
+    return modes
 
 
 def random_data(settings, device):
@@ -109,7 +101,8 @@ def random_data(settings, device):
         x = torch.randint(dataset.grey_levels, x.shape, dtype=torch.uint8, generator=generator)
     y = torch.arange(2 * n) % dataset.n_classes
     return SemiSupervisedData(x[:n], y[:n], x[n:], y[n:], torch.arange(100), dataset.grey_levels,
-                              device, augmentation=dataset.augmentation,
+                              device,
+                              augmentation=dataset.augmentation if settings.cons_weight else None,
                               clf_noise=settings.clf_noise, spread_labels=settings.spread_labels)
 
 
@@ -135,7 +128,37 @@ def count_flops(call):
     return counter.get_total_flops()
 
 
-def time_calls(run, n, device, warm_up):
+def time_modes(modes, make_call, n, images, flops, limits, device, longest=0):
+    """Time `n` calls in each of `modes`, which are as from `read_modes` -> the rows of the table.
+
+    make_call: gives, for a Speed, the function to call.
+    images, flops: of a call.
+    limits: as from `measure_limits`.
+    longest: how many kernels of a call to print.
+    """
+    rows, matmul = [], limits.get("matrix product bf16")        # on a GPU
+    for name, speed in modes:
+        start_mode(device)
+        with convolutions_in(speed.precision):
+            call = make_call(speed)
+            warm_up = WARM_UP_CALLS + 2 if device.type == "cuda" else 1
+            seconds, first = time_calls(call, n, device, warm_up)
+            low, median, high = statistics.quantiles(seconds, n=4) if n > 1 else seconds * 3
+            tflops = flops / median / 1e12
+            rows.append({
+                "mode": name, "ms": 1e3 * median, "ms_low": 1e3 * low, "ms_high": 1e3 * high,
+                "images_per_s": images / median, "tflops": tflops,
+                "of_convolution": 100 * tflops / limits[f"convolution {speed.precision}"],
+                "of_matmul": matmul and 100 * tflops / matmul, "peak_gib": peak_gib(device),
+                "first_s": first})
+            if longest:
+                print_profile(name, call, device, longest)
+        print(f"{name}: {1e3 * median:.2f} ms", file=sys.stderr)
+        del call                    # and with it the model, before the next mode starts
+    return rows
+
+
+def time_calls(call, n, device, warm_up):
     """Time `n` calls after `warm_up` others.
 
     -> the seconds of each; the seconds of the first call of all, which may compile.
@@ -145,34 +168,33 @@ def time_calls(run, n, device, warm_up):
             torch.cuda.synchronize()
     wait()
     start = time.perf_counter()
-    run()
+    call()
     wait()
     first = time.perf_counter() - start
     for _ in range(warm_up - 1):
-        run()
+        call()
     if device.type == "cuda":                       # the calls follow each other as in training
         events = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
         events[0].record()
         for event in events[1:]:
-            run()
+            call()
             event.record()
         wait()
         return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)], first
-    seconds = []
+    times = [time.perf_counter()]
     for _ in range(n):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return seconds, first
+        call()
+        times.append(time.perf_counter())
+    return [end - start for start, end in itertools.pairwise(times)], first
 
 
-def print_profile(name, run, device, longest):
-    """Print the kernels of a call of `run` on a GPU, or the operators on a CPU: their number and
-    time in all, and the `longest` ones by the sum of their times."""
+def print_profile(name, call, device, longest):
+    """Print the kernels of a call on a GPU, or the operators on a CPU: their number and time in
+    all, and the `longest` ones by the sum of their times."""
     gpu = device.type == "cuda"
     kind = torch.profiler.ProfilerActivity.CUDA if gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[kind]) as recorded:
-        run()
+        call()
         if gpu:
             torch.cuda.synchronize()
 
@@ -192,20 +214,19 @@ def measure_limits(precisions, batch, device):
     channels-last, at the best of some batch sizes. On a GPU also a large matrix product in bf16.
     """
     limits = {}
-    for precision in precisions:
-        best = 0.0
+    for precision in sorted(precisions):
+        dtype, best = torch.bfloat16 if precision == "bf16" else torch.float32, 0.0
         for n in (*CPU_BATCHES, batch) if device.type == "cpu" else (batch, 4 * batch):
-            x, w, ones = (t.to(device, DTYPES.get(precision, torch.float32)).contiguous(
-                memory_format=torch.channels_last) for t in (
+            x, w, grad = (t.to(device, dtype, memory_format=torch.channels_last) for t in (
                 torch.randn(n, 64, 30, 30), torch.randn(64, 64, 3, 3), torch.ones(n, 64, 28, 28)))
             x.requires_grad_()
             w.requires_grad_()
 
-            def run(x=x, w=w, ones=ones):
+            def call(x=x, w=w, grad=grad):
                 x.grad = w.grad = None
-                F.conv2d(x, w).backward(ones)
+                F.conv2d(x, w).backward(grad)
             with convolutions_in(precision):
-                seconds, _ = time_calls(run, 10, device, 3)
+                seconds, _ = time_calls(call, 10, device, 3)
             flops = 3 * 2 * n * 28 * 28 * 64 * 64 * 9
             best = max(best, flops / statistics.median(seconds) / 1e12)
         limits[f"convolution {precision}"] = best
@@ -258,38 +279,11 @@ def report(title, device, limits, rows, columns, path):
     print(f"\n{title}\nPyTorch {torch.__version__} on {device_name(device)}, {cpu}")
     for name, tflops in limits.items():
         print(f"limit: {name}, {tflops:.3f} TFLOP/s")
-    table = [[heading for heading, _ in columns.values()]]
-    table += [["" if row[key] is None else format(row[key], fmt)
-               for key, (_, fmt) in columns.items()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for name, *cells in table:
-        print("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
+    table = {heading: ["" if row[key] is None else format(row[key], fmt) for row in rows]
+             for key, (heading, fmt) in columns.items()}
+    print(pd.DataFrame(table).to_string(index=False))
     if path:
         content = {"title": title, "torch": torch.__version__, "device": device_name(device),
                    "limits_tflops": limits, "modes": rows}
         with atomic_write(path) as f:
             f.write(json.dumps(content, indent=1) + "\n")
-
-
-def quartiles(seconds):
-    """Median, lower and upper quartile, in milliseconds."""
-    low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
-    return [1e3 * v for v in (median, low, high)]
-
-
-def row_of(mode, seconds, first, images, flops, limits, device):
-    """The table's row for a mode: what both benchmarks print. flops: of a call."""
-    median, low, high = quartiles(seconds)
-    tflops = flops / median / 1e9
-    of_matmul = 100 * tflops / limits["matrix product bf16"] if device.type == "cuda" else None
-    return {"mode": mode.name, "ms": median, "ms_low": low, "ms_high": high,
-            "images_per_s": 1e3 * images / median, "tflops": tflops,
-            "of_convolution": 100 * tflops / limits[f"convolution {mode.precision}"],
-            "of_matmul": of_matmul, "peak_gib": peak_gib(device), "first_s": first}
-
-
-COLUMNS = {"mode": ("mode", ""), "ms": ("ms", ".2f"), "ms_low": ("25 %", ".2f"),
-           "ms_high": ("75 %", ".2f"), "images_per_s": ("images/s", ",.0f"),
-           "tflops": ("TFLOP/s", ".3f"), "of_convolution": ("% of conv.", ".0f"),
-           "of_matmul": ("% of matmul", ".0f"), "peak_gib": ("peak GiB", ".1f"),
-           "first_s": ("first call, s", ".1f")}

@@ -10,65 +10,59 @@ matrix product reach on the same machine in the same run, seconds per epoch, pea
 seconds of the first call, which include compilation.
 """
 
+import runpy
 import sys
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from measure import (COLUMNS, convolutions_in, count_flops, fresh_model, measure_limits,
-                     print_profile, random_data, read_arguments, report, row_of, start_mode,
-                     time_calls)
-from training.processes import Processes
-from training.speed import WARM_UP_CALLS, Accelerated
-from training.step import TrainingStep
-from utils.data import DATASETS
+from benchmarks.measure import (COLUMNS, count_flops, fresh_model, measure_limits, random_data,
+                                read_arguments, report, time_modes)
+from training.distributed import Processes
+from training.speed import Accelerated, Speed
+from utils.datasets import DATASETS
 from utils.errors import run_command
-
-
-def random_batch(data, settings, generator):
-    return data.sample_batch(settings.train_bs, 1 / 3, generator, settings.cons_weight > 0)
-
-
-def count_flops_of_step(settings, data):
-    """The FLOPs of a training step."""
-    step = TrainingStep(Accelerated(fresh_model(settings, data)), settings, Processes())
-    batch = random_batch(data, settings, torch.Generator(data.device).manual_seed(0))
-    return count_flops(lambda: step(*batch))
+from utils.files import PROJECT
 
 
 def main():
-    own, settings, device = read_arguments("Times training steps.", "steps", 10,
+    args, settings, device = read_arguments("Times training steps.", "steps", 10,
                                            "timed training steps of each mode")
     settings.lr = 1e-6                              # on random images the weights should stay put
     data, batch_size = random_data(settings, device), settings.train_bs
-    limits = measure_limits(sorted({mode.precision for mode in own.modes}), batch_size, device)
-    flops = count_flops_of_step(settings, data)
-    steps_per_epoch = -(-DATASETS[settings.data].n_train // batch_size)
-    rows = []
-    for mode in own.modes:
-        start_mode(device)
-        model = fresh_model(settings, data)
-        generator = torch.Generator(device).manual_seed(0)
-        with convolutions_in(mode.precision):
-            step = TrainingStep(Accelerated(model, *mode.speed), settings, Processes())
 
-            def run(step=step, generator=generator):
-                step(*random_batch(data, settings, generator))
-            warm_up = WARM_UP_CALLS + 2 if device.type == "cuda" else 1
-            seconds, first = time_calls(run, own.steps, device, warm_up)
-        row = row_of(mode, seconds, first, batch_size, flops, limits, device)
-        if own.profile:
-            with convolutions_in(mode.precision):
-                print_profile(mode.name, run, device, own.profile)
-        rows.append({**row, "epoch_s": steps_per_epoch * row["ms"] / 1e3})
-        print(f"{mode.name}: {row['ms']:.2f} ms", file=sys.stderr)
-        del model, step, run
+    # The script is no module that could be imported: its name has hyphens.
+    make_training_step = runpy.run_path(str(PROJECT / "train-flow-ssl.py"))["make_training_step"]
+
+    def training_step(speed):
+        accelerated = Accelerated(fresh_model(settings, data), *speed)
+        return make_training_step(accelerated, settings, Processes())[0]
+
+    def batches():
+        generator = torch.Generator(device).manual_seed(0)
+        while True:
+            yield data.sample_batch(batch_size, generator)
+
+    def timed(speed):
+        step, batch = training_step(speed), batches()
+        return lambda: step(*next(batch))
+
+    def counted():
+        step, batch = training_step(Speed()), next(batches())
+        return lambda: step(*batch)
+    limits = measure_limits({speed.precision for _, speed in args.modes}, batch_size, device)
+    flops = count_flops(counted())
+    rows = time_modes(args.modes, timed, args.steps, batch_size, flops, limits, device,
+                      args.profile)
+    steps_per_epoch = -(-DATASETS[settings.data].n_train // batch_size)
+    for row in rows:
+        row["epoch_s"] = steps_per_epoch * row["ms"] / 1e3
     title = (f"A training step of {batch_size} images of {settings.data}: "
-             f"{flops / 1e12:.3f} TFLOP; median of {own.steps}")
+             f"{flops / 1e12:.3f} TFLOP; median of {args.steps}")
     columns = {**COLUMNS, "epoch_s": (f"{steps_per_epoch} steps, s", ".1f")}
-    report(title, device, limits, rows, columns, own.json)
+    report(title, device, limits, rows, columns, args.json)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 Each method gets the labelled examples that the config's run has with this data_seed, and the
 unlabelled ones if it can use them. Settings of scikit-learn's methods are chosen, from the grids in
 METHODS, by the error on the validation examples; those of the other methods are fixed
-(`neural_baselines.py`, utils/label_spreading.py). The test examples are classified once, by the
+(m1_m2.py, fixmatch.py, utils/label_spreading.py). The test examples are classified once, by the
 method chosen. Of a config without validation examples the first setting of each grid is used.
 
 Prints a table, and with --save writes a JSON file with all of it: errors in %, seconds of fitting
@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import sklearn
@@ -34,12 +34,12 @@ from sklearn.svm import SVC
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from neural_baselines import fit_fixmatch, fit_m1_m2
-
-from training.processes import Processes
+from experiments.fixmatch import fit_fixmatch
+from experiments.m1_m2 import fit_m1_m2
+from training.distributed import Processes
 from training.speed import set_up_torch
-from utils.data import load_data
-from utils.errors import BadInput, OneLineParser, run_command
+from utils.datasets import load_data
+from utils.errors import BadInput, OneLineParser, check_output, run_command
 from utils.files import atomic_write
 from utils.label_spreading import NEIGHBOURS, orientation_histograms, spread_labels
 from utils.settings import read_settings
@@ -51,27 +51,15 @@ CALIBRATION_FOLDS = 5
 SPREADING_ITERATIONS = 100
 
 
-class Arrays(NamedTuple):
-    """The data as scikit-learn wants them: rows x, images with grey levels from 0 to 1; classes.
-
-    The first rows of train_x are the labelled ones, which have train_y; the others have none.
-    """
-
-    train_x: np.ndarray
-    train_y: np.ndarray
-    val_x: np.ndarray
-    val_y: np.ndarray
-    test_x: np.ndarray
-
-
 @dataclass(frozen=True)
 class Method:
     """A row of the table.
 
-    Either `fit_images` takes the images themselves, or `build` returns one of scikit-learn's
-    classifiers for the settings of a point of `grid`. gamma is in `grid` as a
-    multiple of 1 / (D v), where D is the number of dimensions of x and v the variance of all values
-    in it. max_unlabelled: unlabelled examples that it gets, at random; None: all.
+    Either `fit_images` trains on the images themselves and returns a function from images to
+    classes, or `build` returns one of scikit-learn's classifiers for the settings of a point of
+    `grid`. There gamma is a multiple of 1 / (D v), where D is the number of dimensions of x and v
+    the variance of all values in it. max_unlabelled: unlabelled examples that it gets, at random;
+    None: all.
     """
 
     title: str
@@ -143,46 +131,35 @@ def main(argv=None):
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS,
                         metavar="NAME", help=f"of {', '.join(METHODS)}; default: all")
     parser.add_argument("--save", type=Path, metavar="FILE.json", help="write the results here")
-    own, rest = parser.parse_known_args(argv)
-    if own.save and (own.save.is_dir() or not own.save.resolve().parent.is_dir()):
-        raise BadInput(f"--save {own.save}: name a file in a folder that exists")
+    args, rest = parser.parse_known_args(argv)
+    if args.save:
+        check_output(args.save)
     runs = [read_settings([*rest, f"--seed={seed}", f"--data_seed={seed}"])[1]
-            for seed in own.seeds]
+            for seed in args.seeds]
     device = set_up_torch(runs[0], Processes())
-    results = {name: {"title": METHODS[name].title, "runs": []} for name in own.methods}
-    for seed, settings in zip(own.seeds, runs):
+    results = {name: {"title": METHODS[name].title, "runs": []} for name in args.methods}
+    for seed, settings in zip(args.seeds, runs):
         data = load_data(settings, device)
-        arrays = as_arrays(data)
         for name in list(results):
             if reason := why_not(METHODS[name], data):
                 print(f"{name} is left out: {reason}", file=sys.stderr)
                 del results[name]
                 continue
-            results[name]["runs"].append(run := evaluate(METHODS[name], data, arrays, seed))
+            results[name]["runs"].append(run := evaluate(METHODS[name], data, seed))
             print(f"seed {seed}: {describe(name, run)}", file=sys.stderr, flush=True)
     if not results:
         raise BadInput(f"none of the methods works on these examples of {settings.data}")
     report = {
-        "data": settings.data, "seeds": own.seeds, "labelled": len(data.labelled),
+        "data": settings.data, "seeds": args.seeds, "labelled": len(data.labelled),
         "unlabelled": len(data.unlabelled), "validation": len(data.val_x),
         "test": len(data.test_x), "device": str(device), "torch_threads": torch.get_num_threads(),
         "torch": torch.__version__, "scikit-learn": sklearn.__version__,
         "methods": {name: summary(METHODS[name], result, len(data.unlabelled))
                     for name, result in results.items()}}
     print(table(report))
-    if own.save:
-        with atomic_write(own.save) as f:
+    if args.save:
+        with atomic_write(args.save) as f:
             f.write(json.dumps(report, indent=1, allow_nan=False) + "\n")
-
-
-def as_arrays(data):
-    """The Arrays of a SemiSupervisedData."""
-    def rows(x):
-        x = x.flatten(1).float().cpu().numpy()
-        return x if data.grey_levels is None else x / (data.grey_levels - 1)
-    order = torch.cat((data.labelled, data.unlabelled))
-    return Arrays(rows(data.train_x[order]), data.train_y[data.labelled].cpu().numpy(),
-                  rows(data.val_x), data.val_y.cpu().numpy(), rows(data.test_x))
 
 
 def why_not(method, data):
@@ -202,64 +179,63 @@ def why_not(method, data):
     return None
 
 
-def evaluate(method, data, arrays, seed):
+def evaluate(method, data, seed):
     """Fit `method`, and classify the validation and test examples -> a run, as in the JSON file."""
+    start = time.perf_counter()
     if method.fit_images:
-        start = time.perf_counter()
-        classify_images = method.fit_images(data, seed)
+        classify = method.fit_images(data, seed)
         seconds = time.perf_counter() - start
-        run = {"settings": {}, "settings_tried": 0, "validation_error": None}
-        if len(data.val_x):
-            run["validation_error"] = error(classify_images(data.val_x).cpu(), data.val_y.cpu())
-        start = time.perf_counter()
-        predicted = classify_images(data.test_x).cpu()
+        run = {"settings": {}, "settings_tried": 0,
+               "validation_error": validation_error(classify, data)}
     else:
-        classifier, seconds, run = search(method, arrays, seed)
-        start = time.perf_counter()
-        predicted = classify(classifier, arrays.test_x)
+        classify, seconds, run = search(method, data, seed)
+    start = time.perf_counter()
+    test_error = error(classify(data.test_x), data.test_y)
     seconds += time.perf_counter() - start
-    return {"seed": seed, "test_error": error(predicted, data.test_y.cpu()),
-            "seconds": round(seconds, 2), **run}
+    return {"seed": seed, "test_error": test_error, "seconds": round(seconds, 2), **run}
 
 
-def search(method, arrays, seed):
+def search(method, data, seed):
     """Fit `method` with each setting of its grid.
 
-    Returns the classifier with the smallest validation error, the first of them if there are
-    several; the seconds in which it was fitted; the settings and that error.
+    Returns a function from examples to classes of the classifier with the smallest validation
+    error, the first of them if there are several; the seconds in which it was fitted; the settings
+    and that error.
     """
-    n_labelled = len(arrays.train_y)
-    unlabelled = arrays.train_x[n_labelled:]
-    if method.max_unlabelled is not None and len(unlabelled) > method.max_unlabelled:
-        chosen = np.random.default_rng(seed).permutation(len(unlabelled))[:method.max_unlabelled]
-        unlabelled = unlabelled[np.sort(chosen)]
-    x = np.concatenate((arrays.train_x[:n_labelled], unlabelled))
-    y = np.concatenate((arrays.train_y, np.full(len(unlabelled), -1)))
+    n_labelled, n_unlabelled = len(data.labelled), len(data.unlabelled)
+    x = rows(data.train_x[torch.cat((data.labelled, data.unlabelled))], data)
+    y = np.full(len(x), -1)
+    y[:n_labelled] = data.train_y[data.labelled].cpu()
+    grid = settings_of(method, x) if len(data.val_x) else settings_of(method, x)[:1]
+    if method.max_unlabelled is not None and n_unlabelled > method.max_unlabelled:
+        chosen = np.random.default_rng(seed).permutation(n_unlabelled)[:method.max_unlabelled]
+        kept = np.r_[:n_labelled, n_labelled + np.sort(chosen)]
+        x, y = x[kept], y[kept]
     start, best = time.perf_counter(), None
-    grid = settings_of(method, arrays.train_x)
-    if not len(arrays.val_y):
-        grid = grid[:1]
     for settings in grid:
         classifier, fit_start = method.build(**settings), time.perf_counter()
         with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
             # Label spreading stops by the sum of all changes, which is strict for many examples.
             classifier.fit(x, y)
         seconds = time.perf_counter() - fit_start
-        validation = (error(classify(classifier, arrays.val_x), arrays.val_y)
-                      if len(arrays.val_y) else None)
-        if best is None or validation < best[2]["validation_error"]:
-            best = (classifier, seconds, {"settings": settings, "validation_error": validation})
-    classifier, seconds, run = best
-    return classifier, seconds, {**run, "settings_tried": len(grid),
-                                 "search_seconds": round(time.perf_counter() - start, 2)}
+
+        def classify(examples, classifier=classifier):
+            with np.errstate(invalid="ignore"):
+                # Label spreading divides by the sum of an example's RBF weights. Where that is
+                # zero, as all training examples are far away, it decides for the first class.
+                return torch.from_numpy(classifier.predict(rows(examples, data)))
+        run = {"settings": settings, "validation_error": validation_error(classify, data)}
+        if best is None or run["validation_error"] < best[2]["validation_error"]:
+            best = classify, seconds, run
+    classify, seconds, run = best
+    return classify, seconds, {**run, "settings_tried": len(grid),
+                               "search_seconds": round(time.perf_counter() - start, 2)}
 
 
-def classify(classifier, x):
-    """The classes (N,) of the rows of x."""
-    with np.errstate(invalid="ignore"):
-        # Label spreading divides by the sum of an example's RBF weights. Where that is zero,
-        # because all training examples are far away, it decides for the first class.
-        return classifier.predict(x)
+def rows(x, data):
+    """Examples x of `data` as scikit-learn wants them, (N, D): images from 0 to 1, or points."""
+    x = x.flatten(1).float().cpu().numpy()
+    return x if data.grey_levels is None else x / (data.grey_levels - 1)
 
 
 def settings_of(method, train_x):
@@ -270,9 +246,14 @@ def settings_of(method, train_x):
     return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
 
+def validation_error(classify, data):
+    """The error on the validation examples, %, or None if there are none."""
+    return error(classify(data.val_x), data.val_y) if len(data.val_x) else None
+
+
 def error(predicted, y):
     """The share of `predicted` classes that are not those of `y`, %."""
-    return round(100 * float(np.mean(np.asarray(predicted) != np.asarray(y))), 4)
+    return round(100 * (predicted.cpu() != y.cpu()).double().mean().item(), 4)
 
 
 def summary(method, result, n_unlabelled):

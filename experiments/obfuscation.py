@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pictures import add_run, load
+from experiments.pictures import add_run, load
 from utils.errors import OneLineParser, check_output, run_command
 from utils.figures import CLASS_COLOURS, save
 from utils.files import atomic_write
@@ -53,10 +53,10 @@ def main(argv=None):
     parser.add_argument("--picture", type=Path, metavar="FILE.png")
     parser.add_argument("--save", type=Path, metavar="FILE.npz")
     parser.add_argument("--json", type=Path, metavar="FILE.json")
-    own, rest = parser.parse_known_args(argv)
-    for path in filter(None, (own.picture, own.save, own.json)):
+    args, rest = parser.parse_known_args(argv)
+    for path in filter(None, (args.picture, args.save, args.json)):
         check_output(path)
-    model, data, settings = load([*rest, "--supervised", "-1"], own.run)    # all training labels
+    model, data, settings = load([*rest, "--supervised", "-1"], args.run)    # all training labels
     noise = torch.Generator(data.device).manual_seed(settings.seed)
     train, test = (latents(model, data.dequantize(x, noise), y, settings.test_bs)
                    for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)))
@@ -70,16 +70,16 @@ def main(argv=None):
     report = {"weights": settings.pretrained, "config": settings.config_file,
               "train": len(y), "test": len(test_y), "chance": chance, "parts": rows}
     show(report)
-    if own.json:
-        with atomic_write(own.json) as f:
+    if args.json:
+        with atomic_write(args.json) as f:
             f.write(json.dumps(report, indent=1) + "\n")
-    if own.save:
+    if args.save:
         arrays = {f"{name}_{part}": z[part].cpu().numpy()
                   for name, z in (("train", train), ("test", test)) for part in PARTS}
-        with atomic_write(own.save, "wb") as f:
+        with atomic_write(args.save, "wb") as f:
             np.savez_compressed(f, train_y=y.cpu().numpy(), test_y=test_y.cpu().numpy(), **arrays)
-    if own.picture:
-        save(plot_latents(test, test_y, settings.seed), own.picture)
+    if args.picture:
+        save(plot_latents(test, test_y, settings.seed), args.picture)
 
 
 @torch.no_grad()

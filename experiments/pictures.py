@@ -24,9 +24,9 @@ from models import build_model
 from training.assessment import assess, assessed_examples
 from training.checkpoint import load_pretrained
 from training.evaluation import Inference
-from training.processes import Processes
+from training.distributed import Processes
 from training.speed import Accelerated, set_up_torch
-from utils.data import load_data
+from utils.datasets import load_data
 from utils.errors import (BadInput, OneLineParser, check_output, run_command,
                           value_errors_as_bad_input)
 from utils.figures import (plot_curves_of_runs, plot_density, plot_interpolation,
@@ -42,23 +42,23 @@ def main(argv=None):
     parser = OneLineParser(description="Pictures of a trained model.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
     for name in ("samples", "redrawn", "interpolation", "mistakes", *OF_POINTS, "curves"):
-        one = commands.add_parser(name, allow_abbrev=False)
-        one.add_argument("--save", type=Path, required=True, metavar="FILE.png")
+        command = commands.add_parser(name, allow_abbrev=False)
+        command.add_argument("--save", type=Path, required=True, metavar="FILE.png")
         if name == "samples":
-            one.add_argument("--temperature", type=float, default=1.0, metavar="T",
+            command.add_argument("--temperature", type=float, default=1.0, metavar="T",
                              help="standard deviation of the noise (%(default)s)")
         if name == "curves":
-            one.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR")
+            command.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR")
         else:
-            add_run(one)
-            one.epilog = "All other options are those of train-flow-ssl.py."
-    own, rest = parser.parse_known_args(argv)
-    check_output(own.save)
-    if own.command == "curves":
-        figure = curves(own.runs, rest)
+            add_run(command)
+            command.epilog = "All other options are those of train-flow-ssl.py."
+    args, rest = parser.parse_known_args(argv)
+    check_output(args.save)
+    if args.command == "curves":
+        figure = curves(args.runs, rest)
     else:
-        figure = picture(own, *load(rest, own.run))
-    save(figure, own.save)
+        figure = picture(args, *load(rest, args.run))
+    save(figure, args.save)
 
 
 def curves(runs, rest):
@@ -72,23 +72,23 @@ def curves(runs, rest):
         return plot_curves_of_runs(dict(zip(names, map(rows_of, runs))))
 
 
-def picture(own, model, data, settings):
-    """The Figure of own.command. Raises BadInput if it cannot be drawn of this model."""
-    if own.command == "samples":
-        if not 0 <= own.temperature <= MAX_TEMPERATURE:
+def picture(args, model, data, settings):
+    """The Figure of args.command. Raises BadInput if it cannot be drawn of this model."""
+    if args.command == "samples":
+        if not 0 <= args.temperature <= MAX_TEMPERATURE:
             raise BadInput(f"--temperature must be from 0 to {MAX_TEMPERATURE}, not "
-                           f"{own.temperature}")
-        return plot_samples(model, settings.seed, own.temperature)
-    if (own.command in OF_POINTS) == model.image:
-        kind = "points in the plane" if own.command in OF_POINTS else "images"
-        raise BadInput(f"{own.command} is for {kind}, unlike {settings.data}")
-    if own.command == "density":
+                           f"{args.temperature}")
+        return plot_samples(model, settings.seed, args.temperature)
+    if (args.command in OF_POINTS) == model.image:
+        kind = "points in the plane" if args.command in OF_POINTS else "images"
+        raise BadInput(f"{args.command} is for {kind}, unlike {settings.data}")
+    if args.command == "density":
         return plot_density(model, data)
-    if own.command == "latent":
+    if args.command == "latent":
         if model.ssl_dim != 2:
             raise BadInput(f"latent needs ssl_dim 2, not {model.ssl_dim}")
         return plot_latent_space(model, data.test_x, data.test_y)
-    if own.command == "mistakes":
+    if args.command == "mistakes":
         infer = Inference(Accelerated(model))
         name, examples = assessed_examples(data, settings)
         assessment = assess(infer, infer, data, examples, name, settings)
@@ -99,7 +99,7 @@ def picture(own, model, data, settings):
     of_class = [torch.nonzero(data.test_y == k)[:2, 0] for k in range(data.n_classes)]
     first, second = torch.stack(of_class).T
     y = data.test_y[first]
-    if own.command == "redrawn":
+    if args.command == "redrawn":
         return plot_redrawn(model, x[first], y)
     return plot_interpolation(model, x[first], x[second], y)
 
@@ -110,13 +110,13 @@ def add_run(parser):
                         help="a run, in place of --config and --pretrained")
 
 
-def load(line, run=None):
+def load(argv, run=None):
     """The model with the weights, the data and the settings of a command line, which are those of
     the directory `run` if that is given. Raises BadInput."""
     if run:
-        line = ["--config", str(run / "params.yaml"), "--pretrained", str(run / "model.torch"),
-                *line]
-    _, settings = read_settings(line)
+        argv = ["--config", str(run / "params.yaml"), "--pretrained", str(run / "model.torch"),
+                *argv]
+    _, settings = read_settings(argv)
     if not settings.pretrained:
         raise BadInput("name the weights: --pretrained FILE, or --pretrained for those that ship")
     device = set_up_torch(settings, Processes())

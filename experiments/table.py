@@ -18,7 +18,9 @@ import math
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import exman
 
-from utils.data import load_data
+from utils.datasets import load_data
 from utils.errors import BadInput, OneLineParser, run_command
 from utils.files import PROJECT, atomic_write
 from utils.metrics import read_metrics
@@ -55,20 +57,26 @@ MAY_DIFFER = {*RESUMABLE, "name", "tmp"} - {"epochs", "test"}
 
 
 @dataclass
-class Wanted:
-    """A run of the table.
-
-    config: the file; seed; settings: all of them; line: the command line that gives them.
-    """
+class Run:
+    """A run of the table: what is wanted, and what `look_up` has found of it."""
 
     config: Path
     seed: int
     settings: object
-    line: list
+    argv: list                      # the command line that gives these settings
+    directory: Path | None = None
+    rows: Sequence = ()             # of metrics.csv
+    lacks: str = "not run"          # why it is not finished; empty if it is
+    commit: str = "-"               # that started it, with + if the code was changed
 
     @property
     def name(self):
         return f"{self.config.stem}-seed{self.seed}"
+
+    @property
+    def test_error(self):
+        """%"""
+        return 100 * (1 - self.rows[-1]["test_acc"])
 
 
 def main(argv=None):
@@ -79,76 +87,54 @@ def main(argv=None):
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="train what is missing in FOLDER")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
     parser.add_argument("--collect", type=Path, metavar="FOLDER", help="train nothing")
-    own, options = parser.parse_known_args(argv)
-    if (own.to is None) == (own.collect is None):
+    args, options = parser.parse_known_args(argv)
+    if (args.to is None) == (args.collect is None):
         raise BadInput("name a folder for the runs: --to FOLDER, or --collect FOLDER to train none")
-    if own.jobs < 1:
-        raise BadInput(f"--jobs must be at least 1, not {own.jobs}")
-    folder = own.to or own.collect
-    if own.collect and not folder.is_dir():
+    if args.jobs < 1:
+        raise BadInput(f"--jobs must be at least 1, not {args.jobs}")
+    folder = args.to or args.collect
+    if args.collect and not folder.is_dir():
         raise BadInput(f"there is no folder {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()
     runs = [wanted(config, seed, options, folder)
-            for config in own.configs for seed in own.seeds]
+            for config in args.configs for seed in args.seeds]
     names = [run.name for run in runs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise BadInput(f"{twice[0]} is there twice: each config has a name of its own, and each "
                        "seed is listed once")
-    states, failures = states_of(runs, folder), {}
-    if own.to:
-        unfinished = [run for run in runs if not states[run.name].finished]
+    look_up(runs, folder)
+    if args.to:
+        unfinished = [run for run in runs if run.lacks]
         for run in unfinished:
             load_data(run.settings)         # raises BadInput before any of them is trained
-        failures = train(unfinished, states, folder, own.jobs)
-        states = states_of(runs, folder)
-    rows = [row_of([run for run in runs if run.config == config], states)
-            for config in own.configs]
-    table = pd.DataFrame(rows, columns=COLUMNS)
-    figures = pd.DataFrame([figures_of(run, states[run.name]) for run in runs
-                            if states[run.name].finished])
-    missing = {}                # {why: names}, as one reason often stops all
-    for run in runs:
-        if not states[run.name].finished:
-            why = failures.get(run.name) or states[run.name].what
-            missing.setdefault(why, []).append(run.name)
-    report(table, figures, missing, folder)
-    return 1 if missing else 0
+        failures = train(unfinished, folder, args.jobs)
+        look_up(runs, folder)
+        for run in unfinished:
+            run.lacks = run.lacks and (failures[run.name] or run.lacks)
+    report([row_of([run for run in runs if run.config == config]) for config in args.configs],
+           runs, folder)
+    return 1 if any(run.lacks for run in runs) else 0
 
 
 def wanted(config, seed, options, folder):
-    """The Wanted run of a config. Raises BadInput if its settings are wrong."""
-    line = ["--config", str(config.resolve()), *options, "--seed", str(seed), "--data_seed",
+    """The Run of a config, not looked up yet. Raises BadInput if its settings are wrong."""
+    argv = ["--config", str(config.resolve()), *options, "--seed", str(seed), "--data_seed",
             str(seed), "--name", f"{config.stem}-seed{seed}"]
     with contextlib.chdir(folder):              # where the parser makes its folders
-        _, settings = read_settings(line)
+        _, settings = read_settings(argv)
     if settings.resume or settings.pretrained or settings.tmp or not settings.test:
         raise BadInput("a table is of new runs, kept and tested: no --resume, --pretrained, --tmp "
                        "or --test false")
     for key in "data_root", "initial_weights":      # paths, from here and not from `folder`
         if path := getattr(settings, key):
             setattr(settings, key, str(Path(path).resolve()))
-            line += [f"--{key}", getattr(settings, key)]
-    return Wanted(config, seed, settings, line)
+            argv += [f"--{key}", getattr(settings, key)]
+    return Run(config, seed, settings, argv)
 
 
-@dataclass
-class State:
-    """What there is of a run: its directory, or None; its rows of metrics; what it lacks; the
-    commit that started it, with + if the code was changed."""
-
-    directory: Path | None
-    rows: list
-    what: str
-    commit: str = "-"
-
-    @property
-    def finished(self):
-        return not self.what
-
-
-def states_of(runs, folder):
-    """{name: State} of `runs`, each the last of that name in exman's index of `folder`.
+def look_up(runs, folder):
+    """Find out what there is of each Run: the last of its name in exman's index of `folder`.
 
     Raises BadInput if the settings of one are not those that are wanted.
     """
@@ -159,34 +145,33 @@ def states_of(runs, folder):
     last = {}
     if entries:
         last = {str(entry["name"]): entry for _, entry in exman.Index(index).info().iterrows()}
-    return {run.name: state_of(run, last.get(run.name), folder) for run in runs}
+    for run in runs:
+        if run.name in last:
+            look_up_one(run, last[run.name], folder)
 
 
-def state_of(run, entry, folder):
-    """The State of a run with this row of exman's index, or None."""
-    if entry is None:
-        return State(None, [], "not run")
-    directory = Path(entry["root"])
+def look_up_one(run, entry, folder):
+    """Find out what there is of a Run with this row of exman's index."""
+    run.directory = Path(entry["root"])
     with contextlib.chdir(folder):
-        _, own = read_settings(["--config", str(directory / "params.yaml")])
-    for key, value in vars(own).items():
+        _, recorded = read_settings(["--config", str(run.directory / "params.yaml")])
+    for key, value in vars(recorded).items():
         if key not in MAY_DIFFER and value != getattr(run.settings, key):
-            raise BadInput(f"{directory} has {key} {value}, and {getattr(run.settings, key)} is "
-                           "asked for: use another folder")
-    rows = read_metrics(directory / "metrics.csv")
-    epoch = int(rows[-1]["epoch"]) if rows else 0
-    done = (directory / "model.torch").is_file() and epoch == own.epochs
-    what = "" if done else f"stopped after epoch {epoch} of {own.epochs}"
-    if done and not math.isfinite(rows[-1]["test_acc"]):
-        what = "without test error"
-    commit = str(entry["commit"])[:7] + "+" * bool(entry["dirty"]) if "commit" in entry else "-"
-    return State(directory, rows, what, commit)
+            raise BadInput(f"{run.directory} has {key} {value}, and {getattr(run.settings, key)} "
+                           "is asked for: use another folder")
+    run.rows = read_metrics(run.directory / "metrics.csv")
+    epoch = int(run.rows[-1]["epoch"]) if run.rows else 0
+    if epoch != recorded.epochs or not (run.directory / "model.torch").is_file():
+        run.lacks = f"stopped after epoch {epoch} of {recorded.epochs}"
+    else:
+        run.lacks = "" if math.isfinite(run.test_error) else "without test error"
+    if "commit" in entry:
+        run.commit = str(entry["commit"])[:7] + "+" * bool(entry["dirty"])
 
 
-def train(runs, states, folder, jobs):
-    """Train `runs`, whose `states` are given, in `folder`, `jobs` at a time -> {name: why} of those
-    that failed."""
-    failures, stop = {}, threading.Event()
+def train(runs, folder, jobs):
+    """Train `runs` in `folder`, `jobs` at a time -> {name: why it failed, or None}."""
+    stop = threading.Event()
 
     def ask_to_stop(*_):        # it does not raise: the runs need time to write their checkpoints
         if not stop.is_set():
@@ -196,25 +181,19 @@ def train(runs, states, folder, jobs):
     try:
         with tqdm(total=sum(run.settings.epochs for run in runs), unit="epoch",
                   disable=None) as bar, ThreadPoolExecutor(jobs) as pool:
-            def one(run):
-                if not stop.is_set() and (why := train_one(run, states[run.name], folder, bar,
-                                                           stop)):
-                    failures[run.name] = why
-            list(pool.map(one, runs))
+            return dict(pool.map(lambda run: (run.name, train_one(run, folder, bar, stop)), runs))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return failures
 
 
-def train_one(run, state, folder, bar, stop):
+def train_one(run, folder, bar, stop):
     """Train a run to its end -> why it failed, or None. `stop`: the event that stops it."""
-    line = run.line
-    if state.directory and (state.directory / "checkpoint.pt").is_file():
-        line = ["--resume", str(state.directory), *line]
-    process = subprocess.Popen([sys.executable, str(SCRIPT), *line], cwd=folder, text=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               start_new_session=True)      # Ctrl-C is for this program alone
+    if stop.is_set():
+        return None
+    argv = run.argv
+    if run.directory and (run.directory / "checkpoint.pt").is_file():
+        argv = ["--resume", str(run.directory), *argv]
     shown, pattern = 0, f"logs/exman-train-flow-ssl.py/runs/*-{run.name}/metrics.csv"
 
     def show():
@@ -223,45 +202,33 @@ def train_one(run, state, folder, bar, stop):
         epoch = int(max((row["epoch"] for row in rows), default=0))
         bar.update(epoch - shown)
         shown = epoch
-    lines = []
-    reader = threading.Thread(target=lambda: lines.extend(process.stderr))   # a pipe that fills up
-    reader.start()                                                           # would block the run
-    try:
-        while process.poll() is None and not stop.wait(0.2):
-            bar.set_postfix_str(run.name, refresh=False)
-            show()
-    finally:
-        if process.poll() is None:
-            process.terminate()         # once: a second one could end it while it stops
-        process.wait()
-        reader.join()
-    show()
-    if process.returncode and not stop.is_set():
-        last = ([line.strip() for line in lines if line.strip()] or ["no message"])[-1]
-        return f"exit code {process.returncode}: {last}"
-    return None
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        process = subprocess.Popen([sys.executable, str(SCRIPT), *argv], cwd=folder,
+                                   stdout=subprocess.DEVNULL, stderr=errors,
+                                   start_new_session=True)      # Ctrl-C is for this program alone
+        try:
+            while process.poll() is None and not stop.wait(0.2):
+                bar.set_postfix_str(run.name, refresh=False)
+                show()
+        finally:
+            if process.poll() is None:
+                process.terminate()         # once: a second one could end it while it stops
+            process.wait()
+        show()
+        errors.seek(0)
+        last = ["no message", *filter(None, map(str.strip, errors))][-1]
+    failed = process.returncode and not stop.is_set()
+    return f"exit code {process.returncode}: {last}" if failed else None
 
 
-def row_of(runs, states):
-    """The row of a config, keyed by COLUMNS, from its finished runs."""
-    settings = runs[0].settings
+def row_of(runs):
+    """The row of a config, in the order of COLUMNS, from its finished runs."""
+    settings, done = runs[0].settings, [run for run in runs if not run.lacks]
     kind = settings.ssl_model, settings.ssl_alg, settings.cl_weight > 0
-    last = [states[run.name].rows[-1] for run in runs if states[run.name].finished]
-    published = PUBLISHED.get(kind, ("-", "-"))
-    return dict(zip(COLUMNS, (
-        MODELS[settings.ssl_model], ALGORITHMS[settings.ssl_alg],
-        "yes" if settings.cl_weight else "no", *published,
-        spread([100 * (1 - row["test_acc"]) for row in last], 2),
-        spread([row["test_bpd"] for row in last], 3), len(last), runs[0].config.stem)))
-
-
-def figures_of(run, state):
-    """The row of a finished run in runs.csv."""
-    last = state.rows[-1]
-    return {"config": run.config.stem, "seed": run.seed,
-            "test error, %": round(100 * (1 - last["test_acc"]), 4), "bits/dim": last["test_bpd"],
-            "epochs": run.settings.epochs,
-            "seconds": round(sum(row["seconds"] for row in state.rows), 1), "commit": state.commit}
+    return (MODELS[settings.ssl_model], ALGORITHMS[settings.ssl_alg],
+            "yes" if settings.cl_weight else "no", *PUBLISHED.get(kind, ("-", "-")),
+            spread([run.test_error for run in done], 2),
+            spread([run.rows[-1]["test_bpd"] for run in done], 3), len(done), runs[0].config.stem)
 
 
 def spread(values, digits):
@@ -272,18 +239,31 @@ def spread(values, digits):
     return f"{mean} ± {pd.Series(values).std():.{digits}f}" if len(values) > 1 else mean
 
 
-def report(table, figures, missing, folder):
-    """Print the table and what is missing, {why: names}, and write them and the runs' figures to
-    `folder`."""
-    rows = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).values.tolist()]
-    text = "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+def report(rows, runs, folder):
+    """Print the table and which `runs` are missing, and write them and the runs' figures.
+
+    rows: of the table, as from `row_of`.
+    folder: of table.md, table.csv and runs.csv.
+    """
+    cells = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+    text = "\n".join(f"| {' | '.join(map(str, row))} |" for row in cells) + "\n"
+    missing = {}                # {why: names}, as one reason often stops all
+    for run in runs:
+        if run.lacks:
+            missing.setdefault(run.lacks, []).append(run.name)
     if missing:
         parts = [f"{', '.join(names)} ({why})" for why, names in missing.items()]
         text += f"\nNot finished, and not in the table: {'; '.join(parts)}\n"
     print(text, end="")
     with atomic_write(folder / "table.md") as f:
         f.write(text)
-    for name, frame in (("table.csv", table), ("runs.csv", figures)):
+    numbers = [{"config": run.config.stem, "seed": run.seed,
+                "test error, %": round(run.test_error, 4), "bits/dim": run.rows[-1]["test_bpd"],
+                "epochs": run.settings.epochs,
+                "seconds": round(sum(row["seconds"] for row in run.rows), 1), "commit": run.commit}
+               for run in runs if not run.lacks]
+    for name, frame in (("table.csv", pd.DataFrame(rows, columns=COLUMNS)),
+                        ("runs.csv", pd.DataFrame(numbers))):
         with atomic_write(folder / name, newline="") as f:
             frame.to_csv(f, index=False)
 

@@ -12,24 +12,49 @@ from .conv1x1 import CONVS
 from .f_w import FLOWS
 from .h_phi import HEADS
 from .marginal import MarginalGaussian
+from .options import Option
 from .pixels import Logit
 from .pyramid import PixelPyramid, pixel_pyramid
 from .scnf import SemiConditionalFlow
 
+__all__ = ["MODEL_OPTIONS", "SemiConditionalFlow", "build_model"]
+
 PIXELS: dict[str, Callable[..., Bijection]] = {     # (shape, grey_levels=...)
     "logit": lambda shape, grey_levels: Logit(), "marginal": MarginalGaussian}
 
-# The options that describe a model, with the defaults of the paper's MNIST run.
-MODEL_OPTIONS: dict[str, Any] = {
-    "model": "mnist-masked", "pixels": "logit", "width": 0, "n_blocks": 0, "position_bias": False,
-    "conv": "full", "hh_factors": 2, "l": 8,
-    "ssl_model": "cond-flow", "ssl_dim": 196, "ssl_l": 2, "ssl_k": 4, "ssl_hd": 256, "ssl_std": 1.0,
-    "ssl_conv": "full", "ssl_hh": 2,
+# The options that describe a model. The defaults are those of the paper's MNIST run.
+MODEL_OPTIONS: dict[str, tuple[Option, ...]] = {
+    "f_w: the large flow, independent of y": (
+        Option("model", str, "mnist-masked", "architecture", choices=(*FLOWS, "pyramid")),
+        Option("pixels", str, "logit",
+               "its first layer, for images: logit, or marginal: each pixel's values are "
+               "transformed to a Gaussian by their distribution in the training images",
+               choices=tuple(PIXELS)),
+        Option("width", int, 0, "channels of its networks, except toy's; 0: the model's default",
+               low=0),
+        Option("n_blocks", int, 0, "residual blocks of these networks; 0: the model's default",
+               low=0),
+        Option("position_bias", bool, False, "give them a learned bias per pixel"),
+        Option("conv", str, "full", "invertible 1x1 convolutions", choices=tuple(CONVS)),
+        Option("hh_factors", int, 2, "Householder reflections of conv qr, qr-abs and hh", low=1),
+        Option("l", int, 8, "flow steps of model toy", low=1),
+    ),
+    "h_phi: the small flow, conditioned on y": (
+        Option("ssl_model", str, "cond-flow",
+               "cond-flow (SCNF-GLOW), cond-shift (SCNF-GMM), or cond-gmm, SCNF-GMM with a "
+               "diagonal covariance of each class", choices=tuple(HEADS)),
+        Option("ssl_dim", int, 196, "dimensions of z_f, an even number; -1: all of z",
+               low=2, also=(-1,)),
+        Option("ssl_l", int, 2, "levels of cond-flow", low=1),
+        Option("ssl_k", int, 4, "flow steps per level of cond-flow", low=1),
+        Option("ssl_hd", int, 256, "width of the networks of cond-flow", low=1),
+        Option("ssl_std", float, 1.0,
+               "standard deviation of the means of cond-shift and cond-gmm at the start",
+               low=0, open_below=True),
+        Option("ssl_conv", str, "full", "invertible 1x1 convolutions", choices=tuple(CONVS)),
+        Option("ssl_hh", int, 2, "Householder reflections of ssl_conv qr, qr-abs and hh", low=1),
+    ),
 }
-MODEL_CHOICES = {"model": (*FLOWS, "pyramid"), "pixels": tuple(PIXELS), "conv": tuple(CONVS),
-                 "ssl_conv": tuple(CONVS), "ssl_model": tuple(HEADS)}
-
-__all__ = ["MODEL_CHOICES", "MODEL_OPTIONS", "SemiConditionalFlow", "build_model"]
 
 
 def build_model(settings: Mapping[str, Any] | SimpleNamespace | argparse.Namespace,
@@ -38,32 +63,30 @@ def build_model(settings: Mapping[str, Any] | SimpleNamespace | argparse.Namespa
                 grey_levels: int | None = None) -> SemiConditionalFlow:
     """Build the semi-conditional flow that `settings` describes, not yet initialised.
 
-    settings: a mapping or namespace with the keys of MODEL_OPTIONS; missing keys have their
-    defaults; ssl_nclasses, if given, must agree with n_classes; all other keys are ignored.
-    data_shape: (C, H, W), or (2, 1, 1) for points. class_probs: p(y), K numbers, or None for
-    uniform. grey_levels: of the images, 256 for MNIST; pixels marginal and model pyramid need it.
-    Raises ValueError if these do not fit together.
+    settings: the options of MODEL_OPTIONS, as a mapping or namespace; missing ones have their
+        defaults, and other keys are ignored.
+    data_shape: (C, H, W), or (2, 1, 1) for points.
+    n_classes: K.
+    class_probs: p(y), K numbers, or None for uniform.
+    grey_levels: of the images, 256 for MNIST; only pixels marginal and model pyramid need it.
+
+    Raises ValueError if an option has a value that it may not have, or if these do not fit
+    together.
     """
     given = settings if isinstance(settings, Mapping) else vars(settings)
-    values = {key: given.get(key, default) for key, default in MODEL_OPTIONS.items()}
-    options = SimpleNamespace(**values, grey_levels=grey_levels)
-    for key, choices in MODEL_CHOICES.items():
-        if getattr(options, key) not in choices:
-            raise ValueError(f"unknown {key} {getattr(options, key)!r}: "
-                             f"choose from {', '.join(choices)}")
-    for key in ("hh_factors", "l", "ssl_l", "ssl_k", "ssl_hd", "ssl_hh"):
-        if getattr(options, key) < 1:
-            raise ValueError(f"{key} must be at least 1, not {getattr(options, key)}")
-    if given.get("ssl_nclasses", -1) not in (-1, n_classes):
-        raise ValueError(f"ssl_nclasses is {given['ssl_nclasses']}, "
-                         f"but the data has {n_classes} classes")
+    options = SimpleNamespace(grey_levels=grey_levels)
+    for option in (option for group in MODEL_OPTIONS.values() for option in group):
+        value = given.get(option.name, option.default)
+        if problem := option.problem(value):
+            raise ValueError(f"{option.name}: {problem}")
+        setattr(options, option.name, value)
     is_pyramid = options.model == "pyramid"
     pixels = partial(PIXELS[options.pixels], grey_levels=grey_levels)
     f_w = (pixel_pyramid if is_pyramid else FLOWS[options.model])(
         tuple(data_shape), options, pixels)
     dim = math.prod(data_shape)
     ssl_dim = dim if options.ssl_dim == -1 else options.ssl_dim
-    if not 2 <= ssl_dim <= dim or ssl_dim % 2:
+    if ssl_dim > dim or ssl_dim % 2:
         raise ValueError(f"ssl_dim must be an even number from 2 to the data's {dim} dimensions "
                          f"(or -1 for all of them), not {options.ssl_dim}")
     h_phi = HEADS[options.ssl_model](ssl_dim, n_classes, options)

@@ -1,21 +1,20 @@
 """The bijections of the flow. The forward direction is x -> z.
 
-There are two kinds. A `Bijection` has a log-determinant that depends on x:
-
     forward(x) -> (z, ldj)      ldj: log|det dz/dx| of each sample, in nats, shape (B,)
     inverse(z) -> x
 
-An `Affine` one, z = A x + b, has one that follows from its weights alone. Its forward returns z,
-and MultiScale, the container of them all, adds the log-determinants of all affine layers at once.
+The log-determinant of an `Affine` bijection, z = A x + b, follows from its weights alone: its
+forward returns z, and MultiScale, the container of all bijections, adds the log-determinants of all
+affine ones at once.
 
-x is (B, C, H, W) for images and (B, C) for vectors. The bijections of h_phi take the embedding of
+x is (B, C, H, W) for images and (B, C) for vectors. The couplings of h_phi take the embedding of
 the label, (B, E), as a second argument, the context. No bijection keeps state between calls.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,36 +34,35 @@ def sum_per_sample(v: Tensor) -> Tensor:
 
 
 class Bijection(nn.Module):
-    """Base class of all bijections; the module's docstring states the contracts of both kinds."""
+    """Base class of all bijections: the module's docstring states their contract."""
 
     inverse: Callable[..., Tensor]
 
     def fit(self, images: Tensor | None) -> None:
-        """Set what depends on the training images (N, C, H, W), integer grey levels; by default
-        nothing does."""
+        """Set what depends on the training images (N, C, H, W), integer grey levels: by default
+        nothing."""
 
     def output_shape(self, shape: Shape) -> Shape:
-        """Shape of z for x of shape `shape`, both without the batch dimension."""
+        """The shape of z for x of shape `shape`, both without the batch dimension."""
         return shape
 
 
 class Affine(Bijection):
     """Base class of z = A x + b, with the same A for the channels of every pixel.
 
-    forward(x) -> z and inverse(z) -> x. log|det dz/dx| is the number of pixels times log|det A|.
+    forward(x) -> z and inverse(z) -> x; log|det dz/dx| is the number of pixels times log|det A|.
     """
 
     def log_det_weights(self) -> Tensor:
-        """What log|det A| follows from: a tensor whose shape follows from the number of channels.
-        """
+        """What log|det A| follows from, of a shape that follows from the number of channels."""
         raise NotImplementedError
 
     @staticmethod
     def log_dets(weights: Sequence[Tensor]) -> Tensor:
-        """log|det A| of N layers of this class: (N,).
+        """log|det A| of N layers of this class, (N,).
 
-        weights: their `log_det_weights`, stacked: (N_1, ...), (N_2, ...), ... with one tensor for
-        each number of channels; N = N_1 + N_2 + ...
+        weights: their `log_det_weights`, stacked, a tensor (N_1, ...), (N_2, ...), ... for each
+            number of channels; N = N_1 + N_2 + ...
         """
         raise NotImplementedError
 
@@ -93,8 +91,8 @@ class Squeeze(Bijection):
 class ActNorm(Affine):
     """z = (x - bias) * exp(logs), per channel (Kingma & Dhariwal 2018, arXiv 1807.03039, 3.1).
 
-    It is the identity until `initialize` sets it from a batch (data-dependent initialisation). The
-    buffer `initialized` records that, and is saved with the weights.
+    It is the identity until `initialize` sets it from a batch (data-dependent initialisation),
+    which the buffer `initialized` records.
     """
 
     initialized: Tensor
@@ -136,11 +134,12 @@ class CheckerboardCoupling(Bijection):
     """z = m x + (1 - m) (x s + t), where (raw, t) = net(m x) and s = sigmoid(raw + 2).
 
     The mask m alternates over the pixels like a checkerboard and is 1 where x passes unchanged
-    (Dinh et al. 2017, section 3.4). With `parity` 0, m is 0 at pixel (0, 0); with parity 1 it is 1
-    there. The network maps C channels to 2C: first raw, then t.
+    (Dinh et al. 2017, section 3.4). As in the authors' code, t is added after scaling and s has no
+    offset, while ChannelCoupling adds t before scaling and 1e-6 to s.
 
-    Here t is added after scaling and s has no offset; ChannelCoupling adds t before scaling and
-    1e-6 to s. The two differ in this way in the authors' code.
+    net: maps C channels to 2C, first raw, then t
+    size: (H, W) of x
+    parity: m at pixel (0, 0), 0 or 1
     """
 
     mask: Tensor
@@ -165,7 +164,7 @@ class CheckerboardCoupling(Bijection):
 
 
 def scale_shift(net: nn.Module, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-    """s and t of ChannelCoupling, from the input of its network."""
+    """s and t of ChannelCoupling, from x and the context, the input of its network."""
     raw, t = net(torch.cat((x, *context), 1) if context else x).chunk(2, dim=1)
     return torch.sigmoid(raw + 2) + 1e-6, t
 
@@ -176,8 +175,8 @@ class ChannelCoupling(Bijection):
         z1 = (x1 + t1) s1,  (raw1, t1) = net1(x2)
         z2 = (x2 + t2) s2,  (raw2, t2) = net2(z1)        s = sigmoid(raw + 2) + 1e-6
 
-    A context (B, E), if given, is concatenated to the input of both networks: this is the
-    conditional coupling of h_phi. Each network maps C/2 (+ E) channels to C: first raw, then t.
+    With a context (B, E), concatenated to the input of both networks, it is the conditional
+    coupling of h_phi. net1 and net2 map C/2 (+ E) channels to C, first raw, then t.
     """
 
     def __init__(self, net1: nn.Module, net2: nn.Module):
@@ -200,39 +199,39 @@ class ChannelCoupling(Bijection):
         return torch.cat((z1 / s1 - t1, x2), 1)
 
 
-class Split:
+class Split(NamedTuple):
     """Marks, in the list of layers of a MultiScale, where channels leave the flow.
 
     The first n of C channels, or `split_size(C)` if n is None, become part of z; the next layers
     transform the others (Dinh et al. 2017, section 3.6).
     """
 
-    def __init__(self, n: int | None = None):
-        self.n = n
+    n: int | None = None
 
 
 def split_size(channels: int) -> int:
     """How many channels leave at a split: half of `channels`, rounded up to an even number."""
-    half = channels // 2
-    return half + half % 2
+    n = channels // 2
+    return n + n % 2
 
 
 class MultiScale(Bijection):
-    """A flow of `layers`: bijections in order, and a Split wherever channels leave.
+    """A flow of several scales: bijections in order, and a Split wherever channels leave.
 
-    z (B, D) holds the channels that left at each split, in order, and last what reached the end,
-    each part flattened in the order (c, h, w). A context, if given, goes to every bijection that is
-    not affine. `levels` has the bijections before, between and after the splits; an nn.Sequential
-    among them groups several.
+    z (B, D) is what leaves each scale, in order, each part flattened in the order (c, h, w); all
+    that is left leaves the last one. A context goes to every bijection that is not affine.
+
+    input_shape: of x, without the batch dimension
+    layers: bijections and Splits; an nn.Sequential groups bijections under one number
     """
 
-    levels: Any
+    levels: Any     # the bijections of each scale; the weights have this name
     n_pixels: Tensor
 
     def __init__(self, input_shape: Sequence[int], layers: Iterable[nn.Module | Split]):
         super().__init__()
-        levels: list[list[nn.Module]] = [[]]
-        self.part_shapes: list[Shape] = []  # of the parts of z
+        scales: list[list[nn.Module]] = [[]]
+        self.part_shapes: list[Shape] = []      # of what leaves each scale
         # The affine layers, by their class and number of channels, with their numbers of pixels.
         affine: dict[type[Affine], dict[int, list[tuple[Affine, int]]]] = {}
         shape: Shape = tuple(input_shape)
@@ -241,77 +240,71 @@ class MultiScale(Bijection):
                 n = layer.n or split_size(shape[0])
                 self.part_shapes.append((n, *shape[1:]))
                 shape = (shape[0] - n, *shape[1:])
-                levels.append([])
+                scales.append([])
                 continue
-            levels[-1].append(layer)
+            scales[-1].append(layer)
             for bijection in _in_order([layer]):
                 if isinstance(bijection, Affine):
                     same = affine.setdefault(type(bijection), {}).setdefault(shape[0], [])
                     same.append((bijection, math.prod(shape[1:])))
                 shape = bijection.output_shape(shape)
         self.part_shapes.append(shape)
-        self.levels = nn.ModuleList(nn.ModuleList(level) for level in levels)
-        self._affine = {kind: [[layer for layer, _ in same] for same in by_size.values()]
-                        for kind, by_size in affine.items()}
-        n_pixels = [float(n) for by_size in affine.values() for same in by_size.values()
-                    for _, n in same]
-        self.register_buffer("n_pixels", torch.tensor(n_pixels), persistent=False)
+        self.levels = nn.ModuleList(map(nn.ModuleList, scales))
+        self._affine = {kind: list(by_channels.values()) for kind, by_channels in affine.items()}
+        n_pixels = [n for groups in self._affine.values() for same in groups for _, n in same]
+        self.register_buffer("n_pixels", torch.tensor(n_pixels, dtype=torch.get_default_dtype()),
+                             persistent=False)
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         log_det_of_affine = self._start_log_det_of_affine()
         ldjs, parts = [x.new_zeros(len(x))], []
-        for i, level in enumerate(self.levels):
-            if i:
-                n = self.part_shapes[i - 1][0]
-                parts.append(x[:, :n].flatten(1))
-                x = x[:, n:]
-            for bijection in _in_order(level):
+        for scale, (n, *_) in zip(self.levels, self.part_shapes):
+            for bijection in _in_order(scale):
                 if isinstance(bijection, Affine):
                     x = bijection(x)
                 else:
                     x, ldj = bijection(x, *context)
                     ldjs.append(ldj)
-        parts.append(x.flatten(1))
-        return torch.cat(parts, 1), torch.stack(ldjs).sum(0) + log_det_of_affine()  # (B, D), (B,)
+            parts.append(x[:, :n].flatten(1))
+            x = x[:, n:]
+        return torch.cat(parts, 1), torch.stack(ldjs).sum(0) + log_det_of_affine()
 
     def _start_log_det_of_affine(self) -> Callable[[], Tensor]:
-        """The sum over all affine layers of pixels times log|det A|, as a function that waits for
-        it, -> ()."""
+        """Start the sum of pixels times log|det A| over all affine layers -> a function that waits
+        for it, a tensor ()."""
         # The gradients of weights are where these are stacked, on the main stream.
-        stacked = {kind: [torch.stack([layer.log_det_weights() for layer in same])
-                          for same in by_size] for kind, by_size in self._affine.items()}
+        stacked = {kind: [torch.stack([layer.log_det_weights() for layer, _ in same])
+                          for same in groups] for kind, groups in self._affine.items()}
         if not stacked:
             return self.n_pixels.sum
 
         def log_det() -> Tensor:
-            return torch.cat([kind.log_dets(tensors) for kind, tensors in stacked.items()]
+            return torch.cat([kind.log_dets(weights) for kind, weights in stacked.items()]
                              ) @ self.n_pixels
-        return beside(log_det, [t for tensors in stacked.values() for t in tensors])
+        return _beside(log_det, [w for weights in stacked.values() for w in weights])
 
     def inverse(self, z: Tensor, *context: Tensor) -> Tensor:
         flat = z.split([math.prod(shape) for shape in self.part_shapes], 1)
         parts = [part.unflatten(1, shape) for part, shape in zip(flat, self.part_shapes)]
-        x = parts[-1]
-        for i in reversed(range(len(self.levels))):
-            for bijection in reversed(list(_in_order(self.levels[i]))):
+        x = parts.pop()
+        for scale in reversed(self.levels):
+            for bijection in reversed(list(_in_order(scale))):
                 x = bijection.inverse(x, *(() if isinstance(bijection, Affine) else context))
-            if i:
-                x = torch.cat((parts[i - 1], x), 1)
+            if parts:
+                x = torch.cat((parts.pop(), x), 1)
         return x
 
 
-def _in_order(level: Iterable[nn.Module]) -> Iterator[Any]:
-    """The bijections of a level, with those of its nn.Sequentials one by one."""
-    for layer in level:
+def _in_order(layers: Iterable[nn.Module]) -> Iterator[Any]:
+    """The bijections of `layers`, with those of each nn.Sequential one by one."""
+    for layer in layers:
         yield from layer if isinstance(layer, nn.Sequential) else (layer,)
 
 
-def beside(function: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Callable[[], Tensor]:
-    """Start `function` of `inputs` on a GPU's side stream -> a function that waits for the result.
-
-    It runs beside what the main stream gets meanwhile. On a CPU, and where torch.distributed, whose
-    hooks expect one stream, is in use, it is an ordinary call.
+def _beside(function: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Callable[[], Tensor]:
+    """Start a function of `inputs` on a GPU's side stream -> a function that waits for its result.
     """
+    # The hooks of torch.distributed expect one stream.
     if not inputs[0].is_cuda or torch.distributed.is_initialized():
         result = function()
         return lambda: result

@@ -21,63 +21,49 @@ MIN_GPU_BATCH = 3
 
 
 class LogAbsDet(torch.autograd.Function):
-    """log|det W| of each W (N, C, C) -> (N,), by LU in double precision; d log|det W| / dW = W^-T.
+    """log|det W| by LU in double precision, W (..., C, C) -> (...); d log|det W| / dW = W^-T.
 
-    It never synchronises with the device: a singular W gives -inf, and a gradient that is not
-    finite.
+    It never waits for a GPU: a singular W gives -inf, and a gradient that is not finite.
     """
 
     @staticmethod
     def forward(ctx: Any, w: Tensor) -> Tensor:
-        n, c, _ = w.shape
-        matrices = w.double()
-        if w.is_cuda and n < MIN_GPU_BATCH:
-            identity = torch.eye(c, dtype=matrices.dtype, device=w.device)
-            matrices = torch.cat((matrices, identity.expand(MIN_GPU_BATCH - n, c, c)))
-        lu, pivots = _per_matrix_on_cpu(lambda w: torch.linalg.lu_factor_ex(w)[:2], matrices)
+        lu, pivots, _ = torch.linalg.lu_factor_ex(w.double())
         ctx.save_for_backward(lu, pivots)
-        return lu.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)[:n].to(w.dtype)
+        return lu.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1).to(w.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         lu, pivots = ctx.saved_tensors
-        eye = torch.eye(lu.shape[-1], dtype=lu.dtype, device=lu.device).expand_as(lu)
-        inverse_t, = _per_matrix_on_cpu(
-            lambda *args: (torch.linalg.lu_solve(*args, adjoint=True),), lu, pivots, eye)
-        return (grad[:, None, None] * inverse_t[:len(grad)]).to(grad.dtype)
-
-
-def _per_matrix_on_cpu(f: Callable[..., tuple[Tensor, ...]],
-                       *batched: Tensor) -> tuple[Tensor, ...]:
-    """f(*batched) on a GPU; on a CPU the stacked results of f for each entry of the batch.
-
-    On a CPU, PyTorch 2.14 with MKL factorises a batch wrongly after torch.set_num_threads.
-    """
-    if batched[0].is_cuda:
-        return f(*batched)
-    return tuple(map(torch.stack, zip(*map(f, *batched))))
+        identity = torch.eye(lu.shape[-1], dtype=lu.dtype, device=lu.device).expand_as(lu)
+        inverse_t = torch.linalg.lu_solve(lu, pivots, identity, adjoint=True)
+        return (grad[..., None, None] * inverse_t).to(grad.dtype)
 
 
 def log_abs_dets(matrices: Sequence[Tensor]) -> Tensor:
-    """log|det W| of each of N_1 matrices, N_2 others of another size, and so on: (N,).
+    """log|det W| of N = N_1 + N_2 + ... matrices of several sizes, (N,).
 
-    matrices: (N_1, C_1, C_1), (N_2, C_2, C_2), ... On a GPU they are one batch of the largest size,
-    which it factorises at the same time.
+    matrices: (N_1, C_1, C_1), (N_2, C_2, C_2), ...
     """
-    if matrices[0].is_cuda:
-        largest = max(len(w[0]) for w in matrices)
-        matrices = [torch.cat([extended(w, largest) for w in matrices])]
-    return torch.cat([LogAbsDet.apply(w) for w in matrices])
+    if not matrices[0].is_cuda:
+        # One by one: PyTorch 2.14 with MKL factorises batches wrongly after torch.set_num_threads.
+        return torch.stack([LogAbsDet.apply(w) for same_size in matrices for w in same_size])
+    n, largest = sum(map(len, matrices)), max(w.shape[1] for w in matrices)
+    batch = [extended(w, largest) for w in matrices]    # which a GPU factorises at the same time
+    if n < MIN_GPU_BATCH:
+        identity = torch.eye(largest, dtype=batch[0].dtype, device=batch[0].device)
+        batch.append(identity.expand(MIN_GPU_BATCH - n, -1, -1))
+    return LogAbsDet.apply(torch.cat(batch))[:n]
 
 
 def extended(w: Tensor, size: int) -> Tensor:
-    """w (N, C, C) -> (N, size, size) with the identity in the other rows and columns."""
+    """w (N, C, C) -> (N, size, size), with the identity in the other rows and columns."""
     more = size - w.shape[1]
     if not more:
         return w
-    ones = torch.cat((w.new_zeros(w.shape[1]), w.new_ones(more)))
-    return F.pad(w, (0, more, 0, more)) + ones.diag()
+    diagonal = torch.cat((w.new_zeros(w.shape[1]), w.new_ones(more)))
+    return F.pad(w, (0, more, 0, more)) + diagonal.diag()
 
 
 def over_channels(w: Tensor, x: Tensor) -> Tensor:
@@ -90,11 +76,9 @@ def over_channels(w: Tensor, x: Tensor) -> Tensor:
 
 
 class InvertibleConv(Affine):
-    """z = W x. Each kind defines `matrix()`, which returns W (C, C)."""
+    """z = W x: each kind defines `matrix`."""
 
-    def matrix(self) -> Tensor:
-        """W (C, C)."""
-        raise NotImplementedError
+    matrix: Callable[[], Tensor]    # -> W (C, C)
 
     def forward(self, x: Tensor) -> Tensor:
         return over_channels(self.matrix(), x)
@@ -131,18 +115,13 @@ class HouseholderConv(InvertibleConv):
 
     def __init__(self, channels: int, hh_factors: int):
         super().__init__()
-        v = torch.rand(hh_factors, channels) * 2 - 1
-        self.v = nn.Parameter(F.normalize(v))
+        self.v = nn.Parameter(F.normalize(torch.rand(hh_factors, channels) * 2 - 1))
 
-    def orthogonal(self) -> Tensor:
-        """Q (C, C)."""
+    def matrix(self) -> Tensor:
         q = torch.eye(self.v.shape[1], dtype=self.v.dtype, device=self.v.device)
         for v in self.v:
             q = q - 2 * torch.outer(q @ v, v) / v.dot(v)  # q H_i
         return q
-
-    def matrix(self) -> Tensor:
-        return self.orthogonal()
 
     def log_det_weights(self) -> Tensor:
         return self.v[0]
@@ -168,7 +147,7 @@ class QRConv(HouseholderConv):
         return F.softplus(self.s)
 
     def matrix(self) -> Tensor:
-        return self.orthogonal() @ (torch.diag(self.diagonal()) + self.r.triu(1))
+        return super().matrix() @ (self.diagonal().diag() + self.r.triu(1))
 
     def log_det_weights(self) -> Tensor:
         return self.diagonal()
@@ -179,7 +158,7 @@ class QRConv(HouseholderConv):
 
 
 class QRAbsConv(QRConv):
-    """QRConv with diag(s) instead of diag(softplus(s)); s is 1 at the start.
+    """QRConv with diag(s), s = 1 at the start, instead of diag(softplus(s)).
 
     Hence log|det W| = sum log|s|.
     """

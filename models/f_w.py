@@ -26,22 +26,26 @@ from .networks import PointNetwork, resnet3x3
 def masked_glow(shape: Shape, options: SimpleNamespace, pixels: Callable[[Shape], Bijection],
                 width: int, n_blocks: int, squeeze_first: bool = False,
                 padding_mode: str = "reflect") -> MultiScale:
-    """f_w for images (C, H, W): checkerboard and channel couplings on three scales.
+    """f_w for images: checkerboard and channel couplings on three scales.
 
-    pixels: makes the first layer. width, n_blocks: channels and residual blocks of the couplings'
-    networks; options.width and options.n_blocks override them if positive; with
-    options.position_bias the networks know where in the image they are (PositionBias). The last
-    part of z has 4C channels of H/4 x W/4 pixels: it is z_f if `ssl_dim` is its size. With
-    `squeeze_first` the first squeeze precedes the first couplings, which then work on a quarter of
-    the pixels.
+    shape: (C, H, W)
+    options: conv and hh_factors; width and n_blocks, which override those below if positive;
+        position_bias, with which the networks know where in the image they are
+    pixels: makes the first layer
+    width: channels of the couplings' networks
+    n_blocks: residual blocks of these networks
+    squeeze_first: whether the first squeeze precedes the first couplings, which then work on a
+        quarter of the pixels
+    padding_mode: of the networks' convolutions, "reflect" or "zeros"
 
+    The last part of z has 4C channels of H/4 x W/4 pixels: it is z_f if `ssl_dim` is its size.
     Raises ValueError if the sides of the images are not multiples of 4, at least 8.
     """
     c, h, w = shape
     if h % 4 or w % 4 or min(h, w) < 8:
         raise ValueError(f"model {options.model} needs images with sides that are multiples of 4, "
                          f"at least 8, not data of shape {tuple(shape)}: use model toy for points")
-    full, half, quarter = ((h // d, w // d) for d in (1, 2, 4))
+    size1, size2, size4 = ((h // d, w // d) for d in (1, 2, 4))
     inv = partial(invertible_conv, options.conv, hh_factors=options.hh_factors)
 
     def net(c_in: int, c_out: int, size: tuple[int, int]) -> nn.Module:
@@ -58,26 +62,28 @@ def masked_glow(shape: Shape, options: SimpleNamespace, pixels: Callable[[Shape]
         return [layer for _ in range(2) for layer in (
             inv(c), ChannelCoupling(net(c // 2, c, size), net(c // 2, c, size)), ActNorm(c))]
 
-    if squeeze_first:
-        first = [Squeeze(), *checkerboard(4 * c, half)]
-    else:
-        first = [*checkerboard(c, full), Squeeze()]
     return MultiScale(shape, [
         pixels(shape),
         # C x H x W, and from the squeeze on 4C x H/2 x W/2
-        *first, *channel(4 * c, half),
+        *([Squeeze(), *checkerboard(4 * c, size2)] if squeeze_first else
+          [*checkerboard(c, size1), Squeeze()]),
+        *channel(4 * c, size2),
         Split(),
         # 2C x H/2 x W/2, and from the squeeze on 8C x H/4 x W/4
-        *checkerboard(2 * c, half), Squeeze(), *channel(8 * c, quarter),
+        *checkerboard(2 * c, size2), Squeeze(), *channel(8 * c, size4),
         Split(),
         # 4C x H/4 x W/4
-        *checkerboard(4 * c, quarter), *channel(4 * c, quarter),
+        *checkerboard(4 * c, size4), *channel(4 * c, size4),
     ])
 
 
 def toy_flow(shape: Shape, options: SimpleNamespace,
              pixels: Callable[[Shape], Bijection]) -> MultiScale:
-    """f_w for points in the plane, given as 2 x 1 x 1: `l` flow steps.
+    """f_w for points in the plane: `l` flow steps.
+
+    shape: (2, 1, 1)
+    options: l, conv and hh_factors
+    pixels: makes the first layer of an f_w for images; not used
 
     Raises ValueError for other shapes, and for options.pixels and options.position_bias, which are
     for images.

@@ -1,9 +1,15 @@
 """h_phi: the conditional flow on z_f, which the option `ssl_model` names (HEADS).
 
-Its two kinds in the paper are ConditionalFlow, of SCNF-GLOW, and ConditionalShift, of SCNF-GMM:
+The paper has two kinds, ConditionalFlow (SCNF-GLOW) and ConditionalShift (SCNF-GMM). All have
 
-    forward(z_f, y) -> (z_h, ldj)       z_f, z_h: (B, ssl_dim); y: labels (B,); ldj: (B,)
+    forward(z_f, y) -> (z_h, ldj)       z_f, z_h: (B, ssl_dim); y: labels (B,); ldj: (B,), in nats
     inverse(z_h, y) -> z_f
+
+and are made from
+
+    dim: ssl_dim
+    n_classes: K
+    options: those of MODEL_OPTIONS whose names begin with ssl_
 """
 
 from collections import OrderedDict
@@ -31,31 +37,32 @@ def embed(embedding: nn.Embedding, y: Tensor) -> Tensor:
 
 
 class ConditionalFlow(nn.Module):
-    """h_phi of SCNF-GLOW: `ssl_l` levels of `ssl_k` conditional flow steps, separated by splits.
+    """h_phi of SCNF-GLOW: `ssl_l` scales of `ssl_k` conditional flow steps, separated by splits.
 
     A flow step is an ActNorm, an invertible 1x1 convolution, and a channel coupling whose networks
     see the label: an embedding (K, 10) that all flow steps share. At the start it has ones on the
-    diagonal, and random unit vectors for the classes after the tenth. Raises ValueError if `dim`
-    cannot be split into that many levels.
+    diagonal, and random unit vectors for the classes after the tenth.
+
+    Raises ValueError if `dim` cannot be split into that many scales.
     """
 
     def __init__(self, dim: int, n_classes: int, options: SimpleNamespace):
         super().__init__()
         self.embedding = nn.Embedding(n_classes, EMBEDDING_DIM)
         nn.init.eye_(self.embedding.weight)
-        if n_classes > EMBEDDING_DIM:           # the remaining rows would all be zero
-            others = torch.randn(n_classes - EMBEDDING_DIM, EMBEDDING_DIM)
-            self.embedding.weight.data[EMBEDDING_DIM:] = F.normalize(others)
+        if n_classes > EMBEDDING_DIM:           # the other classes would all start at zero
+            rows = torch.randn(n_classes - EMBEDDING_DIM, EMBEDDING_DIM)
+            self.embedding.weight.data[EMBEDDING_DIM:] = F.normalize(rows)
         layers: list[nn.Module | Split] = []
         c = dim
-        for level in range(options.ssl_l):
-            if level:
+        for scale in range(options.ssl_l):
+            if scale:
                 layers.append(Split())
                 c -= split_size(c)
             if c < 2 or c % 2:
                 raise ValueError(f"ssl_dim {dim} cannot be split into ssl_l {options.ssl_l} levels "
                                  "of an even number of dimensions "
-                                 f"(level {level + 1} would get {c})")
+                                 f"(level {scale + 1} would get {c})")
             layers += [self._flow_step(c, options) for _ in range(options.ssl_k)]
         self.flow = MultiScale((dim,), layers)
 
@@ -68,18 +75,16 @@ class ConditionalFlow(nn.Module):
             coupling=ChannelCoupling(net(), net())))
 
     def forward(self, z_f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """z_f (B, ssl_dim), y (B,) -> z_h (B, ssl_dim), ldj (B,)."""
         return self.flow(z_f, embed(self.embedding, y))
 
     def inverse(self, z_h: Tensor, y: Tensor) -> Tensor:
-        """z_h (B, ssl_dim), y (B,) -> z_f (B, ssl_dim)."""
         return self.flow.inverse(z_h, embed(self.embedding, y))
 
 
 class ConditionalShift(nn.Module):
     """h_phi of SCNF-GMM: z_h = z_f - mu_y, hence z_f given y is Gaussian with mean mu_y.
 
-    mu, an embedding (K, ssl_dim), is normal at the start, with standard deviation options.ssl_std.
+    mu, an embedding (K, ssl_dim), is normal at the start, with standard deviation `ssl_std`.
     """
 
     def __init__(self, dim: int, n_classes: int, options: SimpleNamespace):
@@ -88,19 +93,18 @@ class ConditionalShift(nn.Module):
         self.mu.weight.data *= options.ssl_std
 
     def forward(self, z_f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """z_f (B, ssl_dim), y (B,) -> z_h (B, ssl_dim), ldj (B,)."""
         return z_f - embed(self.mu, y), z_f.new_zeros(len(z_f))
 
     def inverse(self, z_h: Tensor, y: Tensor) -> Tensor:
-        """z_h (B, ssl_dim), y (B,) -> z_f (B, ssl_dim)."""
         return z_h + embed(self.mu, y)
 
 
 class ConditionalGaussian(ConditionalShift):
-    """h_phi of a Gaussian mixture with a diagonal covariance of each class, which the paper does
-    not have: z_h = (z_f - mu_y) / sigma_y, ldj = -sum_i log sigma_yi.
+    """Beyond the paper: SCNF-GMM with a diagonal covariance of each class.
 
-    log sigma, an embedding (K, ssl_dim), is zero at the start: then it is SCNF-GMM.
+        z_h = (z_f - mu_y) / sigma_y,   ldj = -sum_i log sigma_yi
+
+    log sigma, an embedding (K, ssl_dim), is zero at the start.
     """
 
     def __init__(self, dim: int, n_classes: int, options: SimpleNamespace):
@@ -109,13 +113,11 @@ class ConditionalGaussian(ConditionalShift):
         nn.init.zeros_(self.log_sigma.weight)
 
     def forward(self, z_f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """z_f (B, ssl_dim), y (B,) -> z_h (B, ssl_dim), ldj (B,)."""
         shifted, _ = super().forward(z_f, y)
         log_sigma = embed(self.log_sigma, y)
         return shifted * (-log_sigma).exp(), -log_sigma.sum(1)
 
     def inverse(self, z_h: Tensor, y: Tensor) -> Tensor:
-        """z_h (B, ssl_dim), y (B,) -> z_f (B, ssl_dim)."""
         return super().inverse(z_h * embed(self.log_sigma, y).exp(), y)
 
 

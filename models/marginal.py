@@ -23,10 +23,13 @@ class MarginalGaussian(Bijection):
 
         ldj = sum_j [ log(L p_j(v_j)) - log phi(z_j) ].
 
-    p (D, L), a buffer, is uniform until `fit`. Where F_j is above 1/2, z_j comes from 1 - F_j,
-    which is then the more accurate one, and all is computed in double precision. A value at the
-    very edge of its grey level is moved inside by a quarter of the machine epsilon of x, half the
-    step of the dequantisation noise, so that z is finite.
+    p (D, L), a buffer, is uniform until `fit`. All is computed in double precision, and z_j from
+    1 - F_j where this is the smaller one, and so the more accurate. A value at the very edge of its
+    grey level is moved inside by a quarter of the machine epsilon of x, half the step of the
+    dequantisation noise, so that z is finite.
+
+    shape: (C, H, W) of x, D values in all
+    grey_levels: L
 
     Raises ValueError if grey_levels is None. forward raises it for x outside [0, 1]; on a GPU,
     which would have to be waited for, its z and ldj are NaN instead.
@@ -45,10 +48,11 @@ class MarginalGaussian(Bijection):
     def fit(self, images: Tensor | None) -> None:
         """Estimate p from images (N, C, H, W) of integer grey levels from 0 to L - 1.
 
-        Black, level 0, is estimated by itself: (n_0 + 1) / (N + 2) if n_0 of N images have it. The
-        other levels share the rest in proportion to their counts plus N * PSEUDO_COUNTS
-        pseudo-counts, EVEN_SHARE of them spread evenly and the others distributed as in all pixels
-        together. No level has more than LARGEST_SHARE, or float32 could not resolve the others.
+        Black, level 0, has the share (n_0 + 1) / (N + 2) if n_0 of N images have it. The other
+        levels share the rest in proportion to their counts plus N * PSEUDO_COUNTS pseudo-counts,
+        EVEN_SHARE of them spread evenly and the others distributed as in all pixels together. No
+        level has more than LARGEST_SHARE, or float32 could not resolve the others.
+
         Raises ValueError without images.
         """
         if images is None:
@@ -56,8 +60,9 @@ class MarginalGaussian(Bijection):
         n, levels = len(images), self.p.shape[1]
         values = images.flatten(1).long() + levels * torch.arange(len(self.p), device=images.device)
         counts = torch.bincount(values.flatten(), minlength=self.p.numel()).view_as(self.p).double()
-        of_all = counts[:, 1:].sum(0) + 1
-        prior = (1 - EVEN_SHARE) * of_all / of_all.sum() + EVEN_SHARE / (levels - 1)
+        in_all_pixels = counts[:, 1:].sum(0) + 1
+        prior = ((1 - EVEN_SHARE) * in_all_pixels / in_all_pixels.sum()
+                 + EVEN_SHARE / (levels - 1))
         black = (counts[:, :1] + 1) / (n + 2)
         others = counts[:, 1:] + n * PSEUDO_COUNTS * prior
         p = torch.cat((black, (1 - black) * others / others.sum(1, keepdim=True)), 1)
@@ -67,12 +72,12 @@ class MarginalGaussian(Bijection):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         p = self._normalised()
-        levels, (level, passed, left) = p.shape[1], self._position(x.flatten(1).t())  # (D, B) each
+        level, share_below, share_above = self._position(x.flatten(1).t())         # (D, B) each
         p_level = p.gather(1, level)
-        below = (p.cumsum(1) - p).gather(1, level) + p_level * passed
-        above = (p.flip(1).cumsum(1).flip(1) - p).gather(1, level) + p_level * left
+        below = (p.cumsum(1) - p).gather(1, level) + p_level * share_below
+        above = (p.flip(1).cumsum(1).flip(1) - p).gather(1, level) + p_level * share_above
         z = normal_quantile(below, above)
-        ldj = (levels * p_level).log() + z ** 2 / 2 + math.log(2 * math.pi) / 2
+        ldj = (p.shape[1] * p_level).log() + z ** 2 / 2 + math.log(2 * math.pi) / 2
         return z.t().reshape(x.shape).to(x.dtype), ldj.sum(0).to(x.dtype)
 
     def inverse(self, z: Tensor) -> Tensor:
@@ -98,15 +103,20 @@ class MarginalGaussian(Bijection):
 
 
 def normal_quantile(below: Tensor, above: Tensor) -> Tensor:
-    """Phi^-1(below), where above is 1 - below and may be the more accurate one."""
+    """Phi^-1 of probabilities `below`, from the smaller of them and `above`, which is 1 - below."""
     tail = torch.minimum(below, above).clamp(min=torch.finfo(below.dtype).tiny)
     z = torch.special.ndtri(tail)
     return torch.where(below < above, z, -z)
 
 
 def grey_value(p: Tensor, z: Tensor) -> Tensor:
-    """x of z = Phi^-1(F(x)), where F is the distribution function of grey levels with the
-    probabilities p: p (D, L), z (D, B) -> (D, B), from 0 to 1."""
+    """The inverse of z = Phi^-1(F(x)), where F is the distribution function of grey levels.
+
+    p: their probabilities, (D, L)
+    z: (D, B)
+
+    Returns x (D, B), from 0 to 1, in double precision.
+    """
     z = z.double()
     tail = torch.special.ndtr(-z.abs()).contiguous()
     levels = p.shape[1]

@@ -58,20 +58,16 @@ def channels_last(x: Tensor) -> Tensor:
 
 def reflect_pad(x: Tensor) -> Tensor:
     """Reflection padding by one pixel: (B, C, H, W) -> (B, C, H + 2, W + 2)."""
-    if x.is_cuda and torch.are_deterministic_algorithms_enabled():
-        return _reflect_pad_by_slices(x)  # F.pad's gradient is not deterministic on a GPU
     return F.pad(x, (1, 1, 1, 1), mode="reflect")
 
 
-def _reflect_pad_by_slices(x: Tensor) -> Tensor:
-    x = torch.cat((x[:, :, 1:2], x, x[:, :, -2:-1]), 2)
-    return torch.cat((x[..., 1:2], x, x[..., -2:-1]), 3)
-
-
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution that keeps height and width. padding_mode: "reflect" or "zeros".
+    """A 3x3 convolution that keeps height and width: x (B, c_in, H, W) -> (B, c_out, H, W).
 
-    With `relu` it is one of relu(x). It computes in the type of x, and returns images of `dtype`.
+    It computes in the type of x, and returns images of another `dtype` if forward gets one.
+
+    padding_mode: "reflect" or "zeros"
+    relu: whether it is a convolution of relu(x)
     """
 
     bias: nn.Parameter
@@ -82,13 +78,13 @@ class Conv3x3(nn.Conv2d):
         self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or x.dtype
         if x.shape[2:].numel() <= FEW_PIXELS and not x.is_cuda:
-            return self.product(x).to(dtype or x.dtype)
+            return self.product(x).to(dtype)
         x = reflect_pad(x) if self.reflects else x
         x = x.contiguous(memory_format=torch.channels_last)
         if self.relu:   # last: what its gradient needs, its output, is what the convolution keeps
             x = F.relu(x, inplace=self.reflects)
-        dtype = dtype or x.dtype
         if x.is_cuda and dtype == torch.bfloat16:
             return gpu_conv2d(x, self.weight.to(x.dtype), self.bias, self.padding)
         out = F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=self.padding)
@@ -110,9 +106,12 @@ class Conv3x3(nn.Conv2d):
 def gpu_conv2d(x: Tensor, weight: Tensor, bias: Tensor, padding: Any) -> Tensor:
     """F.conv2d to bfloat16, as a GPU's kernels want it: with multiples of CHANNELS channels.
 
-    Of x and weight in float32 each is the sum of two numbers in bfloat16, high and low; their
-    product is then that of 3C channels, which is more exact than TF32:
-    x w = x_high w_high + x_low w_high + x_high w_low.
+    x, weight: in bfloat16, or in float32; then each is the sum of two numbers in bfloat16, and the
+        result that of a convolution of 3C channels, which is more exact than TF32:
+        x w = x_high w_high + x_low w_high + x_high w_low
+    bias, padding: as for F.conv2d
+
+    Returns images in bfloat16, with a channels-last gradient.
     """
     if x.dtype != torch.bfloat16:
         (x_high, x_low), (w_high, w_low) = _high_and_low(x), _high_and_low(weight)
@@ -135,9 +134,9 @@ def _padded(x: Tensor, dim: int) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear layer; with `relu`, one of relu(x).
+    """A linear layer: x (B, c_in) -> (B, c_out), with `relu` one of relu(x).
 
-    It computes in the type of x, and returns vectors of `dtype`.
+    Its types are those of Conv3x3.
     """
 
     def __init__(self, c_in: int, c_out: int, relu: bool = False):
@@ -161,9 +160,9 @@ class ResidualBlock(nn.Module):
 
 
 class NetworkNorm(ActNorm):
-    """An ActNorm within a network, in the type of x: one kernel on a CPU.
+    """An ActNorm within a network, in the type of x, of which no log-determinant is due.
 
-    It is not part of the flow, so its log-determinant does not count.
+    On a CPU it is one kernel.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -185,12 +184,17 @@ class PositionBias(nn.Module):
 
 
 class ResNet(Network):
-    """A residual network: first layer, `n_blocks` residual blocks, ActNorm, ReLU, last layer.
+    """A residual network: first layer, residual blocks, ActNorm, ReLU, last layer.
 
-    layer(c_in, c_out, relu=False): makes the layers. The last one is zero at the start, so that the
-    coupling around the network starts as a constant scaling. With `size`, (H, W) of its images, the
-    first layer has a PositionBias. In bfloat16 the first layer is exact but for its output, as
-    rounding x would be the largest error.
+    The last layer is zero at the start, so that the coupling around the network starts as a
+    constant scaling. In bfloat16 the first layer is exact but for its output, as rounding x would
+    be the largest error.
+
+    layer: layer(c_in, c_out, relu=False) makes a layer
+    c_in, c_out: channels of input and output
+    width: channels in between
+    n_blocks: number of residual blocks
+    size: (H, W) of its images, for a PositionBias after the first layer; None: without one
     """
 
     def __init__(self, layer: Callable[..., nn.Module], c_in: int, c_out: int,
@@ -208,8 +212,8 @@ class ResNet(Network):
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.dtype or x.dtype
         if isinstance(self.first, nn.Sequential):
-            layer, position = self.first
-            h = position(layer(x, dtype))
+            layer, position_bias = self.first
+            h = position_bias(layer(x, dtype))
         else:
             h = self.first(x, dtype)
         h = channels_last(self.norm(self.blocks(h)))
@@ -218,14 +222,12 @@ class ResNet(Network):
 
 def resnet3x3(c_in: int, c_out: int, width: int = 64, n_blocks: int = 4,
               padding_mode: str = "reflect", size: tuple[int, int] | None = None) -> ResNet:
-    """A residual network of 3x3 convolutions: (B, c_in, H, W) -> (B, c_out, H, W)."""
+    """A ResNet of 3x3 convolutions: (B, c_in, H, W) -> (B, c_out, H, W)."""
     return ResNet(partial(Conv3x3, padding_mode=padding_mode), c_in, c_out, width, n_blocks, size)
 
 
 def resnet1x1(c_in: int, c_out: int, width: int = 256, n_blocks: int = 4) -> ResNet:
-    """A residual network of linear layers: (B, c_in) -> (B, c_out).
-
-    They are 1x1 convolutions of images of one pixel.
+    """A ResNet of linear layers, which are 1x1 convolutions of one pixel: (B, c_in) -> (B, c_out).
     """
     return ResNet(Linear, c_in, c_out, width, n_blocks)
 

@@ -29,10 +29,14 @@ def is_published(state: Mapping[str, Tensor]) -> bool:
 
 
 def from_published(model: SemiConditionalFlow, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The published state dict `state` with the names of `model`, reflections stacked as there.
+    """Translate a published state dict to the names of `model`.
 
-    Entries without a counterpart in `model` keep their names. Raises ValueError if the mean of a
-    base density is not zero: it is not trained there, and fixed at zero here.
+    model: which has all reflections of a Householder product in one tensor
+    state: in the published layout
+
+    Returns {our name: value}; entries without a counterpart in `model` keep their names. Raises
+    ValueError if the mean of a base density is not zero: it is not trained there, and fixed at zero
+    here.
     """
     state = {key.replace("module.", ""): value for key, value in state.items()}
     for key in list(state):
@@ -40,11 +44,12 @@ def from_published(model: SemiConditionalFlow, state: Mapping[str, Tensor]) -> d
             del state[key]
         elif key.endswith("_prior.mean") and state.pop(key).any():
             raise ValueError(f"{key} is not zero: the base densities here have mean zero")
-    renamed, own = {}, model.state_dict()
+    renamed, state_of_model = {}, model.state_dict()
     for ours, theirs in published_names(model).items():
         if theirs.endswith(".vec"):  # ours holds all reflections
-            keys = [f"{theirs}_{i}" for i in range(len(own[ours]))]
-            if all(key in state and state[key].shape == own[ours][0].shape for key in keys):
+            v = state_of_model[ours]
+            keys = [f"{theirs}_{i}" for i in range(len(v))]
+            if all(key in state and state[key].shape == v[0].shape for key in keys):
                 renamed[ours] = torch.stack([state.pop(key) for key in keys])
         elif theirs in state:
             value = state.pop(theirs)
@@ -73,9 +78,9 @@ def published_names(model: SemiConditionalFlow) -> dict[str, str]:
 def _layer_names(ours: str, theirs: str, flow: MultiScale) -> dict[str, str]:
     """{our name: published name} of the layers of `flow`, called `ours` here and `theirs` there."""
     names, n = {}, 0
-    for i, level in enumerate(flow.levels):
-        n += i > 0  # the split before this level
-        for j, bijection in enumerate(level):
+    for i, scale in enumerate(flow.levels):
+        n += i > 0  # the split before this scale
+        for j, bijection in enumerate(scale):
             for part, module in _parts(bijection):
                 for key in module.state_dict():
                     name = f"{ours}.levels.{i}.{j}.{part}{key}"
@@ -85,6 +90,7 @@ def _layer_names(ours: str, theirs: str, flow: MultiScale) -> dict[str, str]:
 
 
 def _parts(bijection: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What is one layer each there: [(prefix of its name here, module)]."""
     if isinstance(bijection, nn.Sequential):    # a conditional flow step
         return [(f"{name}.", part) for name, part in bijection.named_children()]
     return [("", bijection)]
@@ -100,7 +106,8 @@ def _leaf(module: nn.Module, key: str) -> str:
 
 
 def _resnet_leaf(net: ResNet, key: str) -> str:
-    """There a network is one sequence, in which a padding layer precedes each 3x3 convolution."""
+    """The published name of entry `key` of a network: there it is one sequence, in which a padding
+    layer precedes each 3x3 convolution."""
     pad, n_blocks = int(isinstance(net.first, nn.Conv2d)), len(net.blocks)
     places = {"first": f"{pad}", "norm": f"{pad + 1 + n_blocks}",
               "last": f"{2 * pad + 3 + n_blocks}"}
@@ -108,4 +115,4 @@ def _resnet_leaf(net: ResNet, key: str) -> str:
         places[f"blocks.{i}.layer1"] = f"{pad + 1 + i}.net.{pad + 1}"
         places[f"blocks.{i}.layer2"] = f"{pad + 1 + i}.net.{2 * pad + 3}"
     stem, leaf = key.rsplit(".", 1)
-    return f"{places[stem]}.{_LEAVES.get(leaf, leaf)}"
+    return f"{places.get(stem, stem)}.{_LEAVES.get(leaf, leaf)}"     # a PositionBias: not there

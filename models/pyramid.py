@@ -5,6 +5,7 @@ Its z_f needs a small part of f_w only, and so does p(y | x).
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,9 +33,9 @@ NORM_GROUPS = 8     # of the channels of an ImageNetwork
 class ConditionalPixels(MarginalGaussian):
     """z_j = Phi^-1(F_j(x_j | coarser pixels, z_f)), from coarse to fine, for images (1, H, W).
 
-    The first group of pixels is each fourth one of each fourth row. Then, for the strides s = 2 and
-    1, the pixels between those of stride 2s follow in three groups, each given all earlier pixels
-    of stride s: at rows and columns (s, s), (0, s) and (s, 0) modulo 2s. It is a parallel
+    The first group of pixels is every fourth one of every fourth row. Then, for the strides s = 2
+    and 1, the pixels between those of stride 2s follow in three groups, at rows and columns (s, s),
+    (0, s) and (s, 0) modulo 2s, each conditioned on all earlier pixels of stride s. It is a parallel
     autoregressive order as in Reed et al. 2017 (arXiv 1703.03664): z comes from x in one pass, and
     x from z in one pass for each group.
 
@@ -52,11 +53,17 @@ class ConditionalPixels(MarginalGaussian):
     triangular nevertheless: z_f is a function of the last pixels given c, and then, z_f being
     fixed, each z_j one of x_j given coarser pixels.
 
-    network(c_in, c_out, size) makes the network of a group: (B, c_in, *size) -> (B, c_out, *size);
-    its input are the earlier pixels, and n_maps images made from z_f. shift(c_in, size, n) makes
-    that of t: (B, c_in, *size) -> (B, n). context(n, n_out), (B, n) -> (B, n_out), makes that of
-    z_f, which computes l of the first group and the maps of each stride. z (B, D) has the groups
-    in their order.
+    shape: (1, H, W)
+    grey_levels: L
+    n_bins: of grey levels
+    network: network(c_in, c_out, size) makes that of a group, (B, c_in, *size) ->
+        (B, c_out, *size), whose input are the earlier pixels and n_maps images made from z_f
+    shift: shift(c_in, size, n) makes t, (B, c_in, *size) -> (B, n)
+    context: context(n, n_out) makes the network of z_f, (B, n) -> (B, n_out), which computes l of
+        the first group and the maps of each stride
+    n_maps: images made from z_f for each stride
+
+    z (B, D) has the groups in their order. Raises ValueError as MarginalGaussian does.
     """
 
     bin_of: Tensor
@@ -99,8 +106,8 @@ class ConditionalPixels(MarginalGaussian):
         self._choose_bins()
 
     def _choose_bins(self) -> None:
-        """A bin for level 0. The others are ranked by how much of their mass is below them; those
-        of equal rank share a bin."""
+        """A bin for black. The other grey levels are ranked by how much of their mass is below
+        them; those of equal rank share a bin."""
         share = self._normalised().mean(0)[1:]
         below = (share.cumsum(0) - share / 2) / share.sum()
         rank = (below * (self.n_bins - 1)).long()
@@ -161,19 +168,19 @@ class ConditionalPixels(MarginalGaussian):
     def _to_gaussian(self, x: Tensor, pixels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, n) of these pixels (n,), logits (B, n_bins, n) -> z, ldj, (B, n) each."""
         p, log_q = self._distributions(pixels, logits)
-        levels, (level, passed, left) = p.shape[1], self._position(x)
+        levels, (level, share_below, share_above) = p.shape[1], self._position(x)
         bins = self.bin_of[level]                                               # (B, n)
         in_table = level + levels * torch.arange(len(pixels), device=x.device)
         # Of the bin's mass, which is 1 as that of each bin before it: below the level, and in it.
         below, p_level = (table.flatten()[in_table] for table in (p.cumsum(1) - p, p))
         below = below - bins
-        share_below = (below + p_level * passed).to(x.dtype)
-        share_above = (1 - below - p_level + p_level * left).to(x.dtype)
+        in_bin_below = (below + p_level * share_below).to(x.dtype)
+        in_bin_above = (1 - below - p_level + p_level * share_above).to(x.dtype)
         log_q_bin = log_q.gather(1, bins[:, None])[:, 0]
         q, q_bin = log_q.exp(), log_q_bin.exp()
-        each = torch.arange(self.n_bins, device=x.device)[:, None]
-        z = normal_quantile((q * (each < bins[:, None])).sum(1) + q_bin * share_below,
-                             (q * (each > bins[:, None])).sum(1) + q_bin * share_above)
+        every_bin = torch.arange(self.n_bins, device=x.device)[:, None]
+        z = normal_quantile((q * (every_bin < bins[:, None])).sum(1) + q_bin * in_bin_below,
+                             (q * (every_bin > bins[:, None])).sum(1) + q_bin * in_bin_above)
         log_density = log_q_bin + (levels * p_level).log().to(x.dtype)
         return z, log_density + z ** 2 / 2 + math.log(2 * math.pi) / 2
 
@@ -181,9 +188,9 @@ class ConditionalPixels(MarginalGaussian):
         """The inverse of `_to_gaussian`: z (B, n) -> x (B, n)."""
         p, log_q = self._distributions(pixels, logits)
         q_level = log_q.double().exp()[:, self.bin_of].transpose(1, 2)          # (B, n, L)
-        p_given = (p * q_level).flatten(0, 1)                                   # (B * n, L)
-        p_given = p_given / p_given.sum(1, keepdim=True)
-        return grey_value(p_given, z.reshape(-1, 1)).view_as(z).to(z.dtype)
+        p_levels = (p * q_level).flatten(0, 1)                                  # (B * n, L)
+        p_levels = p_levels / p_levels.sum(1, keepdim=True)
+        return grey_value(p_levels, z.reshape(-1, 1)).view_as(z).to(z.dtype)
 
     def _distributions(self, pixels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Of n pixels: the distributions of the grey levels within each bin, (n, L), in double
@@ -205,8 +212,10 @@ class SplitCoupling(Bijection):
     (raw, t) = net(x2) and s = sigmoid(raw + 2) + 1e-6.
 
     With x2 = z_f and a Gaussian base of z1, z_aux given z_f is a diagonal Gaussian: the prior of
-    Kingma & Dhariwal 2018 (arXiv 1807.03039) for the part that leaves the flow at a split. The
-    network maps n dimensions to twice those of x1: first raw, then t.
+    Kingma & Dhariwal 2018 (arXiv 1807.03039) for the part that leaves the flow at a split.
+
+    net: maps n dimensions to twice those of x1, first raw, then t
+    n: dimensions of x2
     """
 
     def __init__(self, net: nn.Module, n: int):
@@ -225,24 +234,28 @@ class SplitCoupling(Bijection):
 
 
 class ImageNetwork(Network):
-    """A network of a whole image of `size`: (B, c_in, H, W) -> (B, n_out).
+    """A network of a whole image: (B, c_in, H, W) -> (B, n_out).
 
-    A 3x3 convolution, one of stride 2, `n_blocks` residual blocks, another one of stride 2, each
-    after group norm (Wu & He 2018, arXiv 1803.08494) and ReLU; and a linear layer, zero at the
-    start. width: of the blocks; half of it before them.
+    A 3x3 convolution, one of stride 2, residual blocks, another one of stride 2, each after group
+    norm (Wu & He 2018, arXiv 1803.08494) and ReLU; and a linear layer, zero at the start.
+
+    c_in: channels of the images
+    size: (H, W)
+    n_out: numbers per image
+    width: channels of the blocks, twice those before them
+    n_blocks: number of residual blocks
     """
 
     def __init__(self, c_in: int, size: tuple[int, int], n_out: int, width: int, n_blocks: int):
         super().__init__()
         def norm_relu(c: int) -> list[nn.Module]:
             return [nn.GroupNorm(NORM_GROUPS, c), nn.ReLU()]
-        def half(c_in: int, c_out: int) -> nn.Module:
-            return nn.Conv2d(c_in, c_out, 3, stride=2, padding=1)
+        def conv(c_in: int, c_out: int, stride: int) -> nn.Module:
+            return nn.Conv2d(c_in, c_out, 3, stride, padding=1)
         self.convs = nn.Sequential(
-            nn.Conv2d(c_in, width // 2, 3, padding=1), *norm_relu(width // 2),
-            half(width // 2, width),
+            conv(c_in, width // 2, 1), *norm_relu(width // 2), conv(width // 2, width, 2),
             *(NormedBlock(width) for _ in range(n_blocks)), *norm_relu(width),
-            half(width, width), *norm_relu(width), nn.Flatten())
+            conv(width, width, 2), *norm_relu(width), nn.Flatten())
         pixels = math.prod(-(-side // 4) for side in size)
         self.last = nn.Linear(width * pixels, n_out)
         for p in self.last.parameters():
@@ -282,10 +295,10 @@ class PixelPyramid(SemiConditionalFlow):
         return pixels.last_group(x)[0]
 
     def logits_seeing(self, seen: Tensor, last: Tensor) -> Tensor:
-        """`logits` of an image whose last pixels are those of another one.
+        """`logits` of images whose last pixels are those of other ones, (B, K).
 
-        seen: the image that the network sees which shifts z_f, (B, 1, H, W); last: `last_group` of
-        the other one. -> (B, K).
+        seen: the images that the network sees which shifts z_f, (B, 1, H, W)
+        last: `last_group` of the others, (B, ssl_dim)
         """
         pixels: Any = self.f_w.levels[0][0]
         z_f = last + pixels.shift_of(seen)
@@ -298,14 +311,21 @@ def pixel_pyramid(shape: Shape, options: SimpleNamespace, pixels: Callable[[Shap
                   width: int = 64, n_blocks: int = 2, n_bins: int = 32, n_maps: int = 8,
                   shift_width: int = 64, shift_blocks: int = 2, vector_width: int = 512,
                   vector_steps: int = 3) -> MultiScale:
-    """f_w for images (1, H, W): pixels from coarse to fine, each given the coarser ones and z_f.
+    """f_w of pixels from coarse to fine, each conditioned on the coarser ones and z_f.
 
-    z_f are the pixels of odd rows and even columns, which come last. width, n_blocks: of the
-    networks of the pixels; options.width and options.n_blocks override them if positive. n_maps:
-    of z_f, in their input. shift_width, shift_blocks: of the network that shifts z_f; vector_width:
-    of the one that makes the maps, and of those of the couplings of vectors: of z_aux given z_f,
-    then `vector_steps` flow steps of z_f. `pixels`, which makes the first layer of other models,
-    is not used.
+    z_f are the pixels of odd rows and even columns, which come last.
+
+    shape: (1, H, W)
+    options: grey_levels, ssl_dim, conv and hh_factors; width and n_blocks, which override those
+        below if positive
+    pixels: makes the first layer of other models; not used
+    width, n_blocks: of the networks of the pixels
+    n_bins: of grey levels
+    n_maps: images made from z_f in the input of these networks
+    shift_width, shift_blocks: width and blocks of the network that shifts z_f
+    vector_width: of the network that makes the maps, and of the couplings of vectors: of z_aux
+        given z_f, and in the flow steps of z_f
+    vector_steps: flow steps of z_f
 
     Raises ValueError for images of more than one channel or sides that are not multiples of 4, if
     options.grey_levels is None, if options.ssl_dim is not the number of the last pixels, or for
@@ -318,8 +338,8 @@ def pixel_pyramid(shape: Shape, options: SimpleNamespace, pixels: Callable[[Shap
     if options.grey_levels is None:
         raise ValueError(f"model {options.model} needs the number of grey levels of the images")
     if options.pixels != "logit" or options.position_bias:
-        given = "position_bias" if options.position_bias else f"pixels {options.pixels}"
-        raise ValueError(f"{given} is for other models: {options.model} has its own first layer")
+        option = "position_bias" if options.position_bias else f"pixels {options.pixels}"
+        raise ValueError(f"{option} is for other models: {options.model} has its own first layer")
     n_last = h * w // 4
     if options.ssl_dim != n_last:
         raise ValueError(f"model {options.model} needs ssl_dim {n_last}, a quarter of the pixels, "
@@ -329,19 +349,12 @@ def pixel_pyramid(shape: Shape, options: SimpleNamespace, pixels: Callable[[Shap
         return resnet3x3(c_in, c_out, options.width or width, options.n_blocks or n_blocks,
                          "zeros", size)
 
-    def shift(c_in: int, size: tuple[int, int], n: int) -> nn.Module:
-        return ImageNetwork(c_in, size, n, shift_width, shift_blocks)
-
-    def of_vectors(c_in: int, c_out: int) -> nn.Module:
-        return resnet1x1(c_in, c_out, vector_width, n_blocks=1)
-
-    def half() -> nn.Module:
-        return of_vectors(n_last // 2, n_last)
-
+    shift = partial(ImageNetwork, width=shift_width, n_blocks=shift_blocks)
+    vectors = partial(resnet1x1, width=vector_width, n_blocks=1)
     return MultiScale(shape, [
-        ConditionalPixels(shape, options.grey_levels, n_bins, network, shift, of_vectors, n_maps),
-        SplitCoupling(of_vectors(n_last, 2 * (h * w - n_last)), n_last),
+        ConditionalPixels(shape, options.grey_levels, n_bins, network, shift, vectors, n_maps),
+        SplitCoupling(vectors(n_last, 2 * (h * w - n_last)), n_last),
         Split(h * w - n_last),
         *[layer for _ in range(vector_steps) for layer in (
             invertible_conv(options.conv, n_last, options.hh_factors),
-            ChannelCoupling(half(), half()))]])
+            ChannelCoupling(vectors(n_last // 2, n_last), vectors(n_last // 2, n_last)))]])

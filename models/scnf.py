@@ -14,7 +14,6 @@ where z_f is the last ssl_dim dimensions of z, and
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +51,17 @@ class DiagonalGaussian(nn.Module):
 class SemiConditionalFlow(nn.Module):
     """log p(x, y), log p(x), p(y | x), and samples.
 
-    f_w: a flow on data of `data_shape`, of D dimensions in all; h_phi: the conditional flow on the
-    last `ssl_dim` dimensions of z; class_probs: p(y), K positive numbers, or None for uniform.
-    Raises ValueError if class_probs is not K positive numbers. `image`: whether the data lives in
-    [0, 1]. `cheap_logits`: whether `logits` computes less than `log_joint`.
+    f_w: the large flow, x (B, C, H, W) -> z (B, D)
+    h_phi: the conditional flow on z_f
+    data_shape: (C, H, W), of D dimensions in all
+    ssl_dim: the dimensions of z_f, which is last in z
+    n_classes: K
+    class_probs: p(y), K positive numbers, or None for uniform
+
+    Raises ValueError if class_probs is not K positive numbers.
     """
 
-    cheap_logits = False
+    cheap_logits = False    # whether `logits` computes less than `log_joint`
     log_p_y: Tensor
 
     def __init__(self, f_w: MultiScale, h_phi: ConditionalFlow | ConditionalShift,
@@ -67,13 +70,13 @@ class SemiConditionalFlow(nn.Module):
         super().__init__()
         self.data_shape, self.n_classes, self.ssl_dim = tuple(data_shape), n_classes, ssl_dim
         self.dim = torch.Size(data_shape).numel()
-        self.image = data_shape[1] > 1
+        self.image = data_shape[1] > 1      # with values in [0, 1]
         self.f_w, self.h_phi = f_w, h_phi
         self.base_aux = DiagonalGaussian(self.dim - ssl_dim)  # of z_aux
         self.base_h = DiagonalGaussian(ssl_dim)  # of z_h
-        given: Any = torch.full((n_classes,), 1 / n_classes) if class_probs is None else class_probs
-        p_y = torch.as_tensor(given, dtype=torch.float64)
-        if p_y.shape != (n_classes,) or not bool((p_y > 0).all()):
+        uniform = torch.full((n_classes,), 1 / n_classes)
+        p_y = torch.as_tensor(uniform if class_probs is None else class_probs, dtype=torch.float64)
+        if p_y.shape != (n_classes,) or not (p_y > 0).all():
             raise ValueError(f"class_probs must be {n_classes} positive numbers")
         log_p_y = (p_y / p_y.sum()).log().to(torch.get_default_dtype())
         self.register_buffer("log_p_y", log_p_y)  # (K,)
@@ -123,10 +126,11 @@ class SemiConditionalFlow(nn.Module):
 
     @torch.no_grad()
     def sample(self, y: Tensor, eps: Tensor | None = None) -> Tensor:
-        """Sample from p(x | y): labels y (B,) -> x (B, C, H, W), images clamped to [0, 1].
+        """Sample from p(x | y): x (B, C, H, W), images clamped to [0, 1].
 
-        eps: standard normal noise (B, D), sampled if None. The same noise with another label gives
-        the corresponding sample of that class.
+        y: labels (B,)
+        eps: standard normal noise (B, D), sampled if None; the same noise with another label gives
+            the corresponding sample of that class
         """
         if eps is None:
             dtype, device = self.log_p_y.dtype, self.log_p_y.device
@@ -140,17 +144,19 @@ class SemiConditionalFlow(nn.Module):
     def initialize(self, x: Tensor, images: Tensor | None = None) -> None:
         """Set what depends on the data, once, before training.
 
-        x: a batch (B, C, H, W), for the ActNorms that are not initialised yet. Each is set from its
-        own input, in the order of the forward pass; those of h_phi see every sample with every
-        label. images: the training images (N, C, H, W), as integer grey levels, to which a first
-        layer may have to be fitted. Raises ValueError if it lacks them.
+        x: a batch (B, C, H, W), for the ActNorms that are not initialised yet; each is set from its
+            input, in the order of the forward pass; those of h_phi see every sample with every
+            label
+        images: the training images (N, C, H, W), as integer grey levels, for a first layer that is
+            fitted to them
+
+        Raises ValueError if such a layer gets no images.
         """
         for part in self.modules():
             if isinstance(part, Bijection):
                 part.fit(images)
-        acts = [m for m in self.modules() if isinstance(m, ActNorm) and not m.initialized]
-        hooks = [act.register_forward_pre_hook(lambda act, args: act.initialize(args[0]))
-                 for act in acts]
+        hooks = [part.register_forward_pre_hook(lambda act, args: act.initialize(args[0]))
+                 for part in self.modules() if isinstance(part, ActNorm) and not part.initialized]
         try:
             self.log_joint(x)
         finally:

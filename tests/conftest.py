@@ -17,7 +17,10 @@ import torch
 
 from models.bijections import ActNorm
 from models.conv1x1 import HouseholderConv, QRConv
-from utils import data
+from training.distributed import Processes
+from training.speed import Accelerated
+from utils.datasets import load_data
+from utils.settings import OPTIONS
 
 PROJECT = Path(__file__).resolve().parent.parent
 SCRIPT = PROJECT / "train-flow-ssl.py"
@@ -76,9 +79,16 @@ def run_script(argv):
     return 0
 
 
-def execute(folder, command, timeout=300, **environment):
+def make_step(settings, model, micro_bs=0, **speed):
+    """-> the script's function that makes a training step, and its Optimizer."""
+    script = runpy.run_path(str(SCRIPT))
+    accelerated = Accelerated(model, micro_bs=micro_bs, **speed)
+    return script["make_training_step"](accelerated, settings, Processes())
+
+
+def execute(folder, command, **environment):
     """Run a command in `folder`, with changes of the environment -> the completed process."""
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout,
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300,
                           env={**os.environ, **environment})
 
 
@@ -94,10 +104,8 @@ def options(**changes):
 
 def load_tiny(**changes):
     """The dataset of TINY with `changes`."""
-    defaults = {"data_root": "data", "num_examples": -1, "data_seed": 0, "validation": 0,
-                "cons_weight": 0, "spread_labels": 0.0, "clf_noise": "true", "aug_rotation": -1,
-                "aug_scaling": -1, "aug_shift": -1}
-    return data.load_data(SimpleNamespace(**{**defaults, **TINY, **changes}))
+    defaults = {option.name: option.default for option in OPTIONS.values()}
+    return load_data(SimpleNamespace(**{**defaults, **TINY, **changes}))
 
 
 @torch.no_grad()

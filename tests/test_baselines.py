@@ -1,6 +1,5 @@
 """The comparison with other methods: the bounds of M1+M2, FixMatch's terms, the command."""
 
-import importlib
 import json
 import math
 import sys
@@ -12,32 +11,20 @@ from PIL import Image
 from torch.distributions import Binomial, Categorical, Normal, kl_divergence
 from torch.nn import functional as F
 
-from experiments.neural_baselines import (
-    FIXMATCH_SMALL,
-    M1,
-    M1_M2_SMALL,
-    M2,
-    cut_out,
-    fit_fixmatch,
-    fit_m1_m2,
-    pseudo_labels,
-    unlabelled_loss,
-)
-from utils.errors import BadInput
+from experiments import baselines, fixmatch, m1_m2, progress
+from experiments.fixmatch import cut_out, fit_fixmatch, pseudo_labels, unlabelled_loss
+from experiments.m1_m2 import M1, M2, fit_m1_m2
+from utils.errors import BadInput, run_command
 from utils.metrics import read_metrics
-
-EXPERIMENTS = PROJECT / "experiments"
-# Settings with which the networks train in about a second.
-QUICK_M1_M2 = M1_M2_SMALL._replace(n_latent1=10, width1=64, steps1=300, n_latent2=5, width2=32,
-                                   steps2=100, batch_size=64, lr=5e-3, alpha=10)
-QUICK_FIXMATCH = FIXMATCH_SMALL._replace(width=8, steps=80, n_labelled=20, n_unlabelled=20, ema=0.9)
-
 
 @pytest.fixture
 def quick(monkeypatch):
-    """The networks are small, and are trained for few steps."""
-    monkeypatch.setattr("experiments.neural_baselines.M1_M2_SMALL", QUICK_M1_M2)
-    monkeypatch.setattr("experiments.neural_baselines.FIXMATCH_SMALL", QUICK_FIXMATCH)
+    """The networks are small, and train in about a second."""
+    monkeypatch.setattr(m1_m2, "SMALL", m1_m2.SMALL._replace(
+        n_latent1=10, width1=64, steps1=300, n_latent2=5, width2=32, steps2=100, batch_size=64,
+        lr=5e-3, alpha=10))
+    monkeypatch.setattr(fixmatch, "SMALL", fixmatch.SMALL._replace(
+        width=8, steps=80, n_labelled=20, n_unlabelled=20, ema=0.9))
 
 
 def gaussian(mean_and_log_var):
@@ -172,13 +159,11 @@ def test_networks_do_without_unlabelled_images(fit, quick):
 def compare(tmp_path, monkeypatch, capsys):
     """A function that runs the command in tmp_path -> its exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(EXPERIMENTS)
-    command = importlib.import_module("baselines")
 
     def run(*argv):
         monkeypatch.setattr(sys, "argv", ["baselines.py", *argv])
         try:
-            command.run_command(command.main)
+            run_command(baselines.main)
         except SystemExit as end:
             return end.code, *capsys.readouterr()
         return 0, *capsys.readouterr()
@@ -243,60 +228,59 @@ def test_bad_input_is_one_line(argv, message, compare, tmp_path):
     assert not list(tmp_path.glob("*.json"))
 
 
-def test_the_picture_of_error_against_minutes(compare, tmp_path, monkeypatch, capsys):
-    line = options(epochs=1, num_examples=200, seed=3, data_seed=3)
-    assert run_script(line) == 0
+def assert_is_picture(path):
+    with Image.open(path) as picture:
+        assert picture.width > 800 and len(picture.convert("RGB").getcolors(2**20)) > 10
+
+
+def test_the_picture_of_methods_against_minutes(compare, tmp_path):
+    assert run_script(options(epochs=1, num_examples=200, seed=3, data_seed=3)) == 0
     run, = runs(tmp_path)
     assert compare(*options(num_examples=200), "--seeds", "3", "--methods", "knn1", "svm",
                    "--save", "all.json")[0] == 0
-    plot = importlib.import_module("plot_baselines")
-    plot.main(["all.json", str(run), "--save", "all.png"])
-    with Image.open(tmp_path / "all.png") as picture:
-        assert picture.width > 800 and len(picture.convert("RGB").getcolors(2**20)) > 10
+    progress.main(["methods", "all.json", str(run), "--save", "all.png"])
+    assert_is_picture(tmp_path / "all.png")
     for argv, message in ((["all.png", str(run)], "is no report"),
                           (["all.json", str(tmp_path)], "is not the directory of a finished run"),
                           (["all.json", str(run), str(run)], "the runs have data_seed")):
         with pytest.raises(BadInput, match=message):
-            plot.main([*argv, "--save", "other.png"])
+            progress.main(["methods", *argv, "--save", "other.png"])
     assert not (tmp_path / "other.png").exists()
 
 
-def test_the_picture_of_recipes_against_minutes(compare, tmp_path, monkeypatch):
-    plot = importlib.import_module("plot_progress")
+def test_the_picture_of_recipes_against_minutes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for seed in (0, 1):
         assert run_script(options(epochs=3, num_examples=200, validation=100, seed=seed,
                                   ema=0.5, log_each=1)) == 0
-    plain = options(epochs=1, num_examples=200)
-    assert run_script(plain) == 0
+    assert run_script(options(epochs=1, num_examples=200)) == 0
     one, two, other = runs(tmp_path)
     rows = read_metrics(one / "metrics.csv")
     minutes = min(row["seconds"] for row in rows) / 60
-    curve = plot.progress(one, "validation")
+    curve = progress.progress(one, "validation")
     assert curve["minutes"] == pytest.approx([minutes, 2 * minutes, 3 * minutes])
     for row, error, bits in zip(rows, curve["error"], curve["bits"]):
         better = "ema_val" if row["ema_val_log_p"] > row["val_log_p"] else "val"
         assert error == pytest.approx(100 * (1 - row[f"{better}_acc"]))
         assert bits == row[f"{better}_bpd"]
-    assert plot.progress(one, "validation", 30)["minutes"] == [0.5, 1, 1.5]
-    plot.main(["--runs", "one", str(one), "--runs", "two", str(two), str(one), "--error", "10",
-               "--save", "progress.png"])
-    with Image.open(tmp_path / "progress.png") as picture:
-        assert picture.width > 800 and len(picture.convert("RGB").getcolors(2**20)) > 10
-    stages = [plot.progress(other, "test", s) for s in (30, 60)]
-    plot.chain(stages)
+    assert progress.progress(one, "validation", 30)["minutes"] == [0.5, 1, 1.5]
+    stages = [progress.progress(other, "test", s) for s in (30, 60)]
+    progress.chain(stages)
     assert stages[0]["minutes"] == [0.5] and stages[1]["minutes"] == [0.5, 1.5]
     error = 100 * (1 - read_metrics(other / "metrics.csv")[0]["test_acc"])
     assert stages[1]["error"] == pytest.approx([error, error])
-    plot.main(["--test", "--chain", "--runs", "first", str(other), "--runs", "second", str(other),
-               "--save", "stages.png"])
-    assert (tmp_path / "stages.png").exists()
-    for argv, message in ((["--runs", "label", str(other)], "evaluated on validation images"),
-                          (["--runs", "label", str(tmp_path)], "evaluated on validation images"),
-                          (["--test", "--runs", "label", str(one)], "evaluated on test images"),
-                          (["--chain", "--runs", "a", str(one), str(two)], "label and one RUN_DIR"),
+    one, two, other = map(str, (one, two, other))
+    for argv in (["--runs", "one", one, "--runs", "two", two, one, "--paper", "10", "2"],
+                 ["--test", "--chain", "--runs", "first", other, "--runs", "second", other]):
+        progress.main(["recipes", *argv, "--save", "progress.png"])
+        assert_is_picture(tmp_path / "progress.png")
+    for argv, message in ((["--runs", "label", other], "evaluated on validation images"),
+                          (["--runs", "label", "."], "evaluated on validation images"),
+                          (["--test", "--runs", "label", one], "evaluated on test images"),
+                          (["--chain", "--runs", "a", one, two], "label and one RUN_DIR,"),
                           (["--runs", "label"], "a label and one RUN_DIR or more"),
-                          (["--runs", "one", str(one), "--epoch_seconds", "3", "4"], "needs 1 pos"),
-                          (["--runs", "one", str(one), "--epoch_seconds", "0"], "needs 1 pos")):
+                          (["--runs", "one", one, "--epoch_seconds", "3", "4"], "needs 1 pos"),
+                          (["--runs", "one", one, "--epoch_seconds", "0"], "needs 1 pos")):
         with pytest.raises(BadInput, match=message):
-            plot.main([*argv, "--save", "none.png"])
+            progress.main(["recipes", *argv, "--save", "none.png"])
     assert not (tmp_path / "none.png").exists()

@@ -21,18 +21,17 @@ from models.bijections import (
 )
 from models.conv1x1 import CONVS, invertible_conv
 from models.marginal import EVEN_SHARE, LARGEST_SHARE, PSEUDO_COUNTS, MarginalGaussian
-from models.networks import (
-    PointNetwork,
-    _reflect_pad_by_slices,
-    reflect_pad,
-    resnet1x1,
-    resnet3x3,
-)
+from models.networks import PointNetwork, resnet1x1, resnet3x3
 from models.pixels import Logit
 from models.pyramid import ConditionalPixels, ImageNetwork, SplitCoupling
 
-pytestmark = pytest.mark.usefixtures("float64")
 B = 3
+NORMAL = torch.distributions.Normal(0.0, 1.0)
+
+
+@pytest.fixture(autouse=True)
+def seeded(float64):
+    torch.manual_seed(0)
 
 
 def channel_coupling(network, c):
@@ -43,15 +42,9 @@ def multi_scale():
     return MultiScale((2, 4, 4), [Squeeze(), ActNorm(8), Split(), invertible_conv("full", 4, 2)])
 
 
-def f_w(model, conv, shape):
-    settings = {"model": model, "conv": conv, "ssl_dim": -1, "l": 3, "ssl_model": "cond-shift"}
-    return build_model(settings, shape, 2).f_w
-
-
-def pyramid():
-    settings = {"model": "pyramid", "width": 8, "n_blocks": 1, "ssl_dim": 16,
-                "ssl_model": "cond-shift"}
-    return build_model(settings, (1, 8, 8), 2, grey_levels=17).f_w
+def f_w(shape, **changes):
+    settings = {"ssl_dim": -1, "l": 3, "ssl_model": "cond-shift", **changes}
+    return build_model(settings, shape, 2, grey_levels=17).f_w
 
 
 def conditional_flow_step():
@@ -112,9 +105,10 @@ BIJECTIONS = {
        for kind in CONVS},
     "split coupling": (lambda: SplitCoupling(resnet1x1(2, 8, 8, 1), 2), (6,)),
     "multi-scale": (multi_scale, (2, 4, 4)),
-    **{f"f_w {model}, {conv}": (partial(f_w, model, conv, shape), shape)
+    **{f"f_w {model}, {conv}": (partial(f_w, shape, model=model, conv=conv), shape)
        for model, shape in (("toy", (2, 1, 1)), ("digits-masked", (1, 8, 8))) for conv in CONVS},
-    "f_w pyramid": (pyramid, (1, 8, 8)),
+    "f_w pyramid": (partial(f_w, (1, 8, 8), model="pyramid", width=8, n_blocks=1, ssl_dim=16),
+                    (1, 8, 8)),
 }
 CONDITIONAL = {
     # name: (how to make it, type of the context: an embedding, or labels)
@@ -133,23 +127,20 @@ def assert_bijection(f, x, *context):
     assert (f.inverse(z, *context) - x).abs().max() < 1e-10
     assert (f(f.inverse(z, *context), *context)[0] - z).abs().max() < 1e-9
     for i in range(B):
-        own = tuple(c[i:i + 1] for c in context)
-        jacobian = torch.autograd.functional.jacobian(lambda v, own=own: f(v, *own)[0], x[i:i + 1])
+        labels = tuple(c[i:i + 1] for c in context)
+        jacobian = torch.autograd.functional.jacobian(
+            lambda v, labels=labels: f(v, *labels)[0], x[i:i + 1])
         expected = torch.linalg.slogdet(jacobian.view(x[i].numel(), -1)).logabsdet
         torch.testing.assert_close(ldj[i], expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", BIJECTIONS)
-def test_bijection(name):
-    torch.manual_seed(0)
-    make, shape = BIJECTIONS[name]
+@pytest.mark.parametrize("make, shape", BIJECTIONS.values(), ids=BIJECTIONS)
+def test_bijection(make, shape):
     assert_bijection(randomize(make()), torch.rand(B, *shape))
 
 
-@pytest.mark.parametrize("name", CONDITIONAL)
-def test_conditional_bijection(name):
-    torch.manual_seed(0)
-    make, kind = CONDITIONAL[name]
+@pytest.mark.parametrize("make, kind", CONDITIONAL.values(), ids=CONDITIONAL)
+def test_conditional_bijection(make, kind):
     context = torch.randn(B, 10) if kind.is_floating_point else torch.tensor([0, 3, 1])
     f = randomize(make())
     x = torch.randn(B, 6)
@@ -158,7 +149,6 @@ def test_conditional_bijection(name):
 
 
 def test_paper_flow_inverts():
-    torch.manual_seed(0)
     f_w = randomize(build_model({}, (1, 28, 28), 10).f_w)
     x = torch.rand(2, 1, 28, 28)
     z, _ = f_w(x)
@@ -167,10 +157,9 @@ def test_paper_flow_inverts():
 
 
 def test_inverse_needs_no_forward_pass():
-    settings = {"model": "digits-masked", "ssl_dim": 16}
-    one, two = (randomize(build_model(settings, (1, 8, 8), 10).f_w) for _ in range(2))
+    f, equal = (randomize(f_w((1, 8, 8), model="digits-masked")) for _ in range(2))
     x = torch.rand(B, 1, 8, 8)
-    assert (two.inverse(one(x)[0]) - x).abs().max() < 1e-10
+    assert (equal.inverse(f(x)[0]) - x).abs().max() < 1e-10
 
 
 def test_squeeze_order():
@@ -196,39 +185,33 @@ def test_logit_is_the_formula():
 
 def test_marginal_gaussian_is_the_formula():
     """The distribution function of each pixel, interpolated between its values at grey levels."""
-    torch.manual_seed(0)
     f, x = marginal_gaussian(), torch.rand(20, 2, 4, 4)
     z, ldj = f(x)
     total = torch.zeros(20)
     for j, p in enumerate(f.p):
+        values, gaussian = x.flatten(1)[:, j], z.flatten(1)[:, j]
         edges = torch.cat((torch.zeros(1), p.cumsum(0)))
-        own, at = x.flatten(1)[:, j], torch.arange(18) / 17
-        cdf = torch.from_numpy(np.interp(own, at, edges))
-        expected = torch.distributions.Normal(0.0, 1.0)
-        torch.testing.assert_close(z.flatten(1)[:, j], expected.icdf(cdf))
-        density = 17 * p[(17 * own).long()]
-        total += density.log() - expected.log_prob(z.flatten(1)[:, j])
+        cdf = torch.from_numpy(np.interp(values, torch.arange(18) / 17, edges))
+        torch.testing.assert_close(gaussian, NORMAL.icdf(cdf))
+        total += (17 * p[(17 * values).long()]).log() - NORMAL.log_prob(gaussian)
     torch.testing.assert_close(ldj, total)
 
 
 def test_marginal_densities_integrate_to_one():
     """phi(z) dz/dx of every pixel: a midpoint rule is exact for a piecewise constant density."""
-    torch.manual_seed(0)
     f = marginal_gaussian((1, 1, 3), 5)
     x = (torch.arange(500) + 0.5) / 500
-    normal = torch.distributions.Normal(0.0, 1.0)
     for j in range(3):
-        one_varies = torch.full((500, 1, 1, 3), 0.5)
-        one_varies[:, 0, 0, j] = x
-        z, ldj = f(one_varies)
+        x_j_varies = torch.full((500, 1, 1, 3), 0.5)
+        x_j_varies[:, 0, 0, j] = x
+        z, ldj = f(x_j_varies)
         others = [k for k in range(3) if k != j]
-        fixed = (5 * f.p[others, 2]).log().sum() - normal.log_prob(z[:, 0, 0, others]).sum(1)
-        log_density = ldj - fixed + normal.log_prob(z[:, 0, 0, j])
+        fixed = (5 * f.p[others, 2]).log().sum() - NORMAL.log_prob(z[:, 0, 0, others]).sum(1)
+        log_density = ldj - fixed + NORMAL.log_prob(z[:, 0, 0, j])
         assert log_density.exp().mean() == pytest.approx(1, abs=1e-12)
 
 
 def test_marginal_gaussian_is_fitted_to_the_images():
-    torch.manual_seed(0)
     images = grey_images(2000, (1, 2, 2), 4)
     f = MarginalGaussian((1, 2, 2), 4)
     assert torch.equal(f.p, torch.full((4, 4), 1 / 4))
@@ -247,22 +230,24 @@ def test_marginal_gaussian_is_fitted_to_the_images():
     assert values.mean(0).abs().max() < 0.1 and (values.std(0) - 1).abs().max() < 0.1
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-10)])
-def test_marginal_gaussian_resolves_the_grey_levels_of_mnist(mnist_root, dtype, tolerance):
-    torch.manual_seed(0)
+@pytest.mark.parametrize("make, n, dtype, tolerance", [
+    (partial(MarginalGaussian, grey_levels=256), 1000, torch.float32, 1e-4),
+    (partial(MarginalGaussian, grey_levels=256), 1000, torch.float64, 1e-10),
+    (partial(conditional_pixels, levels=256, n_bins=32), 100, torch.float32, 0.02),
+    (partial(conditional_pixels, levels=256, n_bins=32), 100, torch.float64, 1e-9)])
+def test_the_grey_levels_of_mnist_are_resolved(mnist_root, make, n, dtype, tolerance):
     data = load_tiny(data="mnist", data_root=str(mnist_root), num_examples=-1)
-    f = MarginalGaussian(data.shape, 256).to(dtype)
+    f = randomize(make(data.shape), scale=0.5).to(dtype)
     f.fit(data.train_x)
     assert f.p.max() == torch.tensor(LARGEST_SHARE, dtype=dtype)
-    x = ((data.test_x[:1000] + torch.rand(1000, *data.shape)) / 256).to(dtype)
+    x = ((data.test_x[:n] + torch.rand(n, *data.shape)) / 256).to(dtype)
     z, ldj = f(x)
-    assert z.dtype == ldj.dtype == dtype
+    assert z.dtype == ldj.dtype == dtype and z.isfinite().all() and ldj.isfinite().all()
     assert 256 * (f.inverse(z) - x).abs().max() < tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_marginal_gaussian_is_finite_at_the_edges_of_grey_levels(dtype):
-    torch.manual_seed(0)
     f = marginal_gaussian().to(dtype)
     for v in range(18):
         x = torch.full((1, 2, 4, 4), v / 17, dtype=dtype)
@@ -283,7 +268,6 @@ def test_marginal_gaussian_refuses_what_is_no_image(value):
 
 def test_conditional_pixels_are_the_formula():
     """Each pixel's F_j by a sum over all grey levels, from the networks' output."""
-    torch.manual_seed(0)
     f, x = randomize(conditional_pixels()), torch.rand(20, 1, 8, 8)
     z, ldj = f(x)
     n = f.group_sizes
@@ -299,9 +283,8 @@ def test_conditional_pixels_are_the_formula():
     v = 17 * x.flatten(1)
     level = v.long()[..., None]
     cdf = ((p.cumsum(2) - p).gather(2, level) + p.gather(2, level) * (v[..., None] - level))[..., 0]
-    normal = torch.distributions.Normal(0.0, 1.0)
-    expected = normal.icdf(cdf)
-    expected_ldj = ((17 * p.gather(2, level)[..., 0]).log() - normal.log_prob(expected)).sum(1)
+    expected = NORMAL.icdf(cdf)
+    expected_ldj = ((17 * p.gather(2, level)[..., 0]).log() - NORMAL.log_prob(expected)).sum(1)
     expected = expected[:, f.order]
     expected[:, -16:] += f.shift_of(x)
     torch.testing.assert_close(z, expected)
@@ -311,7 +294,6 @@ def test_conditional_pixels_are_the_formula():
 
 def test_conditional_pixels_depend_on_coarser_ones_and_z_f_only():
     """The Jacobian of x, as a function of z."""
-    torch.manual_seed(0)
     f, z = randomize(conditional_pixels()), torch.randn(1, 64)
     jacobian = torch.autograd.functional.jacobian(f.inverse, z)[0, 0].flatten(0, 1)[f.order, 0]
     group = torch.repeat_interleave(torch.arange(7), torch.tensor(f.group_sizes))
@@ -331,7 +313,6 @@ def test_conditional_pixels_depend_on_coarser_ones_and_z_f_only():
 
 def test_bins_of_grey_levels():
     """Black has a bin of its own; the others have adjacent levels and about equal shares."""
-    torch.manual_seed(0)
     levels = 40
     images = torch.randint(levels, (500, 1, 8, 8))
     images[images % 3 == 0] = 25                # a third of the values
@@ -348,22 +329,9 @@ def test_bins_of_grey_levels():
     assert many.bin_of.tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 0.02), (torch.float64, 1e-9)])
-def test_conditional_pixels_resolve_the_grey_levels_of_mnist(mnist_root, dtype, tolerance):
-    torch.manual_seed(0)
-    data = load_tiny(data="mnist", data_root=str(mnist_root), num_examples=-1)
-    f = randomize(conditional_pixels(data.shape, 256, 32), scale=0.5).to(dtype)
-    f.fit(data.train_x)
-    x = ((data.test_x[:100] + torch.rand(100, *data.shape)) / 256).to(dtype)
-    z, ldj = f(x)
-    assert z.dtype == ldj.dtype == dtype and z.isfinite().all() and ldj.isfinite().all()
-    assert 256 * (f.inverse(z) - x).abs().max() < tolerance
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_conditional_pixels_are_finite_where_a_network_is_certain(dtype):
     """Also of what it deems impossible, with finite gradients."""
-    torch.manual_seed(0)
     f = conditional_pixels().to(dtype)
     for sign in (-1, 1):
         for net in f.networks:
@@ -377,7 +345,6 @@ def test_conditional_pixels_are_finite_where_a_network_is_certain(dtype):
 
 
 def test_actnorm_initialisation():
-    torch.manual_seed(0)
     act, x = ActNorm(3), 5 + 2 * torch.randn(16, 3, 4, 4)
     assert torch.equal(act(x), x)
     act.initialize(x)
@@ -406,15 +373,6 @@ def test_householder_product_order():
     conv = invertible_conv("hh", 3, 2)
     h1, h2 = (torch.eye(3) - 2 * torch.outer(v, v) / v.dot(v) for v in conv.v)
     torch.testing.assert_close(conv.matrix(), h1 @ h2)
-
-
-def test_both_ways_to_pad_agree():
-    x = torch.randn(2, 3, 4, 5, requires_grad=True)
-    one, two = reflect_pad(x), _reflect_pad_by_slices(x)
-    assert torch.equal(one, two)
-    weights = torch.randn_like(one)
-    gradients = (torch.autograd.grad((v * weights).sum(), x)[0] for v in (one, two))
-    torch.testing.assert_close(*gradients)
 
 
 def test_networks_start_at_zero_and_are_the_formula():

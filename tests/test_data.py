@@ -8,10 +8,12 @@ import pytest
 import torch
 from conftest import load_tiny
 
-from utils.data import (Augmentation, SemiSupervisedData, augment, choose_labelled)
+from utils.data import Augmentation, SemiSupervisedData, augment
+from utils.datasets import choose_labelled
 from utils.errors import BadInput
 
 DIGITS = {"num_examples": -1, "supervised": 100}
+COPIES = {**DIGITS, "cons_weight": 1, "sup_sample_weight": 1}
 
 
 def generator(seed=0):
@@ -40,7 +42,7 @@ def test_points(name):
     data = load_tiny(**settings)
     assert data.shape == (2, 1, 1) and data.n_classes == 2 and data.grey_levels is None
     assert (len(data.train_x), len(data.test_x)) == (500, 1000)
-    x, _ = data.sample_batch(1000, 0.5, generator())
+    x = data.sample_batch(1000, generator()).x
     assert (x[:, None] == data.train_x).flatten(2).all(2).any(1).all()      # not dequantised
     assert np.isnan(data.bits_per_dim(1.0))
     assert not torch.equal(data.train_x, load_tiny(**settings, data_seed=1).train_x)
@@ -78,24 +80,28 @@ def test_hidden_labels_are_not_stored():
 
 def test_batches_mix_labelled_and_unlabelled():
     data = load_tiny(**DIGITS)
-    assert data.labelled_prob(0.5) == pytest.approx(1 / 3)
-    assert data.labelled_prob(-1) == pytest.approx(100 / 1437)
-    x, y = data.sample_batch(30_000, 1 / 3, generator())
+    assert data.labelled_share == pytest.approx(1 / 3)
+    share = load_tiny(**DIGITS, sup_sample_weight=-1).labelled_share
+    assert share == pytest.approx(100 / 1437)
+    x, y, *more = data.sample_batch(30_000, generator())
+    assert more == [None, None, None]
     assert x.shape == (30_000, 1, 8, 8) and x.dtype == torch.float32
     assert abs((y >= 0).float().mean() - 1 / 3) < 5 * (2 / 9 / 30_000) ** 0.5
     counts = torch.bincount(y[y >= 0])
     assert counts.min() > 800 and counts.max() < 1200                       # each 1,000 on average
-    assert (data.sample_batch(50, 1.0, generator())[1] >= 0).all()
+    data.labelled_share = 1.0
+    assert (data.sample_batch(50, generator()).y >= 0).all()
     all_labelled = load_tiny(supervised=-1)
-    assert (all_labelled.sample_batch(50, 1 / 3, generator())[1] >= 0).all()
+    assert (all_labelled.sample_batch(50, generator()).y >= 0).all()
 
 
 def test_augmented_batches():
     """The copies are of the same images, and x and y are those of a batch without copies."""
-    data = load_tiny(**DIGITS, aug_shift=0.5)
-    x, y, augmented = data.sample_batch(500, 0.5, generator(), augmented=True)
-    plain_x, plain_y = data.sample_batch(500, 0.5, generator())
-    assert torch.equal(x, plain_x) and torch.equal(y, plain_y)
+    data = load_tiny(**COPIES, aug_shift=0.5)
+    x, y, augmented, *more = data.sample_batch(500, generator())
+    plain = data.sample_batch(500, generator(), augmented=False)
+    assert torch.equal(x, plain.x) and torch.equal(y, plain.y)
+    assert more == [None, None] and plain.copies is None
     assert augmented.shape == x.shape and augmented.min() >= 0 and augmented.max() <= 1
     assert not (augmented == x).flatten(1).all(1).any()                     # noise of their own
     own, other = (((augmented - image) ** 2).flatten(1).mean(1) for image in (x, x.roll(1, 0)))
@@ -103,21 +109,27 @@ def test_augmented_batches():
 
 
 def test_copies_without_noise_are_in_the_middle_of_the_grey_levels():
-    x, y, copies = load_tiny(**DIGITS, clf_noise="false").sample_batch(500, 0.5, generator(),
-                                                                       augmented=True)
+    x, y, copies, *_ = load_tiny(**COPIES, clf_noise="false").sample_batch(500, generator())
     levels = copies * 17 - 0.5
     torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)
     assert levels.min() > -0.1 and levels.max() < 16.1
-    noisy_x, noisy_y = load_tiny(**DIGITS).sample_batch(500, 0.5, generator())
-    assert torch.equal(x, noisy_x) and torch.equal(y, noisy_y)
+    noisy = load_tiny(**COPIES).sample_batch(500, generator())
+    assert torch.equal(x, noisy.x) and torch.equal(y, noisy.y)
 
 
 def test_images_without_noise_follow_their_copies():
-    noisy = load_tiny(**DIGITS).sample_batch(500, 0.5, generator(), augmented=True)
-    *batch, clean = load_tiny(**DIGITS, clf_noise="train").sample_batch(500, 0.5, generator(),
-                                                                        augmented=True)
-    assert all(map(torch.equal, batch, noisy))
-    torch.testing.assert_close(clean, ((batch[0] * 17).floor() + 0.5) / 17)
+    noisy = load_tiny(**COPIES).sample_batch(500, generator())
+    batch = load_tiny(**COPIES, clf_noise="train").sample_batch(500, generator())
+    assert all(map(torch.equal, batch[:3], noisy[:3]))
+    torch.testing.assert_close(batch.clean, ((batch.x * 17).floor() + 0.5) / 17)
+
+
+def test_rows_of_a_batch():
+    batch = load_tiny(**COPIES, clf_noise="train").sample_batch(20, generator())
+    part = batch.rows(slice(1, None, 2))
+    assert part.log_prior_ratio is None
+    for field in ("x", "y", "copies", "clean"):
+        assert torch.equal(getattr(part, field), getattr(batch, field)[1::2])
 
 
 def test_augment_translates_rotates_and_scales():
@@ -158,7 +170,7 @@ def test_augment_translates_rotates_and_scales():
 def test_few_augmented_copies_are_the_image_itself(name, size, request):
     """Whole pixels that are zero in both directions: of half of the copies a quarter or less."""
     root = str(request.getfixturevalue("mnist_root")) if name == "mnist" else "data"
-    data = load_tiny(**DIGITS, data=name, data_root=root)
+    data = load_tiny(**COPIES, data=name, data_root=root)
     images = data.train_x[:1000]
     copies = augment(images, data.augmentation, generator())
     unchanged = float((copies == images).flatten(1).all(1).float().mean())
@@ -166,8 +178,9 @@ def test_few_augmented_copies_are_the_image_itself(name, size, request):
 
 
 def test_augmentation_of_the_data_and_of_the_settings():
-    assert load_tiny(**DIGITS).augmentation == Augmentation(15, 0.1, 1)
-    changed = load_tiny(**DIGITS, aug_rotation=0, aug_shift=3)
+    assert load_tiny(**COPIES).augmentation == Augmentation(15, 0.1, 1)
+    assert load_tiny(**DIGITS).augmentation is None
+    changed = load_tiny(**COPIES, aug_rotation=0, aug_shift=3)
     assert changed.augmentation == Augmentation(0, 0.1, 3)
     points = {"data": "moons", "num_examples": 500, "supervised": 10}
     assert load_tiny(**points, aug_shift=3).augmentation is None

@@ -15,9 +15,9 @@ from conftest import PROJECT, run_script
 from models import build_model
 from training import checkpoint
 from training.evaluation import Inference, evaluate
-from training.processes import Processes
+from training.distributed import Processes
 from training.speed import Accelerated, choose_speed
-from utils.data import load_data
+from utils.datasets import load_data
 from utils.errors import BadInput
 from utils.files import sha256
 from utils.metrics import average_is_better, read_metrics

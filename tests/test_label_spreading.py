@@ -50,12 +50,12 @@ def test_double_precision_changes_nothing(float64):
 
 
 def test_batches_have_the_priors_of_their_images():
-    data = load_tiny(**DIGITS, spread_labels=0.9)
-    *_, y, _, ratio = data.sample_batch(200, 0.5, torch.Generator().manual_seed(0), augmented=True)
-    labelled = y >= 0
-    assert torch.equal(ratio.argmax(1)[labelled], y[labelled])
-    other = load_tiny(**DIGITS)
-    assert len(other.sample_batch(20, 0.5, torch.Generator(), augmented=True)) == 3
+    data = load_tiny(**DIGITS, cons_weight=1, spread_labels=0.9)
+    batch = data.sample_batch(200, torch.Generator().manual_seed(0))
+    labelled = batch.y >= 0
+    assert torch.equal(batch.log_prior_ratio.argmax(1)[labelled], batch.y[labelled])
+    other = load_tiny(**DIGITS, cons_weight=1).sample_batch(20, torch.Generator())
+    assert other.copies is not None and other.log_prior_ratio is None
 
 
 def test_labels_spread_within_a_group_of_images():

@@ -1,6 +1,5 @@
 """What a trained model shows: obfuscation.py, pictures.py, and the functions that they call."""
 
-import importlib
 import json
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from conftest import PROJECT, load_tiny, options, randomize, run_script, runs
 from PIL import Image
 
+from experiments import obfuscation, pictures
 from models import build_model
 from utils import figures
 from utils.errors import BadInput
@@ -17,12 +17,9 @@ from utils.metrics import read_metrics
 SHIPPED = ["--config", str(PROJECT / "configs" / "digits.yaml"), "--pretrained", "--device", "cpu"]
 
 
-@pytest.fixture
-def experiment(monkeypatch, tmp_path):
-    """experiments/NAME.py as a module."""
-    monkeypatch.syspath_prepend(PROJECT / "experiments")
+@pytest.fixture(autouse=True)
+def in_tmp_path(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    return importlib.import_module
 
 
 @pytest.fixture
@@ -93,18 +90,17 @@ def test_the_legend_of_seven_runs_is_inside_the_picture(length):
 
 
 @pytest.mark.parametrize("command", ["samples", "redrawn", "interpolation", "mistakes"])
-def test_pictures_of_the_shipped_model(experiment, command, tmp_path):
-    experiment("pictures").main([command, "--save", "picture.png", *SHIPPED])
+def test_pictures_of_the_shipped_model(command, tmp_path):
+    pictures.main([command, "--save", "picture.png", *SHIPPED])
     with Image.open(tmp_path / "picture.png") as picture:
         assert picture.width > 400 and len(picture.convert("L").getcolors(2**16)) > 30
 
 
-def test_pictures_of_points_and_of_runs(experiment, tmp_path):
+def test_pictures_of_points_and_of_runs(tmp_path):
     for seed in (0, 1):
         assert run_script(options(data="moons", model="toy", l=2, ssl_dim=-1, ssl_l=1, ssl_k=1,
                                   supervised=10, epochs=2, seed=seed)) == 0
     first, second = runs(tmp_path)
-    pictures = experiment("pictures")
     weights = ["--config", str(first / "params.yaml"), "--pretrained", str(first / "model.torch")]
     pictures.main(["latent", "--save", "latent.png", "--run", str(first)])
     pictures.main(["density", "--save", "density.png", "--run", str(first)])
@@ -129,9 +125,8 @@ def test_pictures_of_points_and_of_runs(experiment, tmp_path):
     assert not (tmp_path / "x.png").exists()
 
 
-def test_what_the_parts_of_the_latent_space_know(experiment, tmp_path, monkeypatch):
+def test_what_the_parts_of_the_latent_space_know(tmp_path, monkeypatch):
     """The shipped model of digits, and fewer epochs of the classifier."""
-    obfuscation = experiment("obfuscation")
     monkeypatch.setattr(obfuscation, "EPOCHS", 20)
     obfuscation.main([*SHIPPED, "--json", "a.json", "--save", "a.npz", "--picture", "a.png"])
     report = json.loads((tmp_path / "a.json").read_text())
@@ -151,10 +146,10 @@ def test_what_the_parts_of_the_latent_space_know(experiment, tmp_path, monkeypat
 
 
 @torch.no_grad()
-def test_latents_are_those_of_the_model(experiment, model):
+def test_latents_are_those_of_the_model(model):
     data = load_tiny()
     x, y = data.middle_of_levels(data.test_x[:20]).double(), data.test_y[:20]
-    z = experiment("obfuscation").latents(model, x, y, 7)
+    z = obfuscation.latents(model, x, y, 7)
     assert z["z_aux"].shape == (20, 48)
     both = torch.cat((z["z_aux"], model.h_phi.inverse(z["z_h"], y)), 1)
     torch.testing.assert_close(model.decode(both), x)

@@ -118,10 +118,10 @@ import torch
 sys.path.insert(0, {project!r})
 torch.set_default_dtype(torch.{dtype})
 
-from training import stopping
+from training import progress
 
 
-class AfterTwoSteps(stopping.Stopping):         # only the second process has this reason
+class AfterTwoSteps(progress.Limits):         # only the second process has this reason
     steps = 0
 
     @property
@@ -131,7 +131,7 @@ class AfterTwoSteps(stopping.Stopping):         # only the second process has th
 
 
 if os.environ.get("STOP"):
-    stopping.Stopping = AfterTwoSteps
+    progress.Limits = AfterTwoSteps
 sys.argv[0] = {script!r}
 runpy.run_path({script!r}, run_name="__main__")
 """
@@ -147,7 +147,7 @@ def test_two_processes_train_as_one(tmp_path, dtype, tolerance):
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER.format(project=str(PROJECT), script=str(SCRIPT), dtype=dtype))
     line = options(epochs=1, num_examples=192, lr_schedule="no", micro_bs=20, cl_weight=1,
-                   clip_gn=500, cons_weight=1, ema=0.9, validation=100)
+                   cons_weight=1, ema=0.9, validation=100)
 
     def train(name, n, argv, **environment):
         folder = tmp_path / name
@@ -211,11 +211,11 @@ def test_two_processes_train_points_without_warnings(tmp_path):
 FAULTS = """import os, runpy, sys, time
 
 sys.path.insert(0, {project!r})
-import utils.data
+from utils import datasets
 from utils.errors import BadInput
-from utils.settings import Run
+from utils.runs import Run
 
-load_data, move = utils.data.load_data, Run._move_to_fails
+load_data, move = datasets.load_data, Run._move_to_fails
 
 
 def failing(settings, device):                  # in the second process only
@@ -230,7 +230,7 @@ def slow(self, trace):                          # as on a slow disk
 
 
 if os.environ["FAULT"] == "data":
-    utils.data.load_data = failing
+    datasets.load_data = failing
 else:
     Run._move_to_fails = slow
 sys.argv[0] = {script!r}

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PROJECT, TINY, load_tiny, options, randomize, run_script, runs
+from conftest import PROJECT, TINY, load_tiny, make_step, options, randomize, run_script, runs
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
@@ -19,17 +19,16 @@ from models import build_model, networks
 from models.bijections import ActNorm, Affine, MultiScale
 from models.conv1x1 import CONVS, FullConv, extended, log_abs_dets, over_channels
 from models.networks import Conv3x3, Network, NetworkNorm, gpu_conv2d, reflect_pad
+from training.beyond import Beyond, virtual_adversarial_loss
 from training.checkpoint import CheckpointWriter, load_weights, save_atomically
+from training.distributed import Processes
 from training.evaluation import Inference
-from training.loop import TrainingState, train_epoch
 from training.objective import objective
-from training.processes import Processes
+from training.optim import learning_rate
+from training.progress import Limits, Progress
 from training.speed import (MICRO_BATCH_BYTES, WARM_UP_CALLS, Accelerated, Captured,
                             choose_speed)
-from training.step import TrainingStep
-from training.stopping import Stopping
-from training.vat import virtual_adversarial_loss
-from utils.data import load_data
+from utils.datasets import load_data
 from utils.metrics import read_metrics
 from utils.settings import read_settings
 
@@ -288,7 +287,7 @@ def test_bfloat16_in_the_networks_only(monkeypatch, compile):
         dtypes[name] = out[0].dtype if isinstance(out, tuple) else out.dtype
     for name, part in model.named_modules():
         part.register_forward_hook(lambda part, args, out, name=name: record(name, out))
-    out, own_gradients = gradients(model, accelerated, x)
+    out, own_gradients = gradients(model, accelerated.log_joint, x)
     assert out.dtype == torch.float32
     assert mean_log_p(out) != mean_log_p(exact)
     assert_fidelity(out, own_gradients, exact, exact_gradients)
@@ -311,8 +310,8 @@ def test_weights_that_are_cast_together(monkeypatch, name):
     parameters = dict(model.named_parameters())
     for _ in range(2):
         exact, exact_gradients = gradients(model, model.log_joint, x)
-        out, own_gradients = gradients(model, accelerated, x)
-        one_by_one, plain_gradients = gradients(model, Accelerated(model, "bf16"), x)
+        out, own_gradients = gradients(model, accelerated.log_joint, x)
+        one_by_one, plain_gradients = gradients(model, Accelerated(model, "bf16").log_joint, x)
         assert torch.equal(out, one_by_one)
         assert all(map(torch.equal, own_gradients, plain_gradients))
         assert mean_log_p(out) == pytest.approx(mean_log_p(exact), rel=2e-3)
@@ -320,7 +319,7 @@ def test_weights_that_are_cast_together(monkeypatch, name):
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(0.9)
-    logits = accelerated.call("logits", x)
+    logits = accelerated.logits(x)
     torch.testing.assert_close(logits.softmax(1), model.posterior(x), rtol=0, atol=0.1)
     assert all(p is parameters[key] for key, p in model.named_parameters())
     assert all(part.dtype is None for part in model.modules() if isinstance(part, Network))
@@ -332,7 +331,7 @@ def test_fidelity_of_the_paper_s_model_in_bfloat16(monkeypatch, compile):
     """With the bounds that it has on a GPU."""
     without_compilation(monkeypatch)
     model, x = paper_s_model()
-    assert_fidelity_of_bfloat16(model, x[:32], Accelerated(model, "bf16", compile),
+    assert_fidelity_of_bfloat16(model, x[:32], Accelerated(model, "bf16", compile).log_joint,
                                 model.log_joint)
 
 
@@ -366,7 +365,7 @@ def test_points_are_not_rounded(monkeypatch):
     with pytest.raises(ValueError, match="bf16 is for images"):
         Accelerated(random_model("points")[0], "bf16")
     settings = SimpleNamespace(data="moons", precision="auto", compile="off", cuda_graph="off",
-                               pretrained="", deterministic=False, micro_bs=0)
+                               pretrained="", micro_bs=0)
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
     assert choose_speed(settings, gpu, Processes()).precision == "fp32"
@@ -375,7 +374,7 @@ def test_points_are_not_rounded(monkeypatch):
 def test_a_gpu_without_a_compiler_says_so(monkeypatch, capsys):
     monkeypatch.setattr("training.speed._can_compile", lambda: False)
     settings = SimpleNamespace(data="digits", precision="fp32", compile="auto", cuda_graph="off",
-                               pretrained="", deterministic=False, micro_bs=0)
+                               pretrained="", micro_bs=0)
     assert not choose_speed(settings, torch.device("cuda"), Processes()).compile
     out = capsys.readouterr().out
     assert "Not compiled" in out and "Python's header files" in out and out.count("\n") == 1
@@ -385,22 +384,16 @@ def test_a_gpu_without_a_compiler_says_so(monkeypatch, capsys):
 
 def test_a_cpu_that_emulates_bfloat16_says_so(monkeypatch, capsys):
     settings = SimpleNamespace(data="digits", precision="bf16", compile="auto", cuda_graph="off",
-                               pretrained="", deterministic=False, micro_bs=0)
+                               pretrained="", micro_bs=0)
     for emulates in (True, False):
         monkeypatch.setattr("training.speed._emulates_bf16", lambda e=emulates: e)
         choose_speed(settings, torch.device("cpu"), Processes())
         assert ("has no instructions for bf16" in capsys.readouterr().out) == emulates
 
 
-def make_step(settings, model, micro_bs, **speed):
-    return TrainingStep(Accelerated(model, micro_bs=micro_bs, **speed), settings, Processes())
-
-
 def plain_divergence(model, x, settings):
-    """The virtual adversarial loss with vat_weight, where the pixels of z_f themselves are those
-    of x, and have no gradient."""
-    if not settings.vat_weight:
-        return None
+    """The virtual adversarial loss, where the pixels of z_f themselves are those of x, and have no
+    gradient."""
     pixels, rest = model.f_w.levels[0][0], model.f_w.levels[-1]
     z_last = pixels.last_group(x)[0].detach()
     z_steps = MultiScale((model.ssl_dim,), rest)
@@ -411,7 +404,7 @@ def plain_divergence(model, x, settings):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("changes", [{}, {"cl_weight": 1, "clip_gn": 5, "sup_weight": 3},
+@pytest.mark.parametrize("changes", [{}, {"cl_weight": 1, "sup_weight": 3},
                                      {"ssl_alg": "em", "weight_decay": 0.1},
                                      {"cl_weight": 1, "cons_weight": 30},
                                      {"cons_weight": 30, "spread_labels": 0.9},
@@ -420,8 +413,7 @@ def plain_divergence(model, x, settings):
                                       "validation": 100},
                                      {"optimizer": "adam", "weight_decay": 0.1},
                                      {"model": "pyramid", "width": 8, "n_blocks": 1,
-                                      "cl_weight": 1, "cons_weight": 30, "confidence": 0.101,
-                                      "clf_noise": "train"},
+                                      "cl_weight": 1, "cons_weight": 30, "clf_noise": "train"},
                                      {"model": "pyramid", "width": 8, "n_blocks": 1,
                                       "vat_weight": 10, "vat_eps": 0.5}])
 @pytest.mark.parametrize("micro_bs", [7, 64])
@@ -432,39 +424,46 @@ def test_training_steps_change_the_weights_as_plain_ones_do(tmp_path, monkeypatc
     if "vat_weight" in changes:
         micro_bs = 64                           # random directions are drawn for a micro-batch
     # With this threshold a random model is confident about some rows.
-    _, settings = read_settings(options(**{"confidence": 0.2, **changes}))
-    data = load_tiny(spread_labels=settings.spread_labels, clf_noise=settings.clf_noise)
+    monkeypatch.setattr("training.beyond.CONFIDENCE", 0.101 if "model" in changes else 0.2)
+    _, settings = read_settings(options(**changes))
+    data = load_data(settings)
     models, terms = [], []
     for fast in (True, False):
         model = randomize(build_model(settings, data.shape, 10, grey_levels=17))
         generator = torch.Generator().manual_seed(0)
         if fast:
-            step = make_step(settings, model, micro_bs)
+            step, _ = make_step(settings, model, micro_bs)
         else:
             optimizer, average = plain_optimizer(settings, model), copy.deepcopy(model)
             teacher = average if settings.target_weights == "averaged" else model
         for t in (1, 2, 3):
-            batch = data.sample_batch(20, 0.5, generator, augmented=settings.cons_weight > 0)
+            batch = data.sample_batch(20, generator)
             torch.manual_seed(t)
             if fast:
                 terms.append(step(*batch))
             else:
-                x, y, *more = batch
-                log_joint = model.log_joint(x)
-                target = teacher.log_joint(more[1] if settings.clf_noise == "train" else x)
-                if settings.spread_labels:
-                    target = target + more[-1]
-                augmented = model.log_joint(more[0]) if more else None
-                divergence = plain_divergence(model, x, settings)
-                expected = objective(log_joint, y, settings, y, augmented, target, divergence)
-                assert (expected.vat_loss > 0) == (settings.vat_weight > 0)
-                assert (expected.confident > 0) == (settings.cons_weight > 0)
-                torch.testing.assert_close(terms.pop(0), torch.stack(expected).detach(),
-                                           rtol=1e-9, atol=1e-9)
+                log_joint = model.log_joint(batch.x)
+                expected = objective(log_joint, batch.y, batch.y, settings)
+                if settings.cons_weight or settings.vat_weight:
+                    of_copies = target = None
+                    if settings.cons_weight:
+                        of_copies = model.log_joint(batch.copies)
+                        target = teacher.log_joint(batch.x if batch.clean is None else batch.clean)
+                    plain = SimpleNamespace(call=lambda *args: None)
+                    with monkeypatch.context() as patched:
+                        patched.setattr("training.beyond.virtual_adversarial_loss",
+                                        lambda _, x, eps, m=model: plain_divergence(m, x, settings))
+                        expected = Beyond(plain, None, settings).add(
+                            expected, batch, batch.y, log_joint, of_copies, target)
+                assert ("vat_loss" in expected) == (settings.vat_weight > 0)
+                assert all(expected[key] > 0 for key in {"vat_loss", "confident"} & set(expected))
+                assert ("confident" in expected) == (settings.cons_weight > 0)
+                own = terms.pop(0)
+                assert set(own) == set(expected)
+                for key, term in expected.items():
+                    torch.testing.assert_close(own[key], term.detach(), rtol=1e-9, atol=1e-9)
                 optimizer.zero_grad()
-                expected.loss.backward()
-                if settings.clip_gn:
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_gn)
+                expected["loss"].backward()
                 optimizer.step()
                 for own, p in zip(average.parameters(), model.parameters()):
                     own.data.lerp_(p.data, max(1 - settings.ema, 9 / (10 + t)))
@@ -499,15 +498,15 @@ def test_the_optimizer_s_state_is_restored(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, settings = read_settings(options())
     data = load_tiny()
-    x, y = data.sample_batch(20, 0.5, torch.Generator().manual_seed(0))
+    batch = data.sample_batch(20, torch.Generator().manual_seed(0))
     model = randomize(build_model(settings, data.shape, 10))
-    step = make_step(settings, model, 64)
-    assert step.state_dict() == {"optimizer": {}, "average": {}}
-    step(x, y)
+    step, optimizer = make_step(settings, model)
+    assert optimizer.state_dict() == {"optimizer": {}, "average": {}}
+    step(*batch)
     again = randomize(build_model(settings, data.shape, 10))
-    second = make_step(settings, again, 64)
+    second_step, second = make_step(settings, again)
     again.load_state_dict(model.state_dict())
-    state = copy.deepcopy(step.state_dict())
+    state = copy.deepcopy(optimizer.state_dict())
     assert set(state["optimizer"]) == {"step", "exp_avg", "exp_inf"}
     for key in ("exp_avg", "exp_inf"):                          # by name: the order does not matter
         moments = state["optimizer"][key]
@@ -515,11 +514,11 @@ def test_the_optimizer_s_state_is_restored(tmp_path, monkeypatch):
         assert {name: moment.shape for name, moment in moments.items()} == shapes
         state["optimizer"][key] = dict(reversed(moments.items()))
     second.load_state_dict(state)
-    for s in (step, second):
-        s.lr.fill_(0.01)                                        # of the next steps
-        s(x, y)
-    assert all(map(torch.equal, step.parameters, second.parameters))
-    assert step.state_dict()["optimizer"]["step"] == 2
+    for take, own in ((step, optimizer), (second_step, second)):
+        own.set_lr(0.01)                                        # of the next steps
+        take(*batch)
+    assert all(map(torch.equal, optimizer.parameters, second.parameters))
+    assert optimizer.state_dict()["optimizer"]["step"] == 2
 
 
 @pytest.mark.usefixtures("float64")
@@ -531,16 +530,16 @@ def test_the_optimizer_s_state_is_that_of_torch_s_by_parameter(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     _, settings = read_settings(options(optimizer=name))
     data = load_tiny()
-    x, y = data.sample_batch(20, 0.5, torch.Generator().manual_seed(0))
+    batch = data.sample_batch(20, torch.Generator().manual_seed(0))
     model, plain = (randomize(build_model(settings, data.shape, 10)) for _ in range(2))
-    step = make_step(settings, model, 64)
+    step, ours = make_step(settings, model)
     optimizer = plain_optimizer(settings, plain)
-    step(x, y)
-    objective(plain.log_joint(x), y, settings).loss.backward()
+    step(*batch)
+    objective(plain.log_joint(batch.x), batch.y, batch.y, settings)["loss"].backward()
     optimizer.step()
     for name, p in plain.named_parameters():
         for key in moments:
-            torch.testing.assert_close(step.state_dict()["optimizer"][key][name],
+            torch.testing.assert_close(ours.state_dict()["optimizer"][key][name],
                                        optimizer.state[p][key], rtol=1e-6, atol=1e-9, msg=name)
 
 
@@ -583,30 +582,29 @@ def test_moving_average_of_the_weights(tmp_path, monkeypatch):
         return decay * average + (1 - decay) * own
     average = AveragedModel(model, avg_fn=update)
     average.update_parameters(model)                            # the first call copies
-    step = make_step(settings, model, 64)
+    step, optimizer = make_step(settings, model)
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
-        step(*data.sample_batch(20, 0.5, generator))
+        step(*data.sample_batch(20, generator))
         average.update_parameters(model)
     own = copy.deepcopy(dict(model.named_parameters()))
-    with step.averaged():
+    with optimizer.averaged():
         for key, value in average.module.named_parameters():
             torch.testing.assert_close(model.get_parameter(key), value, msg=key)
             assert not torch.equal(value, own[key])
     assert all(torch.equal(p, own[key]) for key, p in model.named_parameters())
-    second = make_step(settings, randomize(build_model(settings, data.shape, 10), seed=1), 64)
-    second.load_state_dict(copy.deepcopy(step.state_dict()))
-    assert all(map(torch.equal, second.average, step.average))
+    _, second = make_step(settings, randomize(build_model(settings, data.shape, 10), seed=1))
+    second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert all(map(torch.equal, second.average, optimizer.average))
 
 
 def test_nothing_is_read_from_the_device_during_an_epoch(tmp_path, monkeypatch):
     """The steps call no .item() and the like, except in torch.optim on a CPU; the end calls few."""
     monkeypatch.chdir(tmp_path)
-    _, settings = read_settings(options(clip_gn=10, cl_weight=1, cons_weight=1, ema=0.9,
-                                        validation=100, warmup_steps=4, lr_schedule="cosine"))
-    data, reads = load_tiny(), []
+    _, settings = read_settings(options(cl_weight=1, cons_weight=1, ema=0.9, validation=100,
+                                        warmup_steps=4, lr_schedule="cosine"))
+    data, reads = load_data(settings), []
     model = randomize(build_model(settings, data.shape, 10))
-    accelerated = Accelerated(model, micro_bs=64)
     for name in ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__"):
         real = getattr(torch.Tensor, name)
 
@@ -619,10 +617,13 @@ def test_nothing_is_read_from_the_device_during_an_epoch(tmp_path, monkeypatch):
     counts = []
     for steps in (2, 9):
         generator = torch.Generator().manual_seed(0)
-        state = TrainingState.create(accelerated, data, generator, settings, Processes())
-        state.steps_per_epoch = steps
+        step, optimizer = make_step(settings, model, 64)
+        progress = Progress(steps, settings, optimizer.parameters, Processes(), Limits())
         reads.clear()
-        assert train_epoch(state, data, settings, Processes(), Stopping()) is None
+        for i in progress.steps():
+            optimizer.set_lr(learning_rate(1, i, steps, settings))
+            progress.add(step(*data.sample_batch(settings.train_bs, generator)))
+        assert progress.stopped is None
         counts.append(len(reads))
     assert counts[0] == counts[1] <= 3, reads
 
@@ -650,21 +651,22 @@ def test_compiled_parts_are_whole_graphs_that_equal_parts_share(monkeypatch, nam
         return compile_module(self, backend=backend, **options)
     model, x = random_model(name)
     without_compilation(monkeypatch)
-    plain, plain_gradients = gradients(model, Accelerated(model, precision, compile=True), x)
+    uncompiled = Accelerated(model, precision, compile=True).log_joint
+    plain, plain_gradients = gradients(model, uncompiled, x)
     monkeypatch.setattr(torch.nn.Module, "compile", compile_with_backend)
     accelerated = Accelerated(model, precision, compile=True)
     parts = [part for part in model.modules() if part._compiled_call_impl is not None]
-    out, own_gradients = gradients(model, accelerated, x)
+    out, own_gradients = gradients(model, accelerated.log_joint, x)
     torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-4)
     assert cosine(own_gradients, plain_gradients) > 1 - 1e-6
     assert 0 < backend.graphs <= (len(parts) if name == "points" else 0.8 * len(parts))
     graphs = backend.graphs
-    accelerated(x + 0.001)
+    accelerated.log_joint(x + 0.001)
     with torch.no_grad():
         accelerated.call("log_joint", x[:5])
     assert backend.graphs > graphs                              # for another shape
     graphs = backend.graphs
-    accelerated(x + 0.001)
+    accelerated.log_joint(x + 0.001)
     uncompiled = Inference(accelerated, compiled=False).log_joint(x[:4])
     assert backend.graphs == graphs                             # nothing is compiled again
     torch.testing.assert_close(uncompiled, out[:4].detach(), rtol=1e-5, atol=1e-4)
@@ -688,14 +690,14 @@ def test_a_compiled_run(tmp_path, monkeypatch, capsys):
 def test_a_checkpoint_holds_the_weights_of_its_time_and_errors_are_raised(tmp_path):
     tensor = torch.ones(3)
     settings = SimpleNamespace(lr=0.1)
-    with CheckpointWriter(tmp_path / "c.pt", settings) as writer:
-        writer.write({"a": {"b": tensor}, "n": 1})
+    with CheckpointWriter(tmp_path / "c.pt", settings, lambda: {"a": {"b": tensor}}) as writer:
+        writer.write()
         tensor.zero_()                                          # training continues meanwhile
     content = torch.load(tmp_path / "c.pt")
     assert torch.equal(content["a"]["b"], torch.ones(3)) and content["settings"] == {"lr": 0.1}
     with pytest.raises(FileNotFoundError, match=r"nowhere/c\.pt"):
-        with CheckpointWriter(tmp_path / "nowhere" / "c.pt", settings) as writer:
-            writer.write({"a": tensor})
+        with CheckpointWriter(tmp_path / "nowhere" / "c.pt", settings, dict) as writer:
+            writer.write()
 
 
 def test_a_disk_that_fills_up_within_a_file(tmp_path):
@@ -733,9 +735,9 @@ def test_the_paper_s_step_is_captured_on_a_gpu(tmp_path, monkeypatch):
     model = build_model({}, (1, 28, 28), 10)
     x, y = torch.rand(32, 1, 28, 28) ** 4, torch.arange(32) % 11 - 1
     model.initialize(x)
-    step = make_step(settings, model.cuda(), 32, precision="bf16", compile=True, cuda_graph=True)
-    losses = [float(step(x.cuda(), y.cuda())[0]) for _ in range(8)]
-    assert step.captured.graph is not None
+    step, _ = make_step(settings, model.cuda(), precision="bf16", compile=True, cuda_graph=True)
+    losses = [float(step(x.cuda(), y.cuda())["loss"]) for _ in range(8)]
+    assert step.graph is not None
     assert all(map(math.isfinite, losses)) and len(set(losses)) == 8
 
 
@@ -756,20 +758,20 @@ def test_log_abs_det_on_a_gpu():
 @pytest.mark.gpu_first
 def test_no_step_waits_for_the_gpu(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    _, settings = read_settings(options(cl_weight=1, clip_gn=100, ssl_alg="em", sup_weight=2,
-                                        cons_weight=1, ema=0.9, validation=100))
+    _, settings = read_settings(options(cl_weight=1, ssl_alg="em", sup_weight=2, cons_weight=1,
+                                        ema=0.9, validation=100))
     data = load_data(settings, "cuda")
     for compiled, cuda_graph in ((False, False), (False, True), (True, True)):
         model = randomize(build_model(settings, data.shape, 10)).cuda()
-        step = make_step(settings, model, 64, precision="bf16", compile=compiled,
-                         cuda_graph=cuda_graph)
+        step, _ = make_step(settings, model, precision="bf16", compile=compiled,
+                            cuda_graph=cuda_graph)
         generator = torch.Generator("cuda").manual_seed(0)
         for _ in range(5):                                      # warm-up and capture may wait
-            step(*data.sample_batch(64, 0.5, generator, augmented=True))
+            step(*data.sample_batch(64, generator))
         torch.cuda.set_sync_debug_mode("error")
         try:
             for _ in range(5):
-                step(*data.sample_batch(64, 0.5, generator, augmented=True))
+                step(*data.sample_batch(64, generator))
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -784,7 +786,7 @@ def test_fidelity_of_the_paper_s_model_on_a_gpu(compiled):
     def exact(x):
         with torch.compiler.set_stance("force_eager"):
             return model.log_joint(x)
-    assert_fidelity_of_bfloat16(model, x, Accelerated(model, "bf16", compiled), exact)
+    assert_fidelity_of_bfloat16(model, x, Accelerated(model, "bf16", compiled).log_joint, exact)
 
 
 MODES = {"fp32": ("fp32", False), "fp32, compiled": ("fp32", True),
@@ -801,7 +803,7 @@ def test_fidelity_on_a_gpu(mode, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     exact, exact_gradients = gradients(model, model.log_joint, x)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision == "tf32")
-    out, own_gradients = gradients(model, Accelerated(model, precision, compiled), x)
+    out, own_gradients = gradients(model, Accelerated(model, precision, compiled).log_joint, x)
     assert_fidelity(out, own_gradients, exact, exact_gradients)
 
 
@@ -810,29 +812,29 @@ def test_fidelity_on_a_gpu(mode, monkeypatch):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_captured_steps_are_the_plain_ones_on_a_gpu(tmp_path, monkeypatch, precision, compiled):
     monkeypatch.chdir(tmp_path)
-    _, settings = read_settings(options(cl_weight=1, cons_weight=30, clip_gn=100, ema=0.7,
-                                        validation=100, clf_noise="train",
-                                        target_weights="averaged"))
-    data, results = load_tiny(clf_noise="train"), []
+    _, settings = read_settings(options(cl_weight=1, cons_weight=30, ema=0.7, validation=100,
+                                        clf_noise="train", target_weights="averaged"))
+    data, results = load_data(settings), []
     for cuda_graph in (True, False):
         model = randomize(build_model(settings, data.shape, 10)).cuda()
-        step = make_step(settings, model, 64, precision=precision, compile=compiled,
-                         cuda_graph=cuda_graph)
+        step, optimizer = make_step(settings, model, precision=precision, compile=compiled,
+                                    cuda_graph=cuda_graph)
         generator, terms = torch.Generator().manual_seed(0), []
         for i in range(8):                                      # warm-up, capture, replays
             # The weights stay as they are until the first step that is captured.
-            step.lr.fill_(1e-3 / (i + 1) if i >= WARM_UP_CALLS else 0)
-            batch = data.sample_batch(64, 0.5, generator, augmented=True)
-            terms.append(step(*[part.cuda() for part in batch]).clone())
+            optimizer.set_lr(1e-3 / (i + 1) if i >= WARM_UP_CALLS else 0)
+            batch = data.sample_batch(64, generator)
+            on_gpu = [None if part is None else part.cuda() for part in batch]
+            # The others depend on counts of rows.
+            values = step(*on_gpu)
+            terms.append(torch.stack([values[k] for k in ("loss", "log_likelihood", "cl_loss")]))
             if i == WARM_UP_CALLS:
-                after_one = [p.detach().clone() for p in step.parameters]
-        results.append((torch.stack(terms), after_one, [*step.parameters, *step.average],
-                        step.state_dict()["optimizer"]["step"]))
-        assert not cuda_graph or step.captured.graph is not None
+                after_one = [p.detach().clone() for p in optimizer.parameters]
+        results.append((torch.stack(terms), after_one, [*optimizer.parameters, *optimizer.average],
+                        optimizer.state_dict()["optimizer"]["step"]))
+        assert not cuda_graph or step.graph is not None
     (terms, after_one, weights, count), (plain_terms, plain_after_one, plain_weights, _) = results
     assert count == 8
-    # The terms after the first three depend on counts of rows.
-    terms, plain_terms = terms[:, :3], plain_terms[:, :3]
     same_weights = WARM_UP_CALLS + 1
     torch.testing.assert_close(terms[:same_weights], plain_terms[:same_weights], rtol=1e-3,
                                atol=1e-3)

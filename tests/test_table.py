@@ -1,6 +1,5 @@
 """experiments/table.py: the paper's table, run and collected."""
 
-import importlib
 import os
 import signal
 import subprocess
@@ -13,16 +12,11 @@ import pytest
 import yaml
 from conftest import PROJECT, TINY, execute, runs
 
+from experiments import table
 from utils.errors import BadInput
 from utils.metrics import read_metrics
 
 SCRIPT = PROJECT / "experiments" / "table.py"
-
-
-@pytest.fixture
-def table(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    return importlib.import_module("table")
 
 
 @pytest.fixture
@@ -115,16 +109,16 @@ def test_a_failed_run_is_named(tmp_path, configs):
     assert "not finite" in done.stdout and "gmm-seed0" in done.stdout
 
 
-def test_paths_are_those_of_the_folder_where_it_is_called(table, tmp_path, monkeypatch, configs):
+def test_paths_are_those_of_the_folder_where_it_is_called(tmp_path, monkeypatch, configs):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     run = table.wanted(Path(configs[0]), 0, ["--initial_weights", "a.torch"], tmp_path / "out")
     data, weights = str(tmp_path / "data"), str(tmp_path / "a.torch")
-    assert run.line[-4:] == ["--data_root", data, "--initial_weights", weights]
+    assert run.argv[-4:] == ["--data_root", data, "--initial_weights", weights]
     assert (run.settings.data_root, run.settings.initial_weights) == (data, weights)
 
 
-def test_missing_data_ends_it_before_the_first_run(table, tmp_path, monkeypatch, configs):
+def test_missing_data_ends_it_before_the_first_run(tmp_path, monkeypatch, configs):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").write_text("a file, so that nothing can be downloaded to it")
     mnist = str(PROJECT / "configs" / "table" / "small-scnf-gmm.yaml")
@@ -138,13 +132,13 @@ def test_missing_data_ends_it_before_the_first_run(table, tmp_path, monkeypatch,
     (["--collect", "nowhere"], "no folder nowhere"), (["--to", "a", "--jobs", "0"], "--jobs must"),
     (["--to", "a", "--seeds", "1", "1"], "is there twice"), (["--to", "a", "--tmp"], "new runs"),
     (["--to", "a", "--lr", "x"], "invalid float value"), (["--to", "a", "--typo", "1"], "typo")])
-def test_bad_input(tmp_path, monkeypatch, table, configs, argv, message):
+def test_bad_input(tmp_path, monkeypatch, configs, argv, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput, match=message):
         table.main([*configs, *argv])
 
 
-def test_the_rows_have_the_settings_of_the_paper_s_table(table, tmp_path, monkeypatch):
+def test_the_rows_have_the_settings_of_the_paper_s_table(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     paths = [PROJECT / "config.yaml", *sorted((PROJECT / "configs" / "table").glob("mnist-*"))]
     rows = [table.wanted(path, 0, [], tmp_path).settings for path in paths]
@@ -160,7 +154,7 @@ def test_the_rows_have_the_settings_of_the_paper_s_table(table, tmp_path, monkey
         assert len(rows) == len(kinds)
 
 
-def test_the_published_figures_are_those_of_the_readme(table):
+def test_the_published_figures_are_those_of_the_readme():
     lines = (PROJECT / "README.md").read_text().splitlines()
     for (model, algorithm, clf), figures in table.PUBLISHED.items():
         start = (f"| {table.MODELS[model]} | {table.ALGORITHMS[algorithm]} | "

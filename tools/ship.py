@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import yaml
@@ -29,9 +30,9 @@ from models import build_model
 from models.networks import ResNet
 from training.checkpoint import load_file, load_weights, save_atomically
 from training.evaluation import Inference, evaluate
-from training.processes import Processes
+from training.distributed import Processes
 from training.speed import Accelerated, choose_speed, device_name, set_up_torch
-from utils.data import load_data
+from utils.datasets import load_data
 from utils.errors import BadInput, OneLineParser, run_command, value_errors_as_bad_input
 from utils.files import PROJECT, atomic_write, sha256
 from utils.metrics import average_is_better, read_metrics
@@ -56,69 +57,65 @@ def main(argv=None):
     parser.add_argument("--to", type=Path, default=PROJECT, metavar="FOLDER",
                         help="the folder of pretrained/ and results/; default: the project")
     parser.add_argument("--commit", help="of the run, if its params.yaml does not have it")
-    own, rest = parser.parse_known_args(argv)
-    check_name(own.name)
+    args, rest = parser.parse_known_args(argv)
+    if not re.fullmatch(r"\w[\w.-]*", args.name):
+        raise BadInput(f"NAME must consist of letters, digits, '.', '_' and '-', not {args.name!r}")
     missing = [name for name in ("params.yaml", "model.torch", "metrics.csv", "log.txt")
-               if not (own.run / name).is_file()]
+               if not (args.run / name).is_file()]
     if missing:
-        raise BadInput(f"{own.run} is not the directory of a finished run: it has no "
+        raise BadInput(f"{args.run} is not the directory of a finished run: it has no "
                        f"{', '.join(missing)}")
-    line = ["--config", str(own.run / "params.yaml")]
-    _, of_run = read_settings(line)
-    _, settings = read_settings([*line, *rest])
+    config = ["--config", str(args.run / "params.yaml")]
+    _, trained_with = read_settings(config)
+    _, settings = read_settings([*config, *rest])
     changed = [key for key, value in vars(settings).items()
-               if key not in MAY_CHANGE and value != vars(of_run)[key]]
+               if key not in MAY_CHANGE and value != vars(trained_with)[key]]
     if changed:
         raise BadInput(f"a run is evaluated with its own {changed[0]}")
     device = set_up_torch(settings, Processes())
     data = load_data(settings, device)
-    rows = read_metrics(own.run / "metrics.csv")
+    rows = read_metrics(args.run / "metrics.csv")
     if not rows or not math.isfinite(seconds := sum(row["seconds"] for row in rows)):
-        raise BadInput(f"{own.run / 'metrics.csv'} has no rows, or none with seconds")
+        raise BadInput(f"{args.run / 'metrics.csv'} has no rows, or none with seconds")
     with value_errors_as_bad_input():
         model = build_model(settings, data.shape, data.n_classes, data.class_probs,
                             data.grey_levels).to(device)
-    load_weights(model, own.run / "model.torch")        # refuses what is not finite or does not fit
-    weights = load_file(own.run / "model.torch")
-    figures, stored = evaluate_weights(model, weights, data, settings), "float32"
-    print(f"stored in float32: {describe(figures)}")
+    load_weights(model, args.run / "model.torch")       # refuses what is not finite, does not fit
+    weights = load_file(args.run / "model.torch")
+    results, stored = evaluate_weights(model, weights, data, settings), "float32"
+    print(f"stored in float32: {describe(results)}")
     halved = to_half(weights, model)
-    if own.half and not any(value.dtype == torch.float16 for value in halved.values()):
+    if args.half and not any(value.dtype == torch.float16 for value in halved.values()):
         print("The model has no networks to store in half precision: stored in float32")
-    elif own.half:
-        halved_figures = evaluate_weights(model, halved, data, settings)
-        print(f"in half precision: {describe(halved_figures)}")
-        if all(abs(mean(halved_figures[key]) - mean(figures[key])) <= tolerance
-               for key, tolerance in TOLERANCES.items() if key in figures):
-            weights, figures = halved, halved_figures
+    elif args.half:
+        halved_results = evaluate_weights(model, halved, data, settings)
+        print(f"in half precision: {describe(halved_results)}")
+        if all(abs(fmean(halved_results[key]) - fmean(results[key])) <= tolerance
+               for key, tolerance in TOLERANCES.items() if key in results):
+            weights, results = halved, halved_results
             stored = "float32, the residual networks in half precision"
         else:
             print("They do not agree: stored in float32")
 
-    pretrained, results = own.to / "pretrained", own.to / "results" / own.name
+    pretrained, evidence = args.to / "pretrained", args.to / "results" / args.name
     pretrained.mkdir(parents=True, exist_ok=True)
-    path = pretrained / f"{own.name}.torch"
+    path = pretrained / f"{args.name}.torch"
     save_atomically(weights, path)
     digest = sha256(path)
-    copy_evidence(own.run, results)
-    params = yaml.safe_load((own.run / "params.yaml").read_text())
+    copy_evidence(args.run, evidence)
+    params = yaml.safe_load((args.run / "params.yaml").read_text())
     evaluation = {
         "file": path.name, "sha256": digest, "bytes": path.stat().st_size, "stored": stored,
         "weights": "averaged" if average_is_better(rows[-1]) else "last",
         "parameters": sum(p.numel() for p in model.parameters()),
-        "commit": own.commit or params.get("commit"), "changed": params.get("dirty"),
+        "commit": args.commit or params.get("commit"), "changed": params.get("dirty"),
         "training_seconds": round(seconds),
-        "evaluated_on": device_name(device), "torch": torch.__version__, **figures}
-    with atomic_write(results / "evaluation.json") as f:
+        "evaluated_on": device_name(device), "torch": torch.__version__, **results}
+    with atomic_write(evidence / "evaluation.json") as f:
         f.write(json.dumps(evaluation, indent=1, allow_nan=False) + "\n")
     list_sum(pretrained / "SHA256SUMS", path.name, digest)      # last: now the weights ship
-    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, SHA-256 {digest}\nEvidence in {results}")
-
-
-def check_name(name):
-    """Raise BadInput if `name` cannot be that of weights and of a folder of evidence."""
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise BadInput(f"NAME must consist of letters, digits, '.', '_' and '-', not {name!r}")
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, SHA-256 {digest}")
+    print(f"Evidence in {evidence}")
 
 
 def copy_evidence(run, folder):
@@ -170,13 +167,10 @@ def list_sum(path, name, digest):
         f.write("\n".join(sorted(lines, key=lambda line: line.split()[1])) + "\n")
 
 
-def mean(values):
-    return sum(values) / len(values)
-
-
-def describe(figures):
-    return "; ".join(f"{key} {mean(values):.4f} ({', '.join(f'{v:.4f}' for v in values)})"
-                     for key, values in figures.items() if isinstance(values, list))
+def describe(results):
+    """The line that says what the results are."""
+    return "; ".join(f"{key} {fmean(values):.4f} ({', '.join(f'{v:.4f}' for v in values)})"
+                     for key, values in results.items() if isinstance(values, list))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from utils import Settings
-from utils.data import DATASETS, Examples, SemiSupervisedData
+from utils.data import Examples, SemiSupervisedData
+from utils.datasets import DATASETS
 from utils.figures import plot_mistakes
 
+from .distributed import Processes
 from .evaluation import Inference, predict, summary
-from .processes import Processes
 from .speed import Accelerated, device_name
 
 BINS = 15           # of the confidence, in the calibration error
@@ -29,27 +30,20 @@ N_MISTAKES = 25
 
 @dataclass(frozen=True)
 class Assessment:
-    """Of N examples of K classes.
+    """What a model says of N examples of K classes."""
 
-    name: of the examples; error: share of wrong classes, from 0 to 1; log_p: mean log p(x), nats;
-    bits_per_dim: NaN for points; nll: mean of -log p(y | x), nats; calibration_error: see there;
-    confusion: examples of each class (row) that were given each class (column), (K, K); mistakes:
-    indices of the wrong ones, the most confident first; predicted and confidence: the largest
-    p(y | x) of each example and its class, (N,); auroc: for images, {kind: the probability that
-    p(x) of a test image exceeds that of an image of that kind}.
-    """
-
-    name: str
-    error: float
-    log_p: float
-    bits_per_dim: float
-    nll: float
-    calibration_error: float
-    confusion: Tensor
-    mistakes: Tensor
-    predicted: Tensor
-    confidence: Tensor
-    auroc: dict[str, float]
+    name: str                   # of the examples
+    error: float                # share of wrong classes, from 0 to 1
+    log_p: float                # mean log p(x), nats
+    bits_per_dim: float         # NaN for points
+    nll: float                  # mean of -log p(y | x), nats
+    calibration_error: float    # see there
+    confusion: Tensor           # examples of each class (row) taken for each class (column), (K, K)
+    mistakes: Tensor            # indices of the wrong examples, the most confident first
+    predicted: Tensor           # the class with the largest p(y | x) of each example, (N,)
+    confidence: Tensor          # that p(y | x), (N,)
+    auroc: dict[str, float]     # of images, {kind: the probability that p(x) of a test image
+                                # exceeds that of an image of that kind}
 
     def lines(self) -> list[str]:
         """What the terminal shows beyond error and likelihood."""
@@ -85,9 +79,12 @@ def assess(infer: Inference, others: Inference, data: SemiSupervisedData, exampl
            predictions: tuple[Tensor, Tensor] | None = None) -> Assessment:
     """The Assessment of `examples`, images and classes as in `data`.
 
-    infer, others: the model's functions, for the examples and for images of other kinds, as each
-    accepts batches of one size only. settings: test_bs, seed. predictions: what `predict` returned
-    for the examples, if it has been called.
+    infer: the model's functions, for the examples
+    others: the same for images of other kinds, as each accepts batches of one size only
+    data: what the examples are from
+    name: of the examples
+    settings: data, data_root, test_bs, seed
+    predictions: what `predict` returned for the examples, if it has been called
     """
     images, y = examples
     batch, seed = settings.test_bs, settings.seed
@@ -147,22 +144,22 @@ def other_images(data: SemiSupervisedData, images: Tensor,
     generator = torch.Generator().manual_seed(settings.seed)
     shape, levels = (N_OTHERS, *data.shape), data.grey_levels
     assert levels is not None, "points have no grey levels"
-    own = images[:N_OTHERS].cpu()
+    chosen = images[:N_OTHERS].cpu()
 
     def random(*size: int) -> Tensor:
-        return torch.randint(levels, size, generator=generator).to(own.dtype)
-    order = torch.rand(len(own), own[0].numel(), generator=generator).argsort(1)
-    kinds = {"noise": random(*shape), "black": torch.zeros(shape, dtype=own.dtype),
+        return torch.randint(levels, size, generator=generator).to(chosen.dtype)
+    order = torch.rand(len(chosen), chosen[0].numel(), generator=generator).argsort(1)
+    kinds = {"noise": random(*shape), "black": torch.zeros(shape, dtype=chosen.dtype),
              "constant": random(N_OTHERS, 1, 1, 1).clamp(min=1).expand(shape),
-             "inverted": levels - 1 - own,
-             "shuffled pixels": own.flatten(1).gather(1, order).view_as(own)}
+             "inverted": levels - 1 - chosen,
+             "shuffled pixels": chosen.flatten(1).gather(1, order).view_as(chosen)}
     if settings.data == "mnist":
         digits = DATASETS["digits"]
         small = digits.load(settings)[2][:N_OTHERS]
         assert digits.grey_levels is not None
         large = F.interpolate(small.float(), size=data.shape[1:], mode="bilinear")
         kinds["scikit-learn's digits"] = (
-            large * (levels - 1) / (digits.grey_levels - 1)).round().to(own.dtype)
+            large * (levels - 1) / (digits.grey_levels - 1)).round().to(chosen.dtype)
     return {kind: x.to(images.device) for kind, x in kinds.items()}
 
 

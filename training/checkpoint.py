@@ -2,7 +2,7 @@
 
 import random
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -20,12 +20,12 @@ from utils.files import PROJECT, atomic_write, sha256
 from utils.metrics import read_metrics
 from utils.settings import RESUMABLE, SHIPPED
 
-from .objective import Terms
-from .step import OPTIMIZERS
+from .optim import OPTIMIZERS, Optimizer
+from .progress import Progress
 
 PRETRAINED = PROJECT / "pretrained"
 # The version of the content of checkpoint.pt, which counts up whenever older files cannot be read.
-CHECKPOINT_FORMAT = 4
+CHECKPOINT_FORMAT = 5
 CHECKPOINT_KEYS = {"format", "model", "average", "optimizer", "epoch", "step", "sums", "seconds",
                    "generator", "rng", "settings"}
 
@@ -52,10 +52,10 @@ def load_weights(model: SemiConditionalFlow, path: str | Path, averaged: bool = 
     if is_published(state):
         with value_errors_as_bad_input():
             state = from_published(model, state)
-    own = model.state_dict()
     # Linear layers are 1x1 convolutions in the authors' code, and some in earlier versions of ours.
-    state = {key: value.flatten(1) if key in own and value.shape == (*own[key].shape, 1, 1)
-             else value for key, value in state.items()}
+    shapes = shapes_of(model.state_dict())
+    state = {key: value.flatten(1) if value.shape == (*shapes.get(key, ()), 1, 1) else value
+             for key, value in state.items()}
     check_architecture(model, state, path)
     not_finite = [key for key, value in state.items() if not value.isfinite().all()]
     if not_finite:
@@ -98,6 +98,31 @@ def shipped_weights(config_file: str | None) -> Path:
     return path
 
 
+def state_of_run(model: SemiConditionalFlow, optimizer: Optimizer, progress: Progress,
+                 generator: torch.Generator) -> dict[str, Any]:
+    """All that changes while a run trains, which a checkpoint holds beside its settings.
+
+    generator: of the batches. Of several processes, all have to call this.
+    """
+    return {"model": model.state_dict(), **optimizer.state_dict(), **progress.state_dict(),
+            "generator": generator.get_state(), "rng": get_rng_state()}
+
+
+def restore(checkpoint: dict[str, Any], model: SemiConditionalFlow, optimizer: Optimizer,
+            progress: Progress, generator: torch.Generator) -> None:
+    """Restore what `state_of_run` returned, in place."""
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint)
+    progress.load_state_dict(checkpoint)
+    set_rng_state(checkpoint["rng"])
+    try:
+        generator.set_state(checkpoint["generator"])
+    except RuntimeError:  # it is of another kind of device
+        generator.manual_seed(generator.initial_seed() + checkpoint["epoch"])
+        print("The checkpoint is from another kind of device: the batches differ from those of an "
+              "uninterrupted run")
+
+
 def load_checkpoint(path: Path, model: SemiConditionalFlow, settings: Settings) -> dict[str, Any]:
     """The content of a run's checkpoint.pt.
 
@@ -110,8 +135,9 @@ def load_checkpoint(path: Path, model: SemiConditionalFlow, settings: Settings) 
     if written not in (None, CHECKPOINT_FORMAT):
         raise BadInput(f"{path} has format {written}, and this version reads format "
                        f"{CHECKPOINT_FORMAT}: continue the run with the commit in its params.yaml")
+    sums = shapes_of(checkpoint.get("sums"))
     if (set(checkpoint) != CHECKPOINT_KEYS or "log_p_y" not in checkpoint["model"]
-            or shapes_of(checkpoint["sums"]) != dict.fromkeys(Terms._fields, ())):
+            or any(sums.values()) or ("loss" in sums) != (checkpoint["step"] > 0)):
         raise BadInput(f"{path} is not a checkpoint of a run")
     check_architecture(model, as_state_dict(checkpoint["model"], path), path)
     done = checkpoint["epoch"] + (checkpoint["step"] > 0)
@@ -138,15 +164,6 @@ def load_checkpoint(path: Path, model: SemiConditionalFlow, settings: Settings) 
     return checkpoint
 
 
-def compact(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """`checkpoint` with the optimiser's moments in bfloat16: two thirds of the bytes, without ema.
-    """
-    optimizer = {key: {name: moment.bfloat16() for name, moment in value.items()}
-                 if isinstance(value, dict) else value
-                 for key, value in checkpoint["optimizer"].items()}
-    return {**checkpoint, "optimizer": optimizer}
-
-
 def shapes_of(tensors: Any) -> dict[str, tuple[int, ...]]:
     """{name: shape} of a mapping of names to tensors; {"": ()} of anything else."""
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
@@ -169,13 +186,12 @@ def as_state_dict(state: Any, path: str | Path) -> dict[str, Tensor]:
 def check_architecture(model: SemiConditionalFlow, state: Mapping[str, Tensor],
                        path: str | Path) -> None:
     """Raise BadInput, naming the first three differences, if `state` does not fit `model`."""
-    own = model.state_dict()
+    expected, found = shapes_of(model.state_dict()), shapes_of(state)
     # Published state dicts have no log_p_y: the model's own is kept.
-    differences = [f"{key} is missing" for key in own if key not in state and key != "log_p_y"]
-    differences += [f"{key} is {tuple(state[key].shape)} in the file "
-                    f"and {tuple(own[key].shape)} in the model"
-                    for key in own if key in state and state[key].shape != own[key].shape]
-    differences += [f"{key} is not in the model" for key in state if key not in own]
+    differences = [f"{key} is missing" for key in expected if key not in found and key != "log_p_y"]
+    differences += [f"{key} is {found[key]} in the file and {shape} in the model"
+                    for key, shape in expected.items() if found.get(key, shape) != shape]
+    differences += [f"{key} is not in the model" for key in found if key not in expected]
     if differences:
         more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise BadInput(f"{path} holds weights of another architecture: "
@@ -200,20 +216,22 @@ def load_file(path: str | Path) -> dict[str, Any]:
 class CheckpointWriter:
     """A context whose `write` copies a checkpoint to the CPU and returns; a thread writes the file.
 
+    path: of the file; None on the processes that write nothing: of several, all but the main one
+    settings: of the run, which the file holds too
+    state: returns the rest, nested mappings of tensors and plain values; all processes call it
+
     When the context ends, the last checkpoint has been written. An error in writing is raised by
-    the next call, or at the end of the context. Processes without a path write nothing: of several,
-    only the main one has one.
+    the next call, or at the end of the context.
     """
 
-    def __init__(self, path: Path | None, settings: Settings):
-        self.path, self.settings, self.thread = path, settings, ThreadPoolExecutor(1)
-        self.pending: Future | None = None
+    def __init__(self, path: Path | None, settings: Settings, state: Callable[[], dict[str, Any]]):
+        self.path, self.settings, self.state = path, settings, state
+        self.thread, self.pending = ThreadPoolExecutor(1), Future[None]()
+        self.pending.set_result(None)
 
-    def write(self, state: Mapping[str, Any]) -> None:
-        """Write the state of a run, nested mappings of tensors and plain values, to the path.
-
-        The settings and the format are added.
-        """
+    def write(self) -> None:
+        """Write the state of the run as it is now."""
+        state = self.state()
         if self.path is None:
             return
         self.wait()
@@ -222,8 +240,7 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Wait for the last checkpoint. Raises the error that writing it raised."""
-        if self.pending:
-            self.pending.result()
+        self.pending.result()
 
     def __enter__(self) -> "CheckpointWriter":
         return self

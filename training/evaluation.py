@@ -11,43 +11,53 @@ from utils import Settings
 from utils.data import Examples, SemiSupervisedData
 from utils.metrics import average_is_better
 
-from .processes import Processes
+from .distributed import Processes
+from .optim import Optimizer
 from .speed import Accelerated, Captured
-from .step import TrainingStep
 
 
 class Inference:
     """A model's functions without gradient, in micro-batches: x (B, C, H, W) -> (B, K).
 
-    log_joint: log p(x, y); logits: log p(y | x) up to a term that does not depend on y; log_p_y:
-    (K,). With CUDA graphs they accept batches of one size only: build them for each set of
-    examples. compiled: whether to use what is compiled, or to call the same functions as they are.
-    predictions: what `predict` returned in the last call of `evaluate`, if any.
+    accelerated: the model
+    compiled: whether to use what is compiled, or to call the same functions as they are
+
+    log_joint: log p(x, y)
+    logits: log p(y | x) up to a term that does not depend on y
+    log_p_y: of the model, (K,)
+    predictions: what `predict` returned in the last call of `evaluate`, if any
+
+    With CUDA graphs the functions accept batches of one size only: build an Inference for each set
+    of examples.
     """
 
     def __init__(self, accelerated: Accelerated, compiled: bool = True):
-        def build(method: str) -> Callable[[Tensor], Tensor]:
+        def build(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
             @torch.no_grad()
             def infer(x: Tensor) -> Tensor:
                 with contextlib.nullcontext() if compiled else set_stance("force_eager"):
-                    return torch.cat([accelerated.call(method, part)
+                    return torch.cat([function(part)
                                       for part in x.split(accelerated.micro_batch_size)])
             return Captured(infer) if accelerated.cuda_graph else infer
-        self.log_joint, self.logits = build("log_joint"), build("logits")
+        self.log_joint, self.logits = build(accelerated.log_joint), build(accelerated.logits)
         self.log_p_y = accelerated.model.log_p_y
         self.predictions: tuple[Tensor, Tensor] | None = None
 
 
 def predict(infer: Inference, data: SemiSupervisedData, images: Tensor, batch_size: int,
             seed: int, processes: Processes | None = None) -> tuple[Tensor, Tensor]:
-    """log p(x), (N,), in nats, and log p(y | x) up to a term that does not depend on y, (N, K), of
-    `images`, x (N, C, H, W) as in `data`.
+    """log p(x), (N,), in nats, and log p(y | x) up to a term that does not depend on y, (N, K).
 
-    infer: called with batches of one size, at most `batch_size`. `seed` determines the
-    dequantisation noise, so two calls with the same weights on the same device agree. Unless
-    data.clf_noise is "true", the x that is classified has no noise, and so needs a pass of its own.
-    Each of `processes` computes its share of the batches, and gets all of the results; without
-    them this process computes alone.
+    infer: called with batches of one size
+    data: what the images are from
+    images: grey levels, or points, (N, C, H, W)
+    batch_size: the largest size of a batch
+    seed: of the dequantisation noise: two calls with the same weights on the same device agree
+    processes: each computes its share of the batches, and gets all of the results; None: this
+        process computes alone
+
+    Unless data.clf_noise is "true", the x that is classified has no noise, and so needs a pass of
+    its own.
     """
     rank, size = (processes.rank, processes.size) if processes else (0, 1)
     generator = torch.Generator(data.device).manual_seed(seed)
@@ -92,7 +102,7 @@ def summary(log_p: Tensor, logits: Tensor, y: Tensor) -> tuple[float, float]:
 class RunEvaluation:
     """The evaluation of a run on its validation and test examples.
 
-    evaluation(training_step, epoch) -> val_log_p, val_acc, val_bpd, if there are validation
+    evaluation(optimizer, epoch) -> val_log_p, val_acc, val_bpd, if there are validation
     examples; the same with the prefix ema_, of the averaged weights, if there are such; and
     test_log_p, test_acc, test_bpd of the weights that the run would keep after that epoch. With
     validation examples the test set is evaluated after the last epoch only, and with settings.test
@@ -107,16 +117,16 @@ class RunEvaluation:
         self.examples = {"val": (data.val_x, data.val_y), "test": (data.test_x, data.test_y)}
         self.infer = {name: Inference(accelerated, compiled=False) for name in self.examples}
 
-    def __call__(self, training_step: TrainingStep, epoch: int) -> dict[str, float]:
+    def __call__(self, optimizer: Optimizer, epoch: int) -> dict[str, float]:
         has_validation, row = len(self.data.val_x) > 0, {}
         if has_validation:
             row = self._evaluate("val")
         if has_validation and self.settings.ema:
-            with training_step.averaged():
+            with optimizer.averaged():
                 averaged = self._evaluate("val")
             row.update({f"ema_{key}": value for key, value in averaged.items()})
         if self.settings.test and (epoch == self.settings.epochs or not has_validation):
-            with training_step.averaged(average_is_better(row)):
+            with optimizer.averaged(average_is_better(row)):
                 row.update(self._evaluate("test"))
         return row
 

@@ -1,22 +1,29 @@
-"""report.html: what a finished run is worth, on one page that needs no other file."""
+"""What a run leaves: metrics, weights, pictures, and report.html, which needs no other file."""
 
 import base64
 import html
 import math
+import os
+import time
 import traceback
 from pathlib import Path
 
+import numpy as np
 import yaml
 
+from models import SemiConditionalFlow
 from utils import Settings
-from utils.figures import save
+from utils.data import SemiSupervisedData
+from utils.figures import plot_run, save
 from utils.files import atomic_write
-from utils.metrics import Row
+from utils.metrics import MetricsLog, Row, average_is_better, result, terminal_line
 
 from .assessment import Assessment, assess, assessed_examples
+from .checkpoint import copy_to_cpu, save_atomically
 from .evaluation import Inference, RunEvaluation
 from .speed import device_name
 
+SECONDS_BETWEEN_PLOTS = 300     # during training
 PICTURES = {"curves.png": "Training", "samples.png": "Samples from p(x | y)",
             "density.png": "Density and posterior",
             "mistakes.png": "The most confident mistakes, and p(y | x)"}
@@ -30,6 +37,55 @@ tr { border-bottom: 1px solid #ddd; } img { max-width: 100%; display: block; }
 .wide { overflow-x: auto; white-space: nowrap; overflow-wrap: normal; }
 .wide td { min-width: 2.2em; } details { margin-top: 2em; }
 """
+
+
+class RunFiles:
+    """What a run leaves beside its checkpoint: metrics.csv, labelled.txt, pictures, model.torch,
+    report.html.
+
+    run_dir: of the run; None on the processes that write nothing: of several, all but the main one
+    model, data, settings: of the run
+    epoch: finished epochs; weights of fewer epochs are kept under the name model-epochN.torch
+    """
+
+    def __init__(self, run_dir: Path | None, model: SemiConditionalFlow, data: SemiSupervisedData,
+                 settings: Settings, epoch: int):
+        self.run_dir, self.model, self.data, self.settings = run_dir, model, data, settings
+        self.plotted = time.perf_counter()
+        if run_dir is None:
+            return
+        self.metrics = MetricsLog(run_dir / "metrics.csv", epoch)
+        self.weights = run_dir / "model.torch"
+        if epoch < settings.epochs and self.weights.exists():
+            self.weights.rename(run_dir / f"model-epoch{epoch}.torch")
+        if not (run_dir / "labelled.txt").exists():
+            np.savetxt(run_dir / "labelled.txt", data.labelled_ids, "%d")
+
+    def log(self, row: Row) -> None:
+        """Add a row to metrics.csv, print it, and draw the pictures again every few minutes."""
+        if self.run_dir is None:
+            return
+        self.metrics.append(row)
+        print(terminal_line(self.metrics.rows[-1]))
+        if time.perf_counter() - self.plotted > SECONDS_BETWEEN_PLOTS:
+            plot_run(self.model, self.data, self.metrics.rows, self.run_dir, self.settings.seed)
+            self.plotted = time.perf_counter()
+
+    @property
+    def keep_average(self) -> bool:
+        """Whether the run keeps the averaged weights, and not the last ones."""
+        return self.run_dir is not None and average_is_better(self.metrics.rows[-1])
+
+    def finish(self, evaluation: RunEvaluation) -> None:
+        """Write the weights that the run keeps, which the model has now, and all the rest."""
+        if self.run_dir is None:
+            return
+        rows = self.metrics.rows
+        save_atomically(copy_to_cpu(self.model.state_dict()), self.weights)
+        plot_run(self.model, self.data, rows, self.run_dir, self.settings.seed)
+        report_run(evaluation, rows, self.run_dir)
+        print(f"{result(rows[-1])}; weights, pictures and a report are in "
+              f"{os.path.relpath(self.run_dir)}")
 
 
 def report_run(evaluation: RunEvaluation, rows: list[Row], run_dir: Path) -> None:
@@ -63,10 +119,14 @@ def write_report(run_dir: Path, settings: Settings, rows: list[Row], assessment:
                  device: str) -> None:
     """Write report.html to the directory of a run, with the pictures that are there.
 
-    rows: the metrics of its epochs; device: the name of the one that it ended on.
+    run_dir: of the run
+    settings: of the run
+    rows: the metrics of its epochs
+    assessment: of its model
+    device: the name of the one that it ended on
     """
     title = f"{run_dir.name}: {settings.data}, {settings.model}, {settings.ssl_model}"
-    figures = [f"<h2>{caption}</h2>\n{_picture(run_dir / name, caption)}"
+    pictures = [f"<h2>{caption}</h2>\n{_picture(run_dir / name, caption)}"
                for name, caption in PICTURES.items() if (run_dir / name).is_file()]
     seconds = sum(row["seconds"] for row in rows)
     params = yaml.safe_load((run_dir / "params.yaml").read_text(encoding="utf-8"))
@@ -83,11 +143,11 @@ def write_report(run_dir: Path, settings: Settings, rows: list[Row], assessment:
 <body>
 <h1>{html.escape(title)}</h1>
 <p>{done}</p>
-{_table(_figures(assessment))}
+{_table(_scores(assessment))}
 <h2>Classes</h2>
 <p>Rows: the class; columns: what the model says.</p>
 {_confusion(assessment.confusion.tolist())}
-{''.join(figures)}
+{''.join(pictures)}
 <details><summary>Settings</summary>{options}</details>
 </body>
 </html>
@@ -96,13 +156,13 @@ def write_report(run_dir: Path, settings: Settings, rows: list[Row], assessment:
         f.write(page)
 
 
-def _figures(assessment: Assessment) -> list[tuple[str, str]]:
-    figures = [("error", f"{assessment.error:.2%}"), ("log p(x)", f"{assessment.log_p:.3f} nats")]
+def _scores(assessment: Assessment) -> list[tuple[str, str]]:
+    scores = [("error", f"{assessment.error:.2%}"), ("log p(x)", f"{assessment.log_p:.3f} nats")]
     if math.isfinite(assessment.bits_per_dim):
-        figures.append(("bits/dim", f"{assessment.bits_per_dim:.4f}"))
-    figures += [("-log p(y | x)", f"{assessment.nll:.4f} nats"),
+        scores.append(("bits/dim", f"{assessment.bits_per_dim:.4f}"))
+    scores += [("-log p(y | x)", f"{assessment.nll:.4f} nats"),
                 ("expected calibration error", f"{assessment.calibration_error:.2%}")]
-    return figures + [(f"AUROC of p(x), against {kind}", f"{value:.4f}")
+    return scores + [(f"AUROC of p(x), against {kind}", f"{value:.4f}")
                       for kind, value in assessment.auroc.items()]
 
 

@@ -23,10 +23,11 @@ from models import SemiConditionalFlow
 from models.bijections import Affine, ChannelCoupling, CheckerboardCoupling
 from models.networks import Conv3x3, Linear, Network, NetworkNorm
 from utils import Settings
-from utils.data import DATASETS
+from utils.data import Batch
+from utils.datasets import DATASETS
 from utils.errors import BadInput
 
-from .processes import Processes
+from .distributed import Processes
 
 # Graphs that torch.compile may make of a function: one per shape, with and without gradient.
 COMPILED_GRAPHS = 256
@@ -37,25 +38,18 @@ WARM_UP_CALLS = 3      # before the capture of a CUDA graph: libraries choose th
 
 
 class Speed(NamedTuple):
-    """How a run computes: the options of Accelerated.
+    """How a run computes: the options of Accelerated."""
 
-    precision: of the couplings' networks, fp32, tf32 or bf16; compile: whether by torch.compile;
-    cuda_graph: whether as CUDA graphs; micro_bs: micro-batch size, 0 to choose it.
-    """
-
-    precision: str = "fp32"
-    compile: bool = False
-    cuda_graph: bool = False
-    micro_bs: int = 0
+    precision: str = "fp32"     # of the couplings' networks: fp32, tf32, bf16
+    compile: bool = False       # by torch.compile
+    cuda_graph: bool = False    # training steps, and batches of evaluation, as CUDA graphs
+    micro_bs: int = 0           # micro-batch size; 0: chosen
 
 
 def set_up_torch(settings: Settings, processes: Processes) -> torch.device:
-    """Set threads and determinism -> the device that settings.device names. Raises BadInput."""
+    """Set the number of threads -> the device that settings.device names. Raises BadInput."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
     n_gpus = torch.cuda.device_count()
     name = settings.device
     if name == "auto":
@@ -76,7 +70,7 @@ def set_up_torch(settings: Settings, processes: Processes) -> torch.device:
         if (device.index or 0) >= n_gpus:
             raise BadInput(f"no device {name}: PyTorch {torch.__version__} sees {n_gpus} GPUs")
         torch.cuda.set_device(device.index or 0)    # it refuses a device without an index
-        torch.backends.cudnn.benchmark = not settings.deterministic
+        torch.backends.cudnn.benchmark = True
         # MAGMA's LU waits for the device. The option is experimental, and warns of that.
         with warnings.catch_warnings(action="ignore"):
             torch.backends.cuda.preferred_linalg_library("cusolver")
@@ -86,8 +80,7 @@ def set_up_torch(settings: Settings, processes: Processes) -> torch.device:
 def choose_speed(settings: Settings, device: torch.device, processes: Processes) -> Speed:
     """The precision, compile, cuda_graph and micro_bs of `settings`, with `auto` decided.
 
-    Also sets PyTorch's global options that go with them: TF32 in cuDNN, and Inductor's determinism.
-    Raises BadInput if one of them is impossible on this machine.
+    Also sets whether cuDNN uses TF32. Raises BadInput if one of them is impossible on this machine.
     """
     gpu = device.type == "cuda"
     precision = settings.precision
@@ -116,10 +109,6 @@ def choose_speed(settings: Settings, device: torch.device, processes: Processes)
         print(f"Not compiled, and therefore slower: torch.compile needs {needs}")
     if compiled:
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # off on purpose
-    if compiled and settings.deterministic:
-        import torch._inductor.config as inductor  # slow to import
-
-        inductor.deterministic = True
     cuda_graph = settings.cuda_graph == "on" or (
         settings.cuda_graph == "auto" and pays_off and processes.size == 1)
     return Speed(precision, compiled, cuda_graph, settings.micro_bs)
@@ -147,20 +136,21 @@ def device_name(device: torch.device) -> str:
 
 
 class Accelerated(nn.Module):
-    """The functions of `model`, with its parameters, as the options of Speed want them computed.
+    """The functions of a model, with its parameters, as the options of Speed want them computed.
 
+    model: on its device, where it has to stay
     precision: with bf16 the networks compute in bfloat16, but for the first layers of ResNets
-    (models/networks.py); scales, log-determinants, base densities and logsumexp keep the type of
-    the model. Points have too few dimensions for these errors to average out. compile: each
-    coupling and each affine layer is one graph of torch.compile. Equal ones share a graph, so that
-    a deep flow compiles in little more time than a shallow one. In bf16 their networks' weights,
-    and the gradients of these, are then cast by one kernel for all of them. cuda_graph tells those
-    who call it whether to capture their calls as CUDA graphs. micro_bs: the `micro_batch_size`, the
-    number of rows for which one pass is efficient; 0: what takes little memory on a CPU, or any
-    number on a GPU.
+        (models/networks.py); scales, log-determinants, base densities and logsumexp keep the type
+        of the model. Points have too few dimensions for these errors to average out
+    compile: each coupling and each affine layer is one graph of torch.compile. Equal ones share a
+        graph, so that a deep flow compiles in little more time than a shallow one. In bf16 their
+        networks' weights, and the gradients of these, are then cast by one kernel for all of them
+    cuda_graph: tells the callers whether to capture their calls as CUDA graphs
+    micro_bs: the `micro_batch_size`, the number of rows for which one pass is efficient; 0: what
+        takes little memory on a CPU, or any number on a GPU
 
-    `model` must be on its device and stay there. Raises ValueError for another precision, and for
-    bf16 if `model` is one of points or in double precision.
+    Raises ValueError for another precision, and for bf16 if the model is one of points or in double
+    precision.
     """
 
     def __init__(self, model: SemiConditionalFlow, precision: str = "fp32", compile: bool = False,
@@ -191,14 +181,28 @@ class Accelerated(nn.Module):
         """The model itself."""
         return self.methods.model
 
-    def forward(self, x: Tensor, copies: Tensor | None = None) -> Any:
-        """x (B, C, H, W) -> log p(x, y), (B, K); with `copies`, images (B', C, H, W), also log
-        p(y | x) of these up to a term that does not depend on y, (B', K)."""
+    def forward(self, x: Tensor, copies: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """x (B, C, H, W) -> log p(x, y), (B, K), and None; with `copies`, images (B', C, H, W), in
+        its place log p(y | x) of these up to a term that does not depend on y, (B', K)."""
         if copies is None:
-            return self.call("log_joint", x)
+            return self.log_joint(x), None
         if self.model.cheap_logits:
-            return self.call("log_joint", x), self.call("logits", copies)
-        return self.call("log_joint", torch.cat((x, copies))).split((len(x), len(copies)))
+            return self.log_joint(x), self.logits(copies)
+        log_joint = self.log_joint(torch.cat((x, copies)))
+        return log_joint[:len(x)], log_joint[len(x):]
+
+    def log_joint(self, x: Tensor) -> Tensor:
+        """log p(x, y): x (B, C, H, W) -> (B, K)."""
+        return self.call("log_joint", x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """log p(y | x) up to a term that does not depend on y: x (B, C, H, W) -> (B, K)."""
+        return self.call("logits", x)
+
+    def micro_batches(self, batch: Batch) -> list[Batch]:
+        """`batch` in parts for which one pass is efficient."""
+        n = max(self.micro_batch_size // (1 if batch.copies is None else 2), 1)
+        return [batch.rows(slice(i, i + n)) for i in range(0, len(batch.x), n)]
 
     def call(self, method: str, *args: Tensor) -> Any:
         """The method of the model with these arguments."""
@@ -252,8 +256,8 @@ class _CastTogether(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = iter(_cast(tuple(g for g in grads if g is not None), torch.float32))
-        return tuple(None if g is None else next(given) for g in grads)
+        cast = iter(_cast(tuple(g for g in grads if g is not None), torch.float32))
+        return tuple(None if g is None else next(cast) for g in grads)
 
 
 def _cast(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -284,31 +288,33 @@ def _fitting_batch(model: SemiConditionalFlow, dtype: torch.dtype | None) -> int
 class Captured:
     """`function` of tensors of fixed shapes on a GPU, captured after WARM_UP_CALLS plain calls.
 
-    The next call overwrites the tensor that a call returned. Side effects on the device belong to
+    The next call overwrites the tensors that a call returned. Side effects on the device belong to
     the graph; those on the host happen in the plain calls and during capture only. If capture
     fails, a line says why, and all calls are plain ones.
     """
 
-    def __init__(self, function: Callable[..., Tensor]):
+    def __init__(self, function: Callable[..., Any]):
         self.function, self.calls = function, 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.side_stream = torch.cuda.Stream()
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor | None) -> Any:
         if self.graph is None:
             self.calls += 1
             if self.calls == WARM_UP_CALLS + 1:
                 self.graph = self._capture(inputs)
             if self.graph is None:
                 return self._plain(inputs)
-        for own, x in zip(self.inputs, inputs):
-            own.copy_(x)
+        for static, x in zip(self.inputs, inputs):
+            if static is not None and x is not None:
+                static.copy_(x)
         self.graph.replay()
         return self.output
 
-    def _capture(self, inputs: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph | None:
+    def _capture(self, inputs: tuple[Tensor | None, ...]) -> torch.cuda.CUDAGraph | None:
         """Record the graph, which executes nothing. -> None if that failed."""
-        self.inputs, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+        self.inputs = [None if x is None else x.clone() for x in inputs]
+        graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
                 self.output = self.function(*self.inputs)
@@ -318,7 +324,7 @@ class Captured:
             return None
         return graph
 
-    def _plain(self, inputs: tuple[Tensor, ...]) -> Tensor:
+    def _plain(self, inputs: tuple[Tensor | None, ...]) -> Any:
         """A plain call on a side stream, as the calls before capture have to be."""
         main = torch.cuda.current_stream()
         self.side_stream.wait_stream(main)

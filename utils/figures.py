@@ -106,13 +106,13 @@ def plot_curves_of_runs(runs: dict[str, list[Row]]) -> Figure:
     columns = max(1, min(3, LEGEND // (max(map(len, runs)) + 8)))
     figure = Figure(figsize=(12, 3.4 + 0.22 * -(-len(runs) // columns)), layout="constrained")
     loss, error, likelihood = figure.subplots(1, 3)
-    styles = ((line, colour) for line in itertools.cycle(LINES) for colour in COLOURS)
+    styles = ((dashes, colour) for dashes in itertools.cycle(LINES) for colour in COLOURS)
     units = set()
-    for (label, rows), (line, colour) in zip(runs.items(), styles):
+    for (label, rows), (dashes, colour) in zip(runs.items(), styles):
         epoch = [row["epoch"] for row in rows]
         names = [name_of_kept(row) for row in rows]
         images = np.isfinite([row[f"{name}_bpd"] for row, name in zip(rows, names)]).any()
-        style = {"color": colour, "linestyle": line, "marker": "." if len(rows) < 30 else None}
+        style = {"color": colour, "linestyle": dashes, "marker": "." if len(rows) < 30 else None}
         units.add("bits/dim" if images else "log p(x), nats")
         loss.plot(epoch, [row["train_loss"] for row in rows], label=label, **style)
         error.plot(epoch, [100 * (1 - row[f"{name}_acc"]) for row, name in zip(rows, names)],
@@ -233,10 +233,10 @@ def plot_mistakes(x: Tensor, y: Tensor, predicted: Tensor, confidence: Tensor) -
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels:
         axes.axis("off")
-    for axes, image, own, given, p in zip(panels, x, y, predicted, confidence):
+    for axes, image, true, taken_for, p in zip(panels, x, y, predicted, confidence):
         axes.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray",
                     interpolation="nearest")
-        axes.set_title(f"{int(own)} taken for {int(given)}: {float(p):.1%}", fontsize=8)
+        axes.set_title(f"{int(true)} taken for {int(taken_for)}: {float(p):.1%}", fontsize=8)
     return figure
 
 

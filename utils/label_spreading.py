@@ -19,8 +19,10 @@ SHARPNESS = 2
 def spread_labels(histograms: Tensor, y: Tensor) -> Tensor:
     """A distribution over the classes for each image: (N, K), float64.
 
-    histograms: (N, D), the `orientation_histograms` of the images; y: (N,), -1 where the label is
-    hidden. The labels spread (Zhou et al. 2003, "Learning with local and global consistency") along
+    histograms: the `orientation_histograms` of the images, (N, D)
+    y: their labels, (N,), -1 where the label is hidden
+
+    The labels spread (Zhou et al. 2003, "Learning with local and global consistency") along
     a graph in which two images are connected if one of them is among the 7 nearest neighbours of
     the other, by Euclidean distance. What comes out is far less sure than it is right: on MNIST 99
     % of the images whose largest value is between 0.5 and 0.6 are of that class. It is therefore

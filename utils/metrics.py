@@ -76,7 +76,7 @@ def name_of_kept(row: Mapping[str, float]) -> str:
     return "ema_val" if average_is_better(row) else "val"
 
 
-def line(row: Row) -> str:
+def terminal_line(row: Row) -> str:
     """The terminal's line for a row."""
     parts = [f"epoch {row['epoch']:4.0f}  loss {row['train_loss']:9.3f}  "
              f"log-lik {row['log_likelihood']:9.3f}  "

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import inspect
 import os
 import sys
 import time
@@ -10,7 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import BadInput
 
@@ -51,9 +53,33 @@ class Processes:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         self.connected = True
 
-    def shard(self, batch: Tensor) -> Tensor:
-        """This process's rows of `batch`, whose length is a multiple of `size`."""
-        return batch[self.rank::self.size]
+    def parallel(self, network: nn.Module) -> nn.Module:
+        """`network`, whose gradients are then averaged over the processes.
+
+        All of them start with the main one's parameters. Its buffers never change.
+        """
+        if self.size == 1:
+            return network
+        # The option that says so has another name since PyTorch 2.14.
+        options = inspect.signature(DistributedDataParallel).parameters
+        sync_buffers = ("forward_sync_buffers" if "forward_sync_buffers" in options
+                        else "broadcast_buffers")
+        # Dynamo's optimisation for it would split the compiled parts, which are small.
+        torch._dynamo.config.optimize_ddp = False
+        no_sync: dict[str, Any] = {sync_buffers: False}
+        return DistributedDataParallel(network, **no_sync)
+
+    def gradient_sync(self, network: nn.Module,
+                      now: bool) -> contextlib.AbstractContextManager[Any]:
+        """A context whose gradients of what `parallel` returned the processes exchange, or, unless
+        `now`, add up until they do."""
+        if now or not isinstance(network, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return network.no_sync()
+
+    def shard(self, batch: Any) -> Any:
+        """This process's rows of a Batch, whose number is a multiple of `size`."""
+        return batch.rows(slice(self.rank, None, self.size))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of `tensor` over the processes."""

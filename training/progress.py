@@ -1,0 +1,172 @@
+"""How far a run is: epochs and training steps, what its epoch has summed up, when it has to stop.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from utils import Settings
+
+from .distributed import Processes
+from .objective import Terms
+
+MEANS = ("loss", "log_likelihood", "cl_loss", "cons_loss", "vat_loss", "confident")  # of an epoch
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot continue; the message is one line.
+
+    of_all: whether all processes raise it at the same time.
+    """
+
+    def __init__(self, message: str, of_all: bool = True):
+        super().__init__(message)
+        self.of_all = of_all
+
+
+class Limits:
+    """A context in which `reason` is None until the run has to stop, and then says why: its time
+    limit has passed, or a scheduler has sent SIGTERM.
+
+    time_limit: minutes from the creation of the object; 0: none
+    """
+
+    def __init__(self, time_limit: float = 0):
+        self.time_limit, self.start, self.terminated = time_limit, time.monotonic(), False
+
+    @property
+    def reason(self) -> str | None:
+        if self.terminated:
+            return "by SIGTERM"
+        if self.time_limit and time.monotonic() - self.start >= 60 * self.time_limit:
+            return f"by its time limit of {self.time_limit:g} minutes"
+        return None
+
+    def __enter__(self) -> "Limits":
+        # Handlers can be set in the main thread only.
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._terminate)
+        return self
+
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        self.terminated = True
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._previous)
+
+
+class Progress:
+    """The training steps of a run, and the sums of their terms over an epoch.
+
+    steps_per_epoch: training steps of an epoch
+    settings: train_bs, epochs
+    parameters: of the model, which have to stay finite
+    limits: when the run has to stop
+
+    epoch: finished epochs; step: training steps of the next one that are done; sums: of their
+    terms, on this process; stopped: why the run had to stop, or None.
+    """
+
+    def __init__(self, steps_per_epoch: int, settings: Settings, parameters: Sequence[Tensor],
+                 processes: Processes, limits: Limits):
+        self.steps_per_epoch, self.settings, self.parameters = steps_per_epoch, settings, parameters
+        self.processes, self.limits = processes, limits
+        self.epoch, self.step = 0, 0
+        self.started = time.perf_counter()      # of the next row of metrics.csv
+        self.sums: Terms = {}
+        self.stopped: str | None = None
+
+    def __str__(self) -> str:
+        if not self.step:
+            return f"epoch {self.epoch}"
+        return f"step {self.step} of {self.steps_per_epoch} in epoch {self.epoch + 1}"
+
+    def steps(self) -> Iterator[int]:
+        """The remaining training steps of this epoch, counted from 1, each to end with `add`.
+
+        Fewer if the run has to stop, which `stopped` then tells. Nothing is read from the device,
+        except once a second if the progress bar is shown on a terminal. Raises TrainingFailed,
+        which names the training step, if a loss or a weight is not finite.
+        """
+        first, train_bs = self.step + 1, self.settings.train_bs
+        device = self.parameters[0].device
+        self.n_finite = torch.zeros((), dtype=torch.long, device=device)
+        bar = tqdm(total=self.steps_per_epoch * train_bs, initial=self.step * train_bs,
+                   unit="img", unit_scale=True, leave=False,
+                   desc=f"epoch {self.epoch + 1}/{self.settings.epochs}",
+                   disable=None if self.processes.is_main else True)
+        # Of several processes, none may fail alone.
+        reads_device = not bar.disable and self.processes.size == 1
+        last_read = time.perf_counter()
+        with bar:
+            while self.step < self.steps_per_epoch and not self.stopped:
+                yield self.step + 1
+                if self.processes.any(self.limits.reason is not None):
+                    self.stopped = self.processes.first(self.limits.reason)
+                if reads_device and time.perf_counter() - last_read > 1:
+                    last_read = time.perf_counter()
+                    self._check_losses(first, self.n_finite)
+                    bar.update(self.step * train_bs - bar.n)
+                    bar.set_postfix(loss=f"{float(self.sums['loss']) / self.step:.3f}",
+                                    refresh=False)
+        self._check_losses(first, self.processes.min(self.n_finite))
+        if not torch.stack([p.isfinite().all() for p in self.parameters]).all():
+            raise TrainingFailed(f"A weight is not finite after {self}")
+
+    def add(self, terms: Terms) -> None:
+        """Count a training step, and its terms."""
+        if not self.sums:
+            self.sums = {name: torch.zeros_like(term) for name, term in terms.items()}
+        for name, term in terms.items():
+            self.sums[name] += term
+        self.step += 1
+        self.n_finite += self.sums["loss"].isfinite()   # once the sum is not, it never is again
+
+    def _check_losses(self, first: int, n_finite: Tensor) -> None:
+        """first: the first training step of those of which `n_finite` had finite losses."""
+        if first + int(n_finite) <= self.step:
+            raise TrainingFailed(f"The loss is not finite at step {first + int(n_finite)} of "
+                                 f"{self.steps_per_epoch} in epoch {self.epoch + 1}")
+
+    def finish_epoch(self) -> dict[str, float]:
+        """Move on to the next epoch -> the metrics of this one's batches, those of all processes,
+        keyed as in MetricsLog."""
+        sums = {name: float(term) for name, term in self.sums_of_all().items()}
+        means = {name: sums.get(name, 0.0) / self.steps_per_epoch for name in MEANS}
+        self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
+        return {"epoch": self.epoch, "train_loss": means.pop("loss"), **means,
+                "labelled_acc": sums["correct"] / max(sums["labelled"], 1)}
+
+    def lap(self) -> float:
+        """The seconds since the last call, or since the run began: of a row of metrics.csv."""
+        now = time.perf_counter()
+        seconds, self.started = now - self.started, now
+        return seconds
+
+    def sums_of_all(self) -> Terms:
+        """The sums over all processes."""
+        if not self.sums:
+            return {}
+        return dict(zip(self.sums, self.processes.sum(torch.stack(list(self.sums.values())))))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it. All processes have to call this."""
+        return {"epoch": self.epoch, "step": self.step, "sums": self.sums_of_all(),
+                "seconds": time.perf_counter() - self.started}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned. Other keys are ignored."""
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.started = time.perf_counter() - state["seconds"]
+        device = self.parameters[0].device
+        self.sums = {name: total.to(device) * self.processes.is_main    # they are summed again
+                     for name, total in state["sums"].items()}
