@@ -94,12 +94,12 @@ def main(processes):
 
 
 def make_training_step(accelerated, settings, processes):
-    """-> a function that makes a training step, and its Optimizer.
+    """-> training_step, optimizer.
 
-    The function takes the fields of a Batch, and returns the terms of the loss, those of this
-    process's rows.
+    training_step(*batch) takes the fields of a Batch, and returns the terms of the loss, summed
+    over this process's rows.
     """
-    network = processes.parallel(accelerated)
+    network = processes.parallel(accelerated)           # it may change the parameters
     optimizer = Optimizer(accelerated.model, settings)
     goes_beyond = settings.cons_weight or settings.vat_weight
     beyond = Beyond(accelerated, optimizer, settings) if goes_beyond else None
@@ -113,7 +113,7 @@ def make_training_step(accelerated, settings, processes):
         for part, target in zip(parts, targets):
             with processes.gradient_sync(network, part is parts[-1]):
                 log_joint, copy_logits = network(part.x, part.copies)   # log p(x, y), (B, K)
-                terms = objective(log_joint, part.y, batch.y, settings)
+                terms = objective(log_joint, part.y, batch.y, settings, copy_logits)
                 if beyond:
                     terms = beyond.add(terms, part, batch.y, log_joint, copy_logits, target)
                 (terms["loss"] * processes.size).backward()     # the mean over processes is taken
@@ -124,16 +124,16 @@ def make_training_step(accelerated, settings, processes):
 
 
 def train(model, data, settings, speed, processes, limits, run_dir, checkpoint):
-    """Train, from `checkpoint` if there is one; the main process fills `run_dir`.
+    """Train, from `checkpoint` if there is one -> None, or why and where `limits` ended it.
 
-    -> None, or why and where `limits` ended it. Raises TrainingFailed.
+    run_dir: of the run, which the main process fills; None on the others. Raises TrainingFailed.
     """
     generator = torch.Generator(data.device).manual_seed(settings.seed)
     if not checkpoint and not settings.initial_weights:
         batch = data.sample_batch(settings.train_bs, generator, augmented=False)
         model.initialize(batch.x, data.train_x)
     accelerated = Accelerated(model, *speed)
-    step, optimizer = make_training_step(accelerated, settings, processes)
+    training_step, optimizer = make_training_step(accelerated, settings, processes)
     steps_per_epoch = -(-len(data.train_x) // settings.train_bs)
     progress = Progress(steps_per_epoch, settings, optimizer.parameters, processes, limits)
     evaluation = RunEvaluation(accelerated, data, settings, processes)
@@ -161,7 +161,7 @@ def train(model, data, settings, speed, processes, limits, run_dir, checkpoint):
             for i in progress.steps():
                 optimizer.set_lr(learning_rate(progress.epoch + 1, i, steps_per_epoch, settings))
                 batch = data.sample_batch(settings.train_bs, generator)
-                progress.add(step(*batch))
+                progress.add(training_step(*batch))
             if progress.stopped:
                 checkpoints.write()
                 return f"{progress.stopped} after {progress}"
@@ -172,7 +172,8 @@ def train(model, data, settings, speed, processes, limits, run_dir, checkpoint):
             row.update(lr=lr, **evaluation(optimizer, progress.epoch))
             files.log({**row, "seconds": progress.lap()})
             checkpoints.write()
-    with optimizer.averaged(files.keep_average):
+            files.draw()
+    with optimizer.averaged(files.keeps_average):
         files.finish(evaluation)
     return None
 

@@ -64,14 +64,14 @@ def build_model(settings: Mapping[str, Any] | SimpleNamespace | argparse.Namespa
     """Build the semi-conditional flow that `settings` describes, not yet initialised.
 
     settings: the options of MODEL_OPTIONS, as a mapping or namespace; missing ones have their
-        defaults, and other keys are ignored.
+        defaults, and other keys are ignored. Values have the types of the options.
     data_shape: (C, H, W), or (2, 1, 1) for points.
     n_classes: K.
     class_probs: p(y), K numbers, or None for uniform.
     grey_levels: of the images, 256 for MNIST; only pixels marginal and model pyramid need it.
 
-    Raises ValueError if an option has a value that it may not have, or if these do not fit
-    together.
+    Raises ValueError if a value is not among an option's choices or out of its range, or if these
+    do not fit together.
     """
     given = settings if isinstance(settings, Mapping) else vars(settings)
     options = SimpleNamespace(grey_levels=grey_levels)

@@ -225,14 +225,14 @@ class MultiScale(Bijection):
     layers: bijections and Splits; an nn.Sequential groups bijections under one number
     """
 
-    levels: Any     # the bijections of each scale; the weights have this name
+    levels: Any     # the bijections of each scale, by the name that the weights have
     n_pixels: Tensor
 
     def __init__(self, input_shape: Sequence[int], layers: Iterable[nn.Module | Split]):
         super().__init__()
         scales: list[list[nn.Module]] = [[]]
         self.part_shapes: list[Shape] = []      # of what leaves each scale
-        # The affine layers, by their class and number of channels, with their numbers of pixels.
+        # The affine layers with their numbers of pixels, grouped by class and number of channels.
         affine: dict[type[Affine], dict[int, list[tuple[Affine, int]]]] = {}
         shape: Shape = tuple(input_shape)
         for layer in layers:
@@ -245,13 +245,13 @@ class MultiScale(Bijection):
             scales[-1].append(layer)
             for bijection in _in_order([layer]):
                 if isinstance(bijection, Affine):
-                    same = affine.setdefault(type(bijection), {}).setdefault(shape[0], [])
-                    same.append((bijection, math.prod(shape[1:])))
+                    group = affine.setdefault(type(bijection), {}).setdefault(shape[0], [])
+                    group.append((bijection, math.prod(shape[1:])))
                 shape = bijection.output_shape(shape)
         self.part_shapes.append(shape)
         self.levels = nn.ModuleList(map(nn.ModuleList, scales))
         self._affine = {kind: list(by_channels.values()) for kind, by_channels in affine.items()}
-        n_pixels = [n for groups in self._affine.values() for same in groups for _, n in same]
+        n_pixels = [n for groups in self._affine.values() for group in groups for _, n in group]
         self.register_buffer("n_pixels", torch.tensor(n_pixels, dtype=torch.get_default_dtype()),
                              persistent=False)
 
@@ -273,8 +273,8 @@ class MultiScale(Bijection):
         """Start the sum of pixels times log|det A| over all affine layers -> a function that waits
         for it, a tensor ()."""
         # The gradients of weights are where these are stacked, on the main stream.
-        stacked = {kind: [torch.stack([layer.log_det_weights() for layer, _ in same])
-                          for same in groups] for kind, groups in self._affine.items()}
+        stacked = {kind: [torch.stack([layer.log_det_weights() for layer, _ in group])
+                          for group in groups] for kind, groups in self._affine.items()}
         if not stacked:
             return self.n_pixels.sum
 
@@ -304,10 +304,8 @@ def _in_order(layers: Iterable[nn.Module]) -> Iterator[Any]:
 def _beside(function: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Callable[[], Tensor]:
     """Start a function of `inputs` on a GPU's side stream -> a function that waits for its result.
     """
-    # The hooks of torch.distributed expect one stream.
-    if not inputs[0].is_cuda or torch.distributed.is_initialized():
-        result = function()
-        return lambda: result
+    if not inputs[0].is_cuda or torch.distributed.is_initialized():     # hooks expect one stream
+        return function
     main, side = torch.cuda.current_stream(), _side_stream(inputs[0].device)
     side.wait_stream(main)
     with torch.cuda.stream(side):

@@ -2,14 +2,9 @@
 
 The paper has two kinds, ConditionalFlow (SCNF-GLOW) and ConditionalShift (SCNF-GMM). All have
 
+    __init__(dim, n_classes, options)   dim: ssl_dim; n_classes: K; options: ssl_...
     forward(z_f, y) -> (z_h, ldj)       z_f, z_h: (B, ssl_dim); y: labels (B,); ldj: (B,), in nats
     inverse(z_h, y) -> z_f
-
-and are made from
-
-    dim: ssl_dim
-    n_classes: K
-    options: those of MODEL_OPTIONS whose names begin with ssl_
 """
 
 from collections import OrderedDict
@@ -63,22 +58,22 @@ class ConditionalFlow(nn.Module):
                 raise ValueError(f"ssl_dim {dim} cannot be split into ssl_l {options.ssl_l} levels "
                                  "of an even number of dimensions "
                                  f"(level {scale + 1} would get {c})")
-            layers += [self._flow_step(c, options) for _ in range(options.ssl_k)]
+            layers += [_flow_step(c, options) for _ in range(options.ssl_k)]
         self.flow = MultiScale((dim,), layers)
-
-    @staticmethod
-    def _flow_step(c: int, options: SimpleNamespace) -> nn.Sequential:
-        def net() -> nn.Module:
-            return resnet1x1(c // 2 + EMBEDDING_DIM, c, width=options.ssl_hd)
-        return nn.Sequential(OrderedDict(
-            act=ActNorm(c), inv=invertible_conv(options.ssl_conv, c, options.ssl_hh),
-            coupling=ChannelCoupling(net(), net())))
 
     def forward(self, z_f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return self.flow(z_f, embed(self.embedding, y))
 
     def inverse(self, z_h: Tensor, y: Tensor) -> Tensor:
         return self.flow.inverse(z_h, embed(self.embedding, y))
+
+
+def _flow_step(c: int, options: SimpleNamespace) -> nn.Sequential:
+    """A conditional flow step on c dimensions."""
+    nets = (resnet1x1(c // 2 + EMBEDDING_DIM, c, options.ssl_hd) for _ in range(2))
+    return nn.Sequential(OrderedDict(
+        act=ActNorm(c), inv=invertible_conv(options.ssl_conv, c, options.ssl_hh),
+        coupling=ChannelCoupling(*nets)))
 
 
 class ConditionalShift(nn.Module):

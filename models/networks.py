@@ -191,8 +191,7 @@ class ResNet(Network):
     be the largest error.
 
     layer: layer(c_in, c_out, relu=False) makes a layer
-    c_in, c_out: channels of input and output
-    width: channels in between
+    c_in, c_out, width: channels of input, output and in between
     n_blocks: number of residual blocks
     size: (H, W) of its images, for a PositionBias after the first layer; None: without one
     """

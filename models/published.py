@@ -90,7 +90,7 @@ def _layer_names(ours: str, theirs: str, flow: MultiScale) -> dict[str, str]:
 
 
 def _parts(bijection: nn.Module) -> list[tuple[str, nn.Module]]:
-    """What is one layer each there: [(prefix of its name here, module)]."""
+    """The modules that count as a layer each there, and the prefixes of their names here."""
     if isinstance(bijection, nn.Sequential):    # a conditional flow step
         return [(f"{name}.", part) for name, part in bijection.named_children()]
     return [("", bijection)]
@@ -108,7 +108,7 @@ def _leaf(module: nn.Module, key: str) -> str:
 def _resnet_leaf(net: ResNet, key: str) -> str:
     """The published name of entry `key` of a network: there it is one sequence, in which a padding
     layer precedes each 3x3 convolution."""
-    pad, n_blocks = int(isinstance(net.first, nn.Conv2d)), len(net.blocks)
+    pad, n_blocks = int(isinstance(net.last, nn.Conv2d)), len(net.blocks)
     places = {"first": f"{pad}", "norm": f"{pad + 1 + n_blocks}",
               "last": f"{2 * pad + 3 + n_blocks}"}
     for i in range(n_blocks):

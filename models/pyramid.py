@@ -35,9 +35,9 @@ class ConditionalPixels(MarginalGaussian):
 
     The first group of pixels is every fourth one of every fourth row. Then, for the strides s = 2
     and 1, the pixels between those of stride 2s follow in three groups, at rows and columns (s, s),
-    (0, s) and (s, 0) modulo 2s, each conditioned on all earlier pixels of stride s. It is a parallel
-    autoregressive order as in Reed et al. 2017 (arXiv 1703.03664): z comes from x in one pass, and
-    x from z in one pass for each group.
+    (0, s) and (s, 0) modulo 2s, each conditioned on all earlier pixels of stride s. This order is a
+    parallel autoregressive one as in Reed et al. 2017 (arXiv 1703.03664): z comes from x in one
+    pass, and x from z in one pass for each group.
 
     Given the pixels c before it, pixel j has grey level v with probability
 

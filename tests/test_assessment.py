@@ -33,21 +33,21 @@ class Fixed:
         return rows
 
 
-def settings_of_tiny(tmp_path, monkeypatch, **changes):
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return read_settings(options(**changes))[1]
 
 
-def test_the_figures_of_given_predictions(tmp_path, monkeypatch):
-    settings = settings_of_tiny(tmp_path, monkeypatch, test_bs=10)
+def test_the_figures_of_given_predictions():
+    _, settings = read_settings(options(test_bs=10))
     data = load_tiny()
     images = data.test_x[:10]
     y = torch.arange(10)
     p = torch.full((10, 10), 0.1 / 9)
     p[torch.arange(10), [0, 1, 2, 3, 4, 5, 6, 8, 9, 9]] = 0.9         # 7 and 8 are wrong
-    own = Fixed(p.log() + torch.arange(10.0)[:, None])                  # log p(x) = 0, 1, ..., 9
+    of_images = Fixed(p.log() + torch.arange(10.0)[:, None])            # log p(x) = 0, 1, ..., 9
     others = Fixed(torch.full((5 * assessment.N_OTHERS, 10), -2.0 - np.log(10)))
-    found = assess(own, others, data, (images, y), "test", settings)
+    found = assess(of_images, others, data, (images, y), "test", settings)
     assert found.error == pytest.approx(0.2) and found.log_p == pytest.approx(4.5)
     assert found.nll == pytest.approx(-(8 * np.log(0.9) + 2 * np.log(0.1 / 9)) / 10, rel=1e-5)
     assert found.calibration_error == pytest.approx(0.1, abs=1e-6)      # 0.9 sure, 0.8 right
@@ -74,36 +74,35 @@ def test_area_under_roc():
     assert area_under_roc(a, torch.tensor([-torch.inf, torch.nan])) == 1
 
 
-def test_images_of_other_kinds(tmp_path, monkeypatch):
-    settings = settings_of_tiny(tmp_path, monkeypatch)
+def test_images_of_other_kinds():
+    _, settings = read_settings(options())
     data = load_tiny()
     kinds = other_images(data, data.test_x, settings)
-    n = assessment.N_OTHERS
-    own = data.test_x[:n]
-    assert all(x.shape == own.shape and x.dtype == torch.uint8 and int(x.max()) <= 16
+    images = data.test_x[:assessment.N_OTHERS]
+    assert all(x.shape == images.shape and x.dtype == torch.uint8 and int(x.max()) <= 16
                for x in kinds.values())
-    assert torch.equal(kinds["inverted"].int(), 16 - own.int())
+    assert torch.equal(kinds["inverted"].int(), 16 - images.int())
     shuffled = kinds["shuffled pixels"]
-    assert torch.equal(shuffled.flatten(1).sort(1)[0], own.flatten(1).sort(1)[0])
-    assert not torch.equal(shuffled, own)
+    assert torch.equal(shuffled.flatten(1).sort(1)[0], images.flatten(1).sort(1)[0])
+    assert not torch.equal(shuffled, images)
     assert (kinds["constant"].flatten(1).amax(1) == kinds["constant"].flatten(1).amin(1)).all()
     assert torch.equal(kinds["noise"], other_images(data, data.test_x, settings)["noise"])
 
 
-def test_digits_are_another_kind_of_mnist(tmp_path, monkeypatch):
-    settings = settings_of_tiny(tmp_path, monkeypatch, data="mnist")
+def test_digits_are_another_kind_of_mnist():
+    _, settings = read_settings(options(data="mnist"))
     x, y = torch.zeros(300, 1, 28, 28, dtype=torch.uint8), torch.arange(300) % 10
     data = SemiSupervisedData(x, y, x, y, torch.arange(10), grey_levels=256)
     digits = other_images(data, x, settings)["scikit-learn's digits"]
     assert digits.shape == (200, 1, 28, 28) and int(digits.max()) == 255
 
 
-def test_what_pretrained_prints(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_what_pretrained_prints(capsys):
     line = ["--config", str(PROJECT / "configs" / "digits.yaml"), "--pretrained", "--device", "cpu"]
     assert run_script([*line, "--draws", "2"]) == 0
     out = capsys.readouterr().out
-    for pattern in (r"Test error   \d\.\d\d% \(\d\.\d\d, \d\.\d\d\)",
+    assert float(re.search(r"bits/dim +(\S+)", out)[1]) <= 2.05
+    for pattern in (r"Test error   [0-4]\.\d\d% \(\d\.\d\d, \d\.\d\d\)",
                     r"-log p\(y\|x\)  0\.\d{4} nats",
                     r"Calibration  \d\.\d\d% expected", r"\n +8 .* 30 .* 14\.29%\n",
                     r"AUROC of p\(x\).*: noise 1\.000, black 0\.\d{3}, constant 1\.000"):
@@ -122,8 +121,7 @@ def report_of_a_run(folder, **changes):
     return run, (run / "report.html").read_text()
 
 
-def test_the_report_of_a_run_is_one_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_report_of_a_run_is_one_file(tmp_path):
     run, page = report_of_a_run(tmp_path, epochs=2, name="a & b <c>")
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert len(pictures) == page.count("<img") == 3             # curves, samples, mistakes
@@ -139,16 +137,13 @@ def test_the_report_of_a_run_is_one_file(tmp_path, monkeypatch):
     assert (mistakes < 100).mean() > 0.1                        # black backgrounds of digits
 
 
-def test_the_report_of_points(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_report_of_points(tmp_path):
     run, page = report_of_a_run(tmp_path, epochs=1, **POINTS)
     assert page.count("<img") == 3 and "Density" in page and "bits/dim" not in page
     assert not (run / "mistakes.png").exists()
 
 
 def test_a_report_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-
     def fail(*args):
         raise RuntimeError("no report")
     monkeypatch.setattr(report, "write_report", fail)
@@ -160,10 +155,9 @@ def test_a_report_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys)
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 @pytest.mark.parametrize("changes", [{}, POINTS], ids=["images", "points"])
-def test_the_report_in_a_browser(tmp_path, monkeypatch, changes):
+def test_the_report_in_a_browser(tmp_path, changes):
     """In a frame as narrow as a phone every picture is loaded, nothing is wider than the frame,
     each row of the confusion of classes is one line high, and the console has no error."""
-    monkeypatch.chdir(tmp_path)
     _, page = report_of_a_run(tmp_path, epochs=1, **changes)
     (tmp_path / "page.html").write_text(f"""<iframe width="360" height="800"></iframe><script>
         const frame = document.querySelector("iframe");

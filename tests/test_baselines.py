@@ -17,6 +17,7 @@ from experiments.m1_m2 import M1, M2, fit_m1_m2
 from utils.errors import BadInput, run_command
 from utils.metrics import read_metrics
 
+
 @pytest.fixture
 def quick(monkeypatch):
     """The networks are small, and train in about a second."""
@@ -254,33 +255,33 @@ def test_the_picture_of_recipes_against_minutes(tmp_path, monkeypatch):
         assert run_script(options(epochs=3, num_examples=200, validation=100, seed=seed,
                                   ema=0.5, log_each=1)) == 0
     assert run_script(options(epochs=1, num_examples=200)) == 0
-    one, two, other = runs(tmp_path)
-    rows = read_metrics(one / "metrics.csv")
+    first, second, tested = runs(tmp_path)
+    rows = read_metrics(first / "metrics.csv")
     minutes = min(row["seconds"] for row in rows) / 60
-    curve = progress.progress(one, "validation")
+    curve = progress.progress(first, "validation")
     assert curve["minutes"] == pytest.approx([minutes, 2 * minutes, 3 * minutes])
     for row, error, bits in zip(rows, curve["error"], curve["bits"]):
         better = "ema_val" if row["ema_val_log_p"] > row["val_log_p"] else "val"
         assert error == pytest.approx(100 * (1 - row[f"{better}_acc"]))
         assert bits == row[f"{better}_bpd"]
-    assert progress.progress(one, "validation", 30)["minutes"] == [0.5, 1, 1.5]
-    stages = [progress.progress(other, "test", s) for s in (30, 60)]
+    assert progress.progress(first, "validation", 30)["minutes"] == [0.5, 1, 1.5]
+    stages = [progress.progress(tested, "test", s) for s in (30, 60)]
     progress.chain(stages)
     assert stages[0]["minutes"] == [0.5] and stages[1]["minutes"] == [0.5, 1.5]
-    error = 100 * (1 - read_metrics(other / "metrics.csv")[0]["test_acc"])
+    error = 100 * (1 - read_metrics(tested / "metrics.csv")[0]["test_acc"])
     assert stages[1]["error"] == pytest.approx([error, error])
-    one, two, other = map(str, (one, two, other))
-    for argv in (["--runs", "one", one, "--runs", "two", two, one, "--paper", "10", "2"],
-                 ["--test", "--chain", "--runs", "first", other, "--runs", "second", other]):
+    first, second, tested = map(str, (first, second, tested))
+    for argv in (["--runs", "one", first, "--runs", "two", second, first, "--paper", "10", "2"],
+                 ["--test", "--chain", "--runs", "first", tested, "--runs", "second", tested]):
         progress.main(["recipes", *argv, "--save", "progress.png"])
         assert_is_picture(tmp_path / "progress.png")
-    for argv, message in ((["--runs", "label", other], "evaluated on validation images"),
+    for argv, message in ((["--runs", "label", tested], "evaluated on validation images"),
                           (["--runs", "label", "."], "evaluated on validation images"),
-                          (["--test", "--runs", "label", one], "evaluated on test images"),
-                          (["--chain", "--runs", "a", one, two], "label and one RUN_DIR,"),
+                          (["--test", "--runs", "label", first], "evaluated on test images"),
+                          (["--chain", "--runs", "a", first, second], "label and one RUN_DIR,"),
                           (["--runs", "label"], "a label and one RUN_DIR or more"),
-                          (["--runs", "one", one, "--epoch_seconds", "3", "4"], "needs 1 pos"),
-                          (["--runs", "one", one, "--epoch_seconds", "0"], "needs 1 pos")):
+                          (["--runs", "one", first, "--epoch_seconds", "3", "4"], "needs 1 pos"),
+                          (["--runs", "one", first, "--epoch_seconds", "0"], "needs 1 pos")):
         with pytest.raises(BadInput, match=message):
             progress.main(["recipes", *argv, "--save", "none.png"])
     assert not (tmp_path / "none.png").exists()

@@ -378,7 +378,7 @@ def test_householder_product_order():
 def test_networks_start_at_zero_and_are_the_formula():
     net = resnet3x3(2, 4, 8, 2)
     x = torch.randn(2, 2, 5, 5)
-    assert not net(x).any()
+    assert not net(x).any() and not resnet1x1(6, 4, 8, 2)(torch.randn(3, 6)).any()
     net = randomize(net)
 
     def conv(layer, h):

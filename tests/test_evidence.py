@@ -14,8 +14,8 @@ from conftest import PROJECT, run_script
 
 from models import build_model
 from training import checkpoint
-from training.evaluation import Inference, evaluate
 from training.distributed import Processes
+from training.evaluation import Inference, evaluate
 from training.speed import Accelerated, choose_speed
 from utils.datasets import load_data
 from utils.errors import BadInput
@@ -24,13 +24,7 @@ from utils.metrics import average_is_better, read_metrics
 from utils.settings import read_settings
 
 SHIPPED = sorted(path.name for path in checkpoint.PRETRAINED.glob("*.torch"))
-
-
-def config_of(weights):
-    """The config that trains the weights of this name."""
-    if weights == "model.torch":
-        return "config.yaml"
-    return f"configs/{weights.removesuffix('.torch')}.yaml"
+RESULTS = PROJECT / "results"
 
 
 def table(path, first):
@@ -79,19 +73,36 @@ def last_row(folder):
     return read_metrics(folder / "metrics.csv")[-1]
 
 
+def params_of(folder):
+    return yaml.safe_load((folder / "params.yaml").read_text())
+
+
+def errors_of(folders):
+    """The test error of each run, in %."""
+    return [100 * (1 - last_row(folder)["test_acc"]) for folder in folders]
+
+
+def each(errors, digits):
+    return ", ".join(f"{error:.{digits}f}" for error in errors)
+
+
+def assert_readme_says(*texts):
+    readme = " ".join((PROJECT / "README.md").read_text().split())
+    for text in texts:
+        assert text in readme, text
+
+
 MODELS = {"cond-flow": "SCNF-GLOW", "cond-shift": "SCNF-GMM"}
 
 
 def test_the_readme_s_table_of_cpu_runs_agrees_with_results():
     for row in table("README.md", "data"):
-        name = row["config"].split("/")[1].removesuffix(".yaml")
+        name = Path(row["config"]).stem
         error, bits, seconds = row["test error, %"], row["bits/dim"], row["seconds"]
-        folder = PROJECT / "results" / name
+        folder = RESULTS / name
         logs = list(folder.glob("**/log.txt"))
         assert logs and all(f"; {row['parameters']} parameters;" in log.read_text() for log in logs)
-        assert {row["model"]} == {
-            MODELS[yaml.safe_load((log.parent / "params.yaml").read_text())["ssl_model"]]
-            for log in logs}
+        assert {row["model"]} == {MODELS[params_of(log.parent)["ssl_model"]] for log in logs}
         if (folder / "evaluation.json").is_file():
             figures = evaluation_in(folder)
             assert len(figures["error"]) == len(figures["bits_per_dim"]) == 3
@@ -104,37 +115,31 @@ def test_the_readme_s_table_of_cpu_runs_agrees_with_results():
             at_best = round(len(rows) * min(row["seconds"] for row in rows))
             taken = figures["training_seconds"]
             assert numbers(seconds) == [taken if taken < 1.1 * at_best else at_best]
-            params = yaml.safe_load((folder / "params.yaml").read_text())
-            assert params["supervised"] == numbers(row["labelled"])[0]
+            assert params_of(folder)["supervised"] == numbers(row["labelled"])[0]
             continue
         evidence = next(r for r in table("results/README.md", "folder") if r["folder"] == name)
-        seeds = [int(seed) for seed in numbers(evidence["S"])]
-        assert len(seeds) >= 3
-        runs = [last_row(folder / f"seed{seed}") for seed in seeds]
-        errors = [100 * (1 - run["test_acc"]) for run in runs]
-        all_bits = [run["test_bpd"] for run in runs]
+        folders = [folder / f"seed{seed:.0f}" for seed in numbers(evidence["S"])]
+        assert len(folders) >= 3
+        errors, all_bits = errors_of(folders), [last_row(run)["test_bpd"] for run in folders]
         if row["data"] == "MNIST":      # 10,000 test images: 0.01 points are one of them
-            each = ", ".join(f"{e:.2f}" for e in errors)
-            assert error == f"{spread(errors, 2)} ({each})"
+            assert error == f"{spread(errors, 2)} ({each(errors, 2)})"
             assert bits == spread(all_bits, 3)
         else:
-            assert error == f"{mean(errors):.1f} ({', '.join(f'{e:.1f}' for e in errors)})"
+            assert error == f"{mean(errors):.1f} ({each(errors, 1)})"
             assert bits in ("-", f"{mean(all_bits):.2f}")
         seconds_of_runs = evidence["seconds"].split(", ")       # -: with other programs beside it
-        assert len(seconds_of_runs) == len(seeds)
+        assert len(seconds_of_runs) == len(folders)
         quiet = [numbers(s)[0] for s in seconds_of_runs if s != "-"]
         assert numbers(seconds) == [round(mean(quiet))]
-        listed = evidence["test error, %"].split(" (")[0]
-        assert ", ".join(f"{e:.2f}" for e in errors) == listed
+        assert evidence["test error, %"].split(" (")[0] == each(errors, 2)
 
 
 def test_the_readme_s_baselines_agree_with_results():
     """The other methods have the labelled and the validation images of our runs."""
-    results = PROJECT / "results"
     ours, *others = sorted(table("README.md", "method"), key=lambda row: row["method"][0] != "*")
-    for data, config in (("digits", "digits"), ("MNIST", "mnist-glow")):
-        path = results / "baselines" / f"{data.lower()}.json"
-        report = json.loads(path.read_text())
+    digits = [RESULTS / "digits" / f"seed{seed}" for seed in range(10, 15)]
+    for data, folders in (("digits", digits), ("MNIST", [RESULTS / "mnist-glow"])):
+        report = json.loads((RESULTS / "baselines" / f"{data.lower()}.json").read_text())
         for row, method in zip(others, report["methods"].values(), strict=True):
             assert row["method"] == method["title"]
             errors = [run["test_error"] for run in method["runs"]]
@@ -143,17 +148,13 @@ def test_the_readme_s_baselines_agree_with_results():
             assert numbers(row[f"{data}: seconds"]) == [
                 round(mean([run["seconds"] for run in method["runs"]]), 1)]
             assert (row["p(x)"], row["samples"]) == (method["density"], method["samples"])
-        folders = ([results / config] if config == "mnist-glow" else
-                   [results / config / f"seed{seed}" for seed in report["seeds"]])
         for folder, seed in zip(folders, report["seeds"], strict=True):
-            params = yaml.safe_load((folder / "params.yaml").read_text())
+            params = params_of(folder)
             assert params["seed"] == params["data_seed"] == seed
             assert params["validation"] == report["validation"]
-    digits = [results / "digits" / f"seed{seed}" for seed in range(10, 15)]
-    errors = [100 * (1 - last_row(folder)["test_acc"]) for folder in digits]
     seconds = [sum(row["seconds"] for row in read_metrics(folder / "metrics.csv"))
                for folder in digits]
-    assert ours["digits: error, %"] == f"{mean(errors):.2f}"
+    assert ours["digits: error, %"] == f"{mean(errors_of(digits)):.2f}"
     assert ours["digits: seconds"] == f"{mean(seconds):.1f}"
     (mnist,) = (row for row in table("README.md", "data") if "mnist-glow" in row["config"])
     assert ours["MNIST: error, %"] == mnist["test error, %"]
@@ -161,23 +162,21 @@ def test_the_readme_s_baselines_agree_with_results():
 
 
 def test_label_spreading_on_the_labels_of_mnist_small():
-    results = PROJECT / "results"
-    report = json.loads((results / "baselines" / "mnist-small.json").read_text())
+    report = json.loads((RESULTS / "baselines" / "mnist-small.json").read_text())
     assert report["seeds"] == [10, 11, 12] and report["validation"] == 5000
     errors = [run["test_error"] for run in report["methods"]["spreading-edges"]["runs"]]
-    each = ", ".join(f"{error:.2f}" for error in errors)
-    readme = " ".join((PROJECT / "README.md").read_text().split())
-    assert f"has {mean(errors):.2f} % on its own with the same labels ({each})" in readme
+    assert_readme_says(
+        f"has {mean(errors):.2f} % on its own with the same labels ({each(errors, 2)})")
 
 
 def test_the_table_of_the_paper_has_no_number_without_a_run():
     for row in table("README.md", "model"):
         here, config = (row["error, % (here)"], row["bits/dim (here)"]), row["config"]
         if config.startswith("pretrained/"):        # not an experiment of the paper's
-            figures = evaluation_in(PROJECT / "results" / Path(config).stem)
+            figures = evaluation_in(RESULTS / Path(config).stem)
             assert here == (f"{mean(figures['error']):.2f}", f"{mean(figures['bits_per_dim']):.3f}")
             continue
-        evidence = PROJECT / "results" / "table" / "mnist" / "table.csv"
+        evidence = RESULTS / "table" / "mnist" / "table.csv"
         rows = []
         if evidence.is_file():
             with open(evidence, newline="") as f:
@@ -191,7 +190,7 @@ def test_the_table_of_the_paper_has_no_number_without_a_run():
 def figures_of_table(name):
     """Of results/table/NAME, {config, without NAME: errors in % of its runs}, {...: bits/dim}."""
     errors, bits = {}, {}
-    with open(PROJECT / "results" / "table" / name / "runs.csv", newline="") as f:
+    with open(RESULTS / "table" / name / "runs.csv", newline="") as f:
         for row in csv.DictReader(f):
             assert row["commit"][-1] != "+"
             config = row["config"].removeprefix(f"{name}-")
@@ -204,13 +203,12 @@ def test_what_the_readme_says_of_the_table_on_digits():
     errors, bits = figures_of_table("digits")
     assert {len(values) for values in errors.values()} == {5}
     said = {config: spread(values, 1) for config, values in errors.items()}
-    readme = " ".join((PROJECT / "README.md").read_text().split())
-    for text in (f"{said['scnf-glow']} against {said['scnf-gmm']} %",
-                 f"{said['scnf-glow-em']} and {said['scnf-gmm-em']} %",
-                 f"{said['scnf-glow-em-clf']} and {said['scnf-gmm-em-clf']} %",
-                 f"{mean(bits['scnf-gmm']):.2f} against {mean(bits['scnf-glow']):.2f} bits/dim",
-                 f"`ssl_model: cond-gmm`, has {said['cond-gmm']} %"):
-        assert text in readme, text
+    assert_readme_says(
+        f"{said['scnf-glow']} against {said['scnf-gmm']} %",
+        f"{said['scnf-glow-em']} and {said['scnf-gmm-em']} %",
+        f"{said['scnf-glow-em-clf']} and {said['scnf-gmm-em-clf']} %",
+        f"{mean(bits['scnf-gmm']):.2f} against {mean(bits['scnf-glow']):.2f} bits/dim",
+        f"`ssl_model: cond-gmm`, has {said['cond-gmm']} %")
 
 
 def test_what_the_readme_says_of_the_table_on_mnist_with_a_smaller_flow():
@@ -221,27 +219,26 @@ def test_what_the_readme_says_of_the_table_on_mnist_with_a_smaller_flow():
     said = {config: spread(values, 1) for config, values in errors.items()}
     sgd = [f"{errors[config][0]:.1f}" for config in ("scnf-glow", "scnf-gmm")]
     memorised = " and ".join(f"{error:.0f}" for error in errors["scnf-gmm-em-clf"])
-    readme = " ".join((PROJECT / "README.md").read_text().split())
-    for text in (f"{said['scnf-glow']} against {said['scnf-gmm']} % with three seeds",
-                 f"{spread(bits['scnf-glow'], 3)} and {spread(bits['scnf-gmm'], 3)} bits/dim",
-                 f"EM-SGD has {said['scnf-glow-em']} and {said['scnf-gmm-em']} % with seed 0, "
-                 f"and SGD {' and '.join(sgd)} %",
-                 f"SCNF-GLOW has {said['scnf-glow-em-clf']} % with seed 0",
-                 f"{memorised} % of the test images wrong with two seeds"):
-        assert text in readme, text
+    assert_readme_says(
+        f"{said['scnf-glow']} against {said['scnf-gmm']} % with three seeds",
+        f"{spread(bits['scnf-glow'], 3)} and {spread(bits['scnf-gmm'], 3)} bits/dim",
+        f"EM-SGD has {said['scnf-glow-em']} and {said['scnf-gmm-em']} % with seed 0, "
+        f"and SGD {' and '.join(sgd)} %",
+        f"SCNF-GLOW has {said['scnf-glow-em-clf']} % with seed 0",
+        f"{memorised} % of the test images wrong with two seeds")
 
 
 def test_what_the_readme_says_of_the_latents():
     rows = table("README.md", "weights")
-    reports = {name: json.loads((PROJECT / "results" / "obfuscation" / f"{name}.json").read_text())
+    reports = {name: json.loads((RESULTS / "obfuscation" / f"{name}.json").read_text())
                for name in ("digits", "mnist-small")}
     assert len(rows) == sum(len(report["parts"]) for report in reports.values())
     for row in rows:
         report = reports[row["weights"].split("`")[0]]
         part = report["parts"][row["latent"]]
-        expected = part["classifier"], part["linear"], report["chance"]
-        assert [row[key] for key in ("classifier", "logistic regression", "chance")] == [
-            f"{100 * value:.1f}" for value in expected]
+        assert row["classifier"] == f"{100 * part['classifier']:.1f}"
+        assert row["logistic regression"] == f"{100 * part['linear']:.1f}"
+        assert row["chance"] == f"{100 * report['chance']:.1f}"
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -254,17 +251,17 @@ def test_cards_agree_with_files_and_runs(name):
     error, bits = figures["error"], figures["bits_per_dim"]
     assert len(error) == len(bits) == 3
     assert f"{mean(error):.2f} %" in rows["test error"]
-    assert rows["bits/dim"] == f"{mean(bits):.4f} ({', '.join(f'{v:.4f}' for v in bits)})"
+    assert rows["bits/dim"] == f"{mean(bits):.4f} ({each(bits, 4)})"
     assert rows["commit, hardware"].startswith(figures["commit"][:7])
     assert f"{figures['training_seconds']:,} s" in rows["commit, hardware"]
     assert f"{figures['parameters']:,} parameters" in rows["model"]
     assert (evidence / "log.txt").is_file() and (evidence / "params.yaml").is_file()
-    kept = "averaged" if average_is_better(last_row(evidence)) else "last"
+    row = last_row(evidence)
+    kept = "averaged" if average_is_better(row) else "last"
     assert figures["weights"] == kept
     assert f"the {kept} weights, in {figures['stored']}" in rows["model"]
     # Of 10,000 images, rounding may change the class of one, in half precision of two.
     tolerance = 0.021 if "half" in figures["stored"] else 0.011
-    row = last_row(evidence)
     assert error[0] == pytest.approx(100 * (1 - row["test_acc"]), abs=tolerance)
     assert bits[0] == pytest.approx(row["test_bpd"], abs=1e-3)
 
@@ -273,16 +270,15 @@ def test_cards_agree_with_files_and_runs(name):
 def test_shipped_weights_give_the_numbers_of_their_card(name, tmp_path, monkeypatch, request):
     """On every 20th test image of MNIST, or all of digits, within the tolerance of the card."""
     monkeypatch.chdir(tmp_path)
-    config = config_of(name)
-    line = ["--config", str(PROJECT / config), "--device", "cpu", "--precision", "fp32"]
-    if "mnist" in config or name == "model.torch":
-        line += ["--data_root", str(request.getfixturevalue("mnist_root"))]
-    _, settings = read_settings(line)
+    config = PROJECT / "configs" / name.replace(".torch", ".yaml")
+    config = PROJECT / "config.yaml" if name == "model.torch" else config
+    _, settings = read_settings(["--config", str(config), "--device", "cpu", "--precision", "fp32"])
+    of_mnist = settings.data == "mnist"
+    if of_mnist:
+        settings.data_root = request.getfixturevalue("mnist_root")
     data = load_data(settings)
-    images, y = data.test_x, data.test_y
-    if settings.data == "mnist":
-        images, y = images[::20], y[::20]
-    assert len(images) == (500 if settings.data == "mnist" else 360)
+    images, y = (t[::20] if of_mnist else t for t in (data.test_x, data.test_y))
+    assert len(images) == (500 if of_mnist else 360)
     model = build_model(settings, data.shape, data.n_classes, grey_levels=data.grey_levels)
     checkpoint.load_weights(model, checkpoint.shipped_weights(settings.config_file))
     accelerated = Accelerated(model, *choose_speed(settings, data.device, Processes()))
@@ -297,7 +293,7 @@ def test_shipped_weights_give_the_numbers_of_their_card(name, tmp_path, monkeypa
     assert error_tolerance < 4 and bits_tolerance < 0.05
     assert abs(error - mean(figures["error"])) <= error_tolerance
     assert abs(bits - mean(figures["bits_per_dim"])) <= bits_tolerance
-    if settings.data == "mnist":            # on the same images, with other noise samples
+    if of_mnist:                            # on the same images, with other noise samples
         recorded = figures["each_20th"]
         assert len(recorded["error"]) == len(recorded["bits_per_dim"]) == 3
         assert error == pytest.approx(mean(recorded["error"]), abs=1.2)
@@ -305,11 +301,9 @@ def test_shipped_weights_give_the_numbers_of_their_card(name, tmp_path, monkeypa
 
 
 def test_sums_are_of_the_files_that_ship():
-    lines = (checkpoint.PRETRAINED / "SHA256SUMS").read_text().splitlines()
-    sums = [line.split() for line in lines]
-    assert [name for _, name in sums] == SHIPPED
-    for digest, name in sums:
-        assert hashlib.sha256((checkpoint.PRETRAINED / name).read_bytes()).hexdigest() == digest
+    files = [checkpoint.PRETRAINED / name for name in SHIPPED]
+    assert (checkpoint.PRETRAINED / "SHA256SUMS").read_text().splitlines() == [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}" for path in files]
 
 
 @pytest.mark.parametrize("config, weights", [

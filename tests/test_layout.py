@@ -2,12 +2,11 @@
 
 import ast
 import re
-import subprocess
 import sys
 from pathlib import PurePath
 
 import pytest
-from conftest import PROJECT, SCRIPT
+from conftest import PROJECT, SCRIPT, execute
 
 # The folders from which the files of each folder may import. "": the script. Tests may also import
 # conftest. Files in a folder that is not a package import each other as top-level modules.
@@ -140,8 +139,8 @@ def test_the_script_is_short():
 def test_every_tracked_file_is_checked():
     if not (PROJECT / ".git").exists():
         pytest.skip("not a git checkout")
-    done = subprocess.run(["git", "ls-files", "-z", "*.py"], cwd=PROJECT, capture_output=True,
-                          text=True, check=True)
+    done = execute(PROJECT, ["git", "ls-files", "-z", "*.py"])
+    assert done.returncode == 0, done.stderr
     paths = map(PurePath, filter(None, done.stdout.split("\0")))
     tracked = {path for path in paths if (PROJECT / path).is_file()}
     assert tracked <= set(FILES) and {folder_of(path) for path in tracked} == set(MAY_IMPORT)

@@ -8,12 +8,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import options, run_script
 from torchvision.datasets.mnist import read_image_file
 
 from models import build_model
+from models.bijections import ActNorm
 from models.published import published_names
 from training.checkpoint import load_weights
 from training.objective import objective
+from utils.errors import BadInput
 
 CASES = Path(__file__).parent / "parity"
 MNIST_CASES = ("mnist_full", "mnist_qr", "mnist_householder_gmm")
@@ -68,8 +71,11 @@ def load_case(name, tmp_path):
     case = json.loads((CASES / f"{name}.json").read_text())
     reference = SimpleNamespace(**np.load(CASES / f"{name}.npz"))
     model = build_model_of(case)
-    torch.save(reference_weights(case), tmp_path / f"{name}.torch")
+    mask = {"flow.module.modules_.2.mask": torch.ones(1, 1, 8, 8)}          # theirs have some, too
+    torch.save({**reference_weights(case), **mask}, tmp_path / f"{name}.torch")
     load_weights(model, tmp_path / f"{name}.torch")
+    for act in (module for module in model.modules() if isinstance(module, ActNorm)):
+        assert act.initialized != case["needs_init"]
     x = None if case["test_images"] else torch.from_numpy(reference.x)
     return model, x, reference
 
@@ -97,19 +103,22 @@ def assert_close(ours, theirs, rtol=1e-6, of_largest=False):
     np.testing.assert_array_less(np.abs(ours.detach().cpu().numpy() - theirs) / scale, rtol)
 
 
-def assert_parity(model, x, reference):
+def assert_same_latents(model, x, reference):
     z, ldj = model.encode(x)
     assert_close(z, reference.z, of_largest=True)
     assert_close(ldj, reference.log_det)
+
+
+def assert_parity(model, x, reference):
+    assert_same_latents(model, x, reference)
     assert_close(model.log_joint(x), reference.log_joint)
     assert_close(model.log_prob(x), reference.log_marginal)
 
-    settings = SimpleNamespace(ssl_alg="sgd", sup_weight=1.0, cl_weight=0.0, cons_weight=0.0,
-                               vat_weight=0.0)
+    settings = SimpleNamespace(ssl_alg="sgd", sup_weight=1.0, cl_weight=0.0)
     optimizer = torch.optim.Adamax(model.parameters(), lr=1e-3, weight_decay=1e-5)
     y = torch.from_numpy(reference.train_y)
     for step, theirs in enumerate(reference.losses):
-        loss = objective(model.log_joint(x), y, settings).loss
+        loss = objective(model.log_joint(x), y, y, settings)["loss"]
         optimizer.zero_grad()
         loss.backward()
         if step == 0:
@@ -123,6 +132,25 @@ def test_points(tmp_path):
     assert_parity(*load_case("toy_moons", tmp_path))
 
 
+def test_the_script_evaluates_published_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    load_case("toy_moons", tmp_path)
+    settings = {"data": "moons", "model": "toy", "l": 5, "ssl_dim": -1, "ssl_l": 1, "ssl_k": 2,
+                "ssl_hd": 16}
+    assert run_script(options(**settings, pretrained="toy_moons.torch")) == 0
+    assert "Test error" in capsys.readouterr().out
+
+
+def test_published_weights_do_not_fit_a_model_with_position_biases(tmp_path):
+    small = {"model": "digits-masked", "ssl_dim": 16, "ssl_l": 1, "ssl_k": 1, "ssl_hd": 8}
+    model = build_model(small, (1, 8, 8), 10)
+    state, path = model.state_dict(), tmp_path / "published.torch"
+    torch.save({theirs: state[key] for key, theirs in published_names(model).items()}, path)
+    load_weights(model, path)
+    with pytest.raises(BadInput, match="is missing"):
+        load_weights(build_model({**small, "position_bias": True}, (1, 8, 8), 10), path)
+
+
 @pytest.mark.parametrize("name", MNIST_CASES)
 def test_images(name, tmp_path, images):
     model, _, reference = load_case(name, tmp_path)
@@ -132,9 +160,7 @@ def test_images(name, tmp_path, images):
 def test_data_dependent_initialisation(tmp_path, images):
     model, _, reference = load_case("mnist_full_data_init", tmp_path)
     model.initialize(images)
-    z, ldj = model.encode(images)
-    assert_close(z, reference.z, of_largest=True)
-    assert_close(ldj, reference.log_det)
+    assert_same_latents(model, images, reference)
 
 
 def test_decoded_images_are_mnist_s(images, mnist_root):
@@ -147,9 +173,7 @@ def test_decoded_images_are_mnist_s(images, mnist_root):
 def test_on_a_gpu(name, tmp_path, images):
     model, x, reference = load_case(name, tmp_path)
     model, x = model.cuda(), (images if x is None else x).cuda()
-    z, ldj = model.encode(x)
-    assert_close(z, reference.z, of_largest=True)
-    assert_close(ldj, reference.log_det)
+    assert_same_latents(model, x, reference)
     assert_close(model.log_joint(x), reference.log_joint)
 
 
@@ -158,14 +182,13 @@ def test_published_layout_is_ours_entry_by_entry(name):
     """Names and sizes of the published state dict, without masks, are those of our model."""
     case = json.loads((CASES / f"{name}.json").read_text())
     model = build_model_of(case)
-    ours = model.state_dict()
-    found = {}
+    ours, found = model.state_dict(), {}
     for key, theirs in published_names(model).items():
         if theirs.endswith(".vec"):
-            found.update({f"{theirs}_{i}": ours[key][i].numel() for i in range(len(ours[key]))})
+            found.update({f"{theirs}_{i}": vector for i, vector in enumerate(ours[key])})
         else:
-            found[theirs] = ours[key].numel()
+            found[theirs] = ours[key]
     expected = {key.replace("module.", ""): int(np.prod(shape)) for key, shape in case["parameters"]
                 if not key.endswith("_prior.mean")}
-    assert found == expected
+    assert {key: value.numel() for key, value in found.items()} == expected
     assert set(ours) - set(published_names(model)) == {"log_p_y"}

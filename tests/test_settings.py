@@ -1,7 +1,6 @@
 """Options, config files, the directories of runs, and how runs end."""
 
 import contextlib
-import os
 import re
 import shlex
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import PROJECT, TINY, options
+from conftest import PROJECT, TINY, execute, options, runs
 
 from utils.errors import BadInput
 from utils.runs import Run
@@ -40,9 +39,8 @@ def start(*argv, **changes):
 
 
 def fail(run):
-    with pytest.raises(RuntimeError):
-        with run:
-            raise RuntimeError("no")
+    with pytest.raises(RuntimeError), run:
+        raise RuntimeError("no")
     return run.run
 
 
@@ -123,23 +121,23 @@ def test_shipped_configs_are_accepted(config):
 
 
 def test_params_of_a_run_rerun_it():
-    parser, settings = read_settings(options(name="first", lr="3e-4"))
-    params = parser.start_run(settings).run / "params.yaml"
+    changes = {"name": "first", "lr": "3e-4"}
+    params = start(**changes).run / "params.yaml"
     assert yaml.safe_load(params.read_text())["lr"] == 3e-4
-    assert {**vars(read("--config", str(params))), "config_file": None} == vars(settings)
+    settings = vars(read(*options(**changes)))
+    assert {**vars(read("--config", str(params))), "config_file": None} == settings
 
 
 def test_directories_of_exman(here):
     read(*options())                                        # which creates no run
-    assert not any((root(here) / "runs").iterdir())
+    assert not runs(here)
     for tmp in ([], ["--tmp"]):
         run = start(*tmp, name="x").run
         assert run.parent == root(here) / ("tmp" if tmp else "runs")
         assert run.name.startswith("00000") and run.name.endswith("-x")
     folders = {path.name for path in root(here).iterdir()}
     assert folders >= {"runs", "index", "tmp", "marked", "fails"}
-    link, = (root(here) / "index").iterdir()
-    assert link.resolve() == next((root(here) / "runs").iterdir()) / "params.yaml"
+    assert [link.resolve() for link in runs(here, "index")] == [runs(here)[0] / "params.yaml"]
 
 
 @pytest.mark.parametrize("end, kind", [
@@ -148,15 +146,14 @@ def test_directories_of_exman(here):
     (SystemExit(3), "fails"), (RuntimeError("no"), "fails")])
 def test_how_a_run_ends(here, end, kind, capsys):
     run = start()
-    with contextlib.nullcontext() if end is None else pytest.raises(type(end)):
-        with run:
-            print("a line")
-            if end is not None:
-                raise end
+    with contextlib.nullcontext() if end is None else pytest.raises(type(end)), run:
+        print("a line")
+        if end is not None:
+            raise end
     where = root(here) / kind / run.run.name
     assert run.run == where and (where / "log.txt").read_text() == "a line\n"
     assert (where / "traceback.txt").exists() == (kind == "fails")
-    assert any((root(here) / "index").iterdir()) == (kind == "runs")
+    assert len(runs(here, "index")) == (kind == "runs")
     assert "Traceback" not in capsys.readouterr().out
     print("after")
     assert (where / "log.txt").read_text() == "a line\n"                    # stdout is restored
@@ -164,10 +161,9 @@ def test_how_a_run_ends(here, end, kind, capsys):
 
 def test_a_lost_directory_hides_no_error():
     run = start()
-    with pytest.raises(RuntimeError, match="the first"):
-        with run:
-            shutil.rmtree(run.run)
-            raise RuntimeError("the first")
+    with pytest.raises(RuntimeError, match="the first"), run:
+        shutil.rmtree(run.run)
+        raise RuntimeError("the first")
 
 
 def test_resume_reads_the_run_s_settings(here):
@@ -185,11 +181,11 @@ def test_resume_reads_the_run_s_settings(here):
             read("--resume", *map(str, argv))
 
 
-@pytest.mark.parametrize("given", ["images", "absolute"])
-def test_a_resumed_run_finds_its_data_from_another_folder(here, monkeypatch, given):
+@pytest.mark.parametrize("is_absolute", [False, True])
+def test_a_resumed_run_finds_its_data_from_another_folder(here, monkeypatch, is_absolute):
     """params.yaml keeps a relative data_root, which is one to the folder of the start."""
     (here / "images").mkdir()
-    data_root = str(here / "images") if given == "absolute" else given
+    data_root = str(here / "images") if is_absolute else "images"
     run = start("--data_root", data_root).run
 
     def saved():
@@ -219,9 +215,9 @@ def test_a_failed_run_goes_back_to_where_it_was(here, argv, kind):
         Run.resumed(resumed)
     place.rmdir()
     again = Run.resumed(resumed)
-    assert again.run == place and not any((root(here) / "fails").iterdir())
+    assert again.run == place and not runs(here, "fails")
     assert not (place / "traceback.txt").exists()
-    params = [yaml.safe_load(link.read_text()) for link in (root(here) / "index").iterdir()]
+    params = [yaml.safe_load(link.read_text()) for link in runs(here, "index")]
     assert [run["threads"] for run in params] == ([1] if kind == "runs" else [])
     failed.mkdir()                                          # a copy, made by hand
     second = fail(again)
@@ -250,9 +246,7 @@ def test_uncommitted_changes_that_are_not_utf8(here, monkeypatch):
 def test_works_without_a_git_binary(here):
     code = ("from utils.settings import read_settings; parser, settings = read_settings([]); "
             "print(parser.start_run(settings).run)")
-    environment = {**os.environ, "PATH": "", "PYTHONPATH": str(PROJECT)}
-    done = subprocess.run([shutil.which(sys.executable), "-c", code], env=environment,
-                          capture_output=True, text=True)
+    done = execute(here, [sys.executable, "-c", code], PATH="", PYTHONPATH=str(PROJECT))
     assert done.returncode == 0, done.stderr
     assert str(root(here) / "runs") in done.stdout
 

@@ -442,13 +442,12 @@ def test_training_steps_change_the_weights_as_plain_ones_do(tmp_path, monkeypatc
             if fast:
                 terms.append(step(*batch))
             else:
-                log_joint = model.log_joint(batch.x)
-                expected = objective(log_joint, batch.y, batch.y, settings)
+                log_joint, of_copies, target = model.log_joint(batch.x), None, None
+                if settings.cons_weight:
+                    of_copies = model.log_joint(batch.copies)
+                    target = teacher.log_joint(batch.x if batch.clean is None else batch.clean)
+                expected = objective(log_joint, batch.y, batch.y, settings, of_copies)
                 if settings.cons_weight or settings.vat_weight:
-                    of_copies = target = None
-                    if settings.cons_weight:
-                        of_copies = model.log_joint(batch.copies)
-                        target = teacher.log_joint(batch.x if batch.clean is None else batch.clean)
                     plain = SimpleNamespace(call=lambda *args: None)
                     with monkeypatch.context() as patched:
                         patched.setattr("training.beyond.virtual_adversarial_loss",

@@ -32,7 +32,7 @@ POINTS = {"data": "moons", "model": "toy", "ssl_dim": -1, "ssl_l": 1, "conv": "q
 def terms_of(log_joint, y, of_copies=None, target=None, divergence=None, batch_y=None, **changes):
     """The terms of the loss; with `of_copies` and `divergence`, those that the paper has not."""
     settings, batch_y = SimpleNamespace(**{**SGD, **changes}), y if batch_y is None else batch_y
-    terms = objective(log_joint, y, batch_y, settings)
+    terms = objective(log_joint, y, batch_y, settings, of_copies)
     if of_copies is not None or divergence is not None:
         beyond = Beyond(SimpleNamespace(call=lambda *args: None), None, settings)
         terms = beyond.add(terms, Batch(divergence, y), batch_y, log_joint, of_copies, target)

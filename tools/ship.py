@@ -42,7 +42,7 @@ EVIDENCE = ("params.yaml", "metrics.csv", "log.txt", "labelled.txt", "curves.png
             "density.png", "traceback.txt", "changes.diff")
 # Settings on which the figures do not depend, apart from rounding.
 MAY_CHANGE = ("device", "threads", "data_root", "test_bs", "precision", "compile", "cuda_graph",
-              "micro_bs", "deterministic", "config_file", "test")
+              "micro_bs", "config_file", "test")
 NOISE_SAMPLES = 3
 EVERY = 20              # every 20th test image, for quick checks
 TOLERANCES = {"error": 0.02, "bits_per_dim": 0.001, "log_p": 0.002}      # of half precision

@@ -14,8 +14,8 @@ dequantisation noise; with `target_weights` averaged, that of the moving average
 in Tarvainen & Valpola 2017 (arXiv 1703.01780). With `spread_labels` the image has a prior of its
 own, r_j, from label spreading (`log_prior_ratio` in utils/data.py), and q_j(y) is proportional to
 p(x_j | y) r_j(y). Soft targets under a confidence mask are those of UDA (Xie et al. 2020, arXiv
-1904.12848); FixMatch (Sohn et al. 2020, arXiv 2001.07685) has hard ones. With this term L_clf is
-the mean of those of x_i and x'_i.
+1904.12848); FixMatch (Sohn et al. 2020, arXiv 2001.07685) has hard ones. In a run with this term
+L_clf is the mean over x_i and x'_i.
 
 L_vat is the mean over all rows of `virtual_adversarial_loss`, with perturbations of length vat_eps.
 It is for model pyramid: what is perturbed is the image that the network which writes into z_f sees.
@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from utils import Settings
 from utils.data import Batch
 
-from .objective import Terms, mean_of_labelled, nll
+from .objective import Terms
 from .optim import Optimizer
 from .speed import Accelerated
 
@@ -43,7 +43,7 @@ class Beyond:
 
     accelerated: the model
     optimizer: has the moving average of its weights
-    settings: cl_weight, cons_weight, target_weights, vat_weight, vat_eps
+    settings: cons_weight, target_weights, vat_weight, vat_eps
     """
 
     def __init__(self, accelerated: Accelerated, optimizer: Optimizer, settings: Settings):
@@ -53,7 +53,7 @@ class Beyond:
     def targets(self, parts: Sequence[Batch]) -> list[Tensor | None]:
         """log q(y) of the images in each micro-batch, up to a term that does not depend on y,
         (B, K); None where it comes from the same log p(x, y) as the paper's loss."""
-        averaged = self.settings.cons_weight and self.settings.target_weights == "averaged"
+        averaged = self.settings.target_weights == "averaged"
         if not averaged and parts[0].clean is None:
             return [None] * len(parts)
         with self.optimizer.averaged(averaged):
@@ -75,13 +75,12 @@ class Beyond:
         """
         settings, terms = self.settings, dict(terms)
         if copy_logits is not None:
-            nll_of_both = (nll(log_joint, part.y) + nll(copy_logits, part.y)) / 2
-            terms["cl_loss"] = mean_of_labelled(nll_of_both, part.y, batch_y)
             log_q = log_joint if target is None else target
             if part.log_prior_ratio is not None:
                 log_q = log_q + part.log_prior_ratio
             terms["cons_loss"], terms["confident"] = consistency(
                 log_q, copy_logits, part.y, batch_y, CONFIDENCE)
+            terms["loss"] = terms["loss"] + settings.cons_weight * terms["cons_loss"]
         if settings.vat_weight:
             with torch.no_grad():
                 last = self.accelerated.call("last_group", part.x)
@@ -89,11 +88,8 @@ class Beyond:
                 lambda seen: self.accelerated.call("logits_seeing", seen, last), part.x,
                 settings.vat_eps)
             terms["vat_loss"] = divergence.sum() / len(batch_y)
-        loss = -terms["log_likelihood"]
-        for weight, name in ((settings.cl_weight, "cl_loss"), (settings.cons_weight, "cons_loss"),
-                             (settings.vat_weight, "vat_loss")):
-            loss = loss + weight * terms[name] if weight else loss
-        return {**terms, "loss": loss}
+            terms["loss"] = terms["loss"] + settings.vat_weight * terms["vat_loss"]
+        return terms
 
 
 def consistency(log_q: Tensor, logits: Tensor, y: Tensor, batch_y: Tensor,

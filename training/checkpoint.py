@@ -137,7 +137,7 @@ def load_checkpoint(path: Path, model: SemiConditionalFlow, settings: Settings) 
                        f"{CHECKPOINT_FORMAT}: continue the run with the commit in its params.yaml")
     sums = shapes_of(checkpoint.get("sums"))
     if (set(checkpoint) != CHECKPOINT_KEYS or "log_p_y" not in checkpoint["model"]
-            or any(sums.values()) or ("loss" in sums) != (checkpoint["step"] > 0)):
+            or "" in sums or any(sums.values()) or ("loss" in sums) != (checkpoint["step"] > 0)):
         raise BadInput(f"{path} is not a checkpoint of a run")
     check_architecture(model, as_state_dict(checkpoint["model"], path), path)
     done = checkpoint["epoch"] + (checkpoint["step"] > 0)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.data import Batch
 from utils.errors import BadInput
 
 
@@ -56,11 +57,12 @@ class Processes:
     def parallel(self, network: nn.Module) -> nn.Module:
         """`network`, whose gradients are then averaged over the processes.
 
-        All of them start with the main one's parameters. Its buffers never change.
+        All of them start with the main one's parameters. The network's buffers never change, and
+        are not synchronised.
         """
         if self.size == 1:
             return network
-        # The option that says so has another name since PyTorch 2.14.
+        # The option for buffers has another name since PyTorch 2.14.
         options = inspect.signature(DistributedDataParallel).parameters
         sync_buffers = ("forward_sync_buffers" if "forward_sync_buffers" in options
                         else "broadcast_buffers")
@@ -71,13 +73,13 @@ class Processes:
 
     def gradient_sync(self, network: nn.Module,
                       now: bool) -> contextlib.AbstractContextManager[Any]:
-        """A context whose gradients of what `parallel` returned the processes exchange, or, unless
-        `now`, add up until they do."""
+        """A context for a backward pass of what `parallel` returned: if `now`, gradients are
+        averaged over the processes; otherwise they accumulate on each until a pass with `now`."""
         if now or not isinstance(network, DistributedDataParallel):
             return contextlib.nullcontext()
         return network.no_sync()
 
-    def shard(self, batch: Any) -> Any:
+    def shard(self, batch: Batch) -> Batch:
         """This process's rows of a Batch, whose number is a multiple of `size`."""
         return batch.rows(slice(self.rank, None, self.size))
 
@@ -128,7 +130,8 @@ class Processes:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A block whose BadInput in some process is raised in all, so that the main one tells."""
+        """A block whose BadInput in some process is raised in all, so that the main process
+        reports it."""
         error = None
         try:
             yield

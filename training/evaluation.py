@@ -102,12 +102,16 @@ def summary(log_p: Tensor, logits: Tensor, y: Tensor) -> tuple[float, float]:
 class RunEvaluation:
     """The evaluation of a run on its validation and test examples.
 
+    accelerated: the model
+    data: of the run
+    settings: epochs, ema, test, test_bs, seed
+    processes: of the run
+
     evaluation(optimizer, epoch) -> val_log_p, val_acc, val_bpd, if there are validation
     examples; the same with the prefix ema_, of the averaged weights, if there are such; and
     test_log_p, test_acc, test_bpd of the weights that the run would keep after that epoch. With
     validation examples the test set is evaluated after the last epoch only, and with settings.test
     false never. It calls nothing that is compiled: compiling would take longer than it saves.
-    settings: epochs, ema, test, test_bs, seed.
     """
 
     def __init__(self, accelerated: Accelerated, data: SemiSupervisedData,

@@ -10,8 +10,8 @@ the batch, the loss is
 
     L_clf = mean_{i labelled} [ -log p(y_i | x_i) ]
 
-(Atanov et al. 2019, arXiv 1905.00505; `em` and `sup_weight` are from the authors' code.) What is
-added to it beyond the paper is in beyond.py.
+(Atanov et al. 2019, arXiv 1905.00505; `em` is its EM-SGD, `sup_weight` is from the authors' code.)
+What is added beyond the paper is in beyond.py.
 """
 
 import torch
@@ -23,13 +23,16 @@ from utils import Settings
 Terms = dict[str, Tensor]       # the loss and what is logged of a batch, each of shape ()
 
 
-def objective(log_joint: Tensor, y: Tensor, batch_y: Tensor, settings: Settings) -> Terms:
+def objective(log_joint: Tensor, y: Tensor, batch_y: Tensor, settings: Settings,
+              copy_logits: Tensor | None = None) -> Terms:
     """The loss of a batch, or the contribution of a micro-batch to it.
 
     log_joint: log p(x, y) of the rows, in nats, (B, K)
     y: their labels, (B,), -1 where the label is hidden
     batch_y: the labels of the whole batch, of which these rows may be a micro-batch
     settings: ssl_alg, sup_weight, cl_weight
+    copy_logits: None, or of augmented copies x' (beyond the paper) log p(y | x') up to a term that
+        does not depend on y, (B, K): L_clf is then the mean over x and x'
 
     -> loss; log_likelihood, the weighted mean of log p(x, y) and u(x), and cl_loss, L_clf, in nats;
     correct: how many of the labelled rows argmax p(y | x) classifies correctly; labelled: how many
@@ -46,7 +49,10 @@ def objective(log_joint: Tensor, y: Tensor, batch_y: Tensor, settings: Settings)
         return torch.ones_like(y, dtype=log_joint.dtype).masked_fill(y >= 0, settings.sup_weight)
     weighted = weights(y) * torch.where(labelled, log_p_xy, u)
     log_likelihood = weighted.sum() / weights(batch_y).sum()
-    cl_loss = mean_of_labelled(nll(log_joint, y), y, batch_y)
+    nll = negative_log_posterior(log_joint, y)
+    if copy_logits is not None:
+        nll = (nll + negative_log_posterior(copy_logits, y)) / 2
+    cl_loss = nll.masked_fill(~labelled, 0).sum() / (batch_y >= 0).sum().clamp(min=1)
     loss = -log_likelihood
     if settings.cl_weight:
         loss = loss + settings.cl_weight * cl_loss
@@ -55,16 +61,10 @@ def objective(log_joint: Tensor, y: Tensor, batch_y: Tensor, settings: Settings)
             "correct": correct.to(loss.dtype), "labelled": labelled.sum().to(loss.dtype)}
 
 
-def nll(logits: Tensor, y: Tensor) -> Tensor:
-    """-log p(y | x) of each row, (B,) nats, of logits (B, K); any number where y is -1.
+def negative_log_posterior(logits: Tensor, y: Tensor) -> Tensor:
+    """-log p(y | x) in nats, (B,), from logits (B, K); meaningless where y is -1.
 
-    As a softmax: in float32 the difference log p(x) - log p(x, y) of numbers in the thousands would
-    be coarse.
+    Computed by softmax, because log p(x) - log p(x, y), a difference of numbers in the thousands,
+    would lose precision in float32.
     """
     return F.cross_entropy(logits, y.clamp(min=0), reduction="none")
-
-
-def mean_of_labelled(values: Tensor, y: Tensor, batch_y: Tensor) -> Tensor:
-    """The contribution of rows with `values` and labels y, (B,), to the mean over labelled rows of
-    a batch with the labels batch_y; 0 if it has none."""
-    return values.masked_fill(y < 0, 0).sum() / (batch_y >= 0).sum().clamp(min=1)

@@ -1,4 +1,8 @@
-"""The optimiser, the learning rate of each training step, the moving average of the weights."""
+"""The optimiser and the learning rate of each training step.
+
+The paper has Adamax with the schedule `linear`. Adam, the other schedules, the warm-up and the
+moving average of the weights are beyond it.
+"""
 
 import contextlib
 import math
@@ -42,9 +46,9 @@ class Optimizer:
     model: on its device
     settings: optimizer, lr, weight_decay, ema
 
-    With settings.ema step t = 1, 2, ... moves the average (`averaged`) by the share 1 - d of the
-    way to the weights, with the decay d = min(ema, (1 + t) / (10 + t)), so that it soon forgets the
-    initial weights. Nothing synchronises with the device.
+    With settings.ema, step t = 1, 2, ... changes the average (`averaged`) by 1 - d times its
+    difference from the weights, with the decay d = min(ema, (1 + t) / (10 + t)), so that it soon
+    forgets the initial weights. Nothing synchronises with the device.
     """
 
     def __init__(self, model: nn.Module, settings: Settings):
@@ -53,7 +57,7 @@ class Optimizer:
         self.lr = torch.tensor(settings.lr, device=self.parameters[0].device)
         self.last_lr = settings.lr
         build, self.moments = OPTIMIZERS[settings.optimizer]
-        self.torch = build(self.parameters, lr=self.lr, weight_decay=settings.weight_decay,
+        self.inner = build(self.parameters, lr=self.lr, weight_decay=settings.weight_decay,
                            capturable=self.parameters[0].is_cuda)
         self.average = [p.detach().clone() for p in self.parameters] if self.ema else []
 
@@ -71,9 +75,9 @@ class Optimizer:
     @torch.no_grad()
     def step(self) -> None:
         """Change the parameters by their gradients, and the average by the parameters."""
-        self.torch.step()
+        self.inner.step()
         if self.average:
-            t = self.torch.state[self.parameters[0]]["step"]
+            t = self.inner.state[self.parameters[0]]["step"]
             share = (9 / (10 + t)).clamp(min=1 - self.ema).to(self.average[0])
             change = torch._foreach_sub(self.parameters, self.average)
             torch._foreach_mul_(change, share)
@@ -101,7 +105,7 @@ class Optimizer:
         empty before the first step. average: a tensor per parameter; empty without settings.ema.
         The tensors are not copies.
         """
-        states = [self.torch.state[p] for p in self.parameters]
+        states = [self.inner.state[p] for p in self.parameters]
         optimizer = {} if not states[0] else {"step": states[0]["step"], **{
             key: dict(zip(self.names, [state[key] for state in states])) for key in self.moments}}
         return {"optimizer": optimizer, "average": dict(zip(self.names, self.average))}
@@ -112,7 +116,7 @@ class Optimizer:
         optimizer = state["optimizer"]
         for name, p in zip(self.names, self.parameters if optimizer else ()):
             device = p.device if p.is_cuda else "cpu"
-            self.torch.state[p] = {
+            self.inner.state[p] = {
                 "step": optimizer["step"].to(device, copy=True),
                 **{key: torch.empty_like(p).copy_(optimizer[key][name]) for key in self.moments}}
         for name, average in zip(self.names, self.average):

@@ -70,37 +70,40 @@ class Progress:
     steps_per_epoch: training steps of an epoch
     settings: train_bs, epochs
     parameters: of the model, which have to stay finite
+    processes: of the run
     limits: when the run has to stop
 
-    epoch: finished epochs; step: training steps of the next one that are done; sums: of their
-    terms, on this process; stopped: why the run had to stop, or None.
+    epoch: finished epochs
+    steps_done: training steps of the next epoch that are done
+    sums: of their terms, on this process
+    stopped: why the run had to stop, or None
     """
 
     def __init__(self, steps_per_epoch: int, settings: Settings, parameters: Sequence[Tensor],
                  processes: Processes, limits: Limits):
         self.steps_per_epoch, self.settings, self.parameters = steps_per_epoch, settings, parameters
         self.processes, self.limits = processes, limits
-        self.epoch, self.step = 0, 0
-        self.started = time.perf_counter()      # of the next row of metrics.csv
+        self.epoch, self.steps_done = 0, 0
+        self.row_started = time.perf_counter()      # the next one of metrics.csv
         self.sums: Terms = {}
+        self.n_finite = torch.zeros((), dtype=torch.long, device=parameters[0].device)
         self.stopped: str | None = None
 
     def __str__(self) -> str:
-        if not self.step:
+        if not self.steps_done:
             return f"epoch {self.epoch}"
-        return f"step {self.step} of {self.steps_per_epoch} in epoch {self.epoch + 1}"
+        return f"step {self.steps_done} of {self.steps_per_epoch} in epoch {self.epoch + 1}"
 
     def steps(self) -> Iterator[int]:
         """The remaining training steps of this epoch, counted from 1, each to end with `add`.
 
-        Fewer if the run has to stop, which `stopped` then tells. Nothing is read from the device,
-        except once a second if the progress bar is shown on a terminal. Raises TrainingFailed,
-        which names the training step, if a loss or a weight is not finite.
+        Fewer if the run has to stop, which `stopped` then tells. During the epoch nothing is read
+        from the device, except once a second if the progress bar is shown on a terminal. Raises
+        TrainingFailed, which names the training step, if a loss or a weight is not finite.
         """
-        first, train_bs = self.step + 1, self.settings.train_bs
-        device = self.parameters[0].device
-        self.n_finite = torch.zeros((), dtype=torch.long, device=device)
-        bar = tqdm(total=self.steps_per_epoch * train_bs, initial=self.step * train_bs,
+        first, train_bs = self.steps_done + 1, self.settings.train_bs
+        self.n_finite.zero_()
+        bar = tqdm(total=self.steps_per_epoch * train_bs, initial=self.steps_done * train_bs,
                    unit="img", unit_scale=True, leave=False,
                    desc=f"epoch {self.epoch + 1}/{self.settings.epochs}",
                    disable=None if self.processes.is_main else True)
@@ -108,15 +111,15 @@ class Progress:
         reads_device = not bar.disable and self.processes.size == 1
         last_read = time.perf_counter()
         with bar:
-            while self.step < self.steps_per_epoch and not self.stopped:
-                yield self.step + 1
+            while self.steps_done < self.steps_per_epoch and not self.stopped:
+                yield self.steps_done + 1
                 if self.processes.any(self.limits.reason is not None):
                     self.stopped = self.processes.first(self.limits.reason)
                 if reads_device and time.perf_counter() - last_read > 1:
                     last_read = time.perf_counter()
                     self._check_losses(first, self.n_finite)
-                    bar.update(self.step * train_bs - bar.n)
-                    bar.set_postfix(loss=f"{float(self.sums['loss']) / self.step:.3f}",
+                    bar.update(self.steps_done * train_bs - bar.n)
+                    bar.set_postfix(loss=f"{float(self.sums['loss']) / self.steps_done:.3f}",
                                     refresh=False)
         self._check_losses(first, self.processes.min(self.n_finite))
         if not torch.stack([p.isfinite().all() for p in self.parameters]).all():
@@ -128,12 +131,12 @@ class Progress:
             self.sums = {name: torch.zeros_like(term) for name, term in terms.items()}
         for name, term in terms.items():
             self.sums[name] += term
-        self.step += 1
+        self.steps_done += 1
         self.n_finite += self.sums["loss"].isfinite()   # once the sum is not, it never is again
 
     def _check_losses(self, first: int, n_finite: Tensor) -> None:
         """first: the first training step of those of which `n_finite` had finite losses."""
-        if first + int(n_finite) <= self.step:
+        if first + int(n_finite) <= self.steps_done:
             raise TrainingFailed(f"The loss is not finite at step {first + int(n_finite)} of "
                                  f"{self.steps_per_epoch} in epoch {self.epoch + 1}")
 
@@ -142,14 +145,15 @@ class Progress:
         keyed as in MetricsLog."""
         sums = {name: float(term) for name, term in self.sums_of_all().items()}
         means = {name: sums.get(name, 0.0) / self.steps_per_epoch for name in MEANS}
-        self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
+        self.epoch, self.steps_done, self.sums = self.epoch + 1, 0, {}
         return {"epoch": self.epoch, "train_loss": means.pop("loss"), **means,
                 "labelled_acc": sums["correct"] / max(sums["labelled"], 1)}
 
     def lap(self) -> float:
-        """The seconds since the last call, or since the run began: of a row of metrics.csv."""
+        """The seconds of a row of metrics.csv: since the last call, at first since this object's
+        creation, with those before the checkpoint of a resumed run."""
         now = time.perf_counter()
-        seconds, self.started = now - self.started, now
+        seconds, self.row_started = now - self.row_started, now
         return seconds
 
     def sums_of_all(self) -> Terms:
@@ -160,13 +164,13 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it. All processes have to call this."""
-        return {"epoch": self.epoch, "step": self.step, "sums": self.sums_of_all(),
-                "seconds": time.perf_counter() - self.started}
+        return {"epoch": self.epoch, "step": self.steps_done, "sums": self.sums_of_all(),
+                "seconds": time.perf_counter() - self.row_started}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned. Other keys are ignored."""
-        self.epoch, self.step = state["epoch"], state["step"]
-        self.started = time.perf_counter() - state["seconds"]
+        self.epoch, self.steps_done = state["epoch"], state["step"]
+        self.row_started = time.perf_counter() - state["seconds"]
         device = self.parameters[0].device
         self.sums = {name: total.to(device) * self.processes.is_main    # they are summed again
                      for name, total in state["sums"].items()}

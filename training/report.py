@@ -62,17 +62,21 @@ class RunFiles:
             np.savetxt(run_dir / "labelled.txt", data.labelled_ids, "%d")
 
     def log(self, row: Row) -> None:
-        """Add a row to metrics.csv, print it, and draw the pictures again every few minutes."""
+        """Add a row to metrics.csv, and print it."""
+        if self.run_dir is not None:
+            self.metrics.append(row)
+            print(terminal_line(self.metrics.rows[-1]))
+
+    def draw(self) -> None:
+        """Draw the pictures again if some minutes have passed."""
         if self.run_dir is None:
             return
-        self.metrics.append(row)
-        print(terminal_line(self.metrics.rows[-1]))
         if time.perf_counter() - self.plotted > SECONDS_BETWEEN_PLOTS:
             plot_run(self.model, self.data, self.metrics.rows, self.run_dir, self.settings.seed)
             self.plotted = time.perf_counter()
 
     @property
-    def keep_average(self) -> bool:
+    def keeps_average(self) -> bool:
         """Whether the run keeps the averaged weights, and not the last ones."""
         return self.run_dir is not None and average_is_better(self.metrics.rows[-1])
 
@@ -89,12 +93,15 @@ class RunFiles:
 
 
 def report_run(evaluation: RunEvaluation, rows: list[Row], run_dir: Path) -> None:
-    """Assess the trained model of a run with the metrics `rows`, print that, and write mistakes.png
-    and report.html to its directory.
+    """Assess the trained model of a run, print that, and write mistakes.png and report.html.
 
-    The model has the weights that the run keeps. With these `evaluation` has evaluated the test
-    set, unless the run was finished already; the validation set may have had others. A failure is
-    reported, and does not end the run: its weights are worth more than its report.
+    evaluation: of the model, which has the weights that the run keeps. It has test predictions of
+        these, unless the run had already finished when it was resumed; its validation predictions
+        may be of other weights
+    rows: of metrics.csv
+    run_dir: the directory
+
+    A failure is reported, and does not end the run: its weights are worth more than its report.
     """
     data, settings = evaluation.data, evaluation.settings
     name, examples = assessed_examples(data, settings)

@@ -182,8 +182,11 @@ class Accelerated(nn.Module):
         return self.methods.model
 
     def forward(self, x: Tensor, copies: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """x (B, C, H, W) -> log p(x, y), (B, K), and None; with `copies`, images (B', C, H, W), in
-        its place log p(y | x) of these up to a term that does not depend on y, (B', K)."""
+        """x (B, C, H, W) -> log p(x, y), (B, K), and None.
+
+        With `copies`, images (B', C, H, W), the second is log p(y | x) of these, up to a term that
+        does not depend on y, (B', K).
+        """
         if copies is None:
             return self.log_joint(x), None
         if self.model.cheap_logits:
@@ -306,6 +309,7 @@ class Captured:
             if self.graph is None:
                 return self._plain(inputs)
         for static, x in zip(self.inputs, inputs):
+            assert (static is None) == (x is None), "inputs are the same ones in each call"
             if static is not None and x is not None:
                 static.copy_(x)
         self.graph.replay()

@@ -41,7 +41,13 @@ IMAGES_PER_CLASS, POINTS_PER_CLASS = 10, 1000
 @torch.compiler.set_stance("force_eager")     # compiling would take longer than it saves
 def plot_run(model: SemiConditionalFlow, data: SemiSupervisedData, rows: list[Row],
              run_dir: Path, seed: int) -> None:
-    """Write the pictures of a run with the metrics `rows` to its directory.
+    """Write the pictures of a run to its directory.
+
+    model: with the weights of the last row
+    data: training and test points; of images unused
+    rows: of metrics.csv
+    run_dir: the directory
+    seed: of the noise of samples
 
     A failure is reported, and does not end the run: its weights are worth more than its pictures.
     """
@@ -98,10 +104,13 @@ def plot_curves(rows: list[Row]) -> Figure:
 
 
 def plot_curves_of_runs(runs: dict[str, list[Row]]) -> Figure:
-    """Training loss, error and likelihood of several runs, {label: rows of a MetricsLog}, against
-    the epoch. Error and likelihood are those of the validation set or, without one, of the test
-    set, and of the weights that the run would keep. Raises ValueError for runs of images beside
-    runs of points, whose likelihoods differ in kind.
+    """Training loss, error and likelihood of several runs against the epoch.
+
+    runs: {label: rows of a MetricsLog}
+
+    Error and likelihood are those of the validation set or, without one, of the test set, and of
+    the weights that the run would keep. Raises ValueError for runs of images beside runs of points,
+    whose likelihoods differ in kind.
     """
     columns = max(1, min(3, LEGEND // (max(map(len, runs)) + 8)))
     figure = Figure(figsize=(12, 3.4 + 0.22 * -(-len(runs) // columns)), layout="constrained")
@@ -136,8 +145,10 @@ def plot_curves_of_runs(runs: dict[str, list[Row]]) -> Figure:
 def plot_samples(model: SemiConditionalFlow, seed: int, temperature: float = 1.0) -> Figure:
     """Samples from p(x | y), a column per class, a row per noise vector.
 
-    The noise depends on `seed` alone. temperature: its standard deviation; less than 1 gives
-    samples that are less varied and more typical.
+    model: of images or points
+    seed: of the noise, which depends on nothing else
+    temperature: standard deviation of the noise; less than 1 gives samples that are less varied and
+        more typical
     """
     k, device = model.n_classes, model.log_p_y.device
     rows = IMAGES_PER_CLASS if model.image else POINTS_PER_CLASS
@@ -185,8 +196,11 @@ def _middles(x: Tensor, n: int, first: int = 0) -> tuple[list[float], list[str]]
 
 @torch.no_grad()
 def plot_redrawn(model: SemiConditionalFlow, x: Tensor, y: Tensor) -> Figure:
-    """Images x (N, C, H, W) of classes y (N,), each at the left of its row, and re-drawn as every
-    class: z_aux and z_h = h_phi(z_f; y) stay the same, and the label in h_phi's inverse differs.
+    """Images, each at the left of its row, and re-drawn as every class: z_aux and
+    z_h = h_phi(z_f; y) stay the same, and the label in h_phi's inverse differs.
+
+    x: images, (N, C, H, W)
+    y: their classes, (N,)
     """
     k = model.n_classes
     z_aux, z_f = model.split_latent(model.encode(x)[0])
@@ -205,8 +219,11 @@ def plot_redrawn(model: SemiConditionalFlow, x: Tensor, y: Tensor) -> Figure:
 @torch.no_grad()
 def plot_interpolation(model: SemiConditionalFlow, x: Tensor, other: Tensor, y: Tensor,
                        steps: int = 9) -> Figure:
-    """In each row, from an image of x to one of `other`, (N, C, H, W) each, of the same class, y
-    (N,), in equal steps of (z_aux, z_h).
+    """In each row, from one image to another of its class in equal steps of (z_aux, z_h).
+
+    x, other: the first and the last images of the rows, (N, C, H, W)
+    y: their classes, (N,)
+    steps: images of a row
     """
     def encode(images: Tensor) -> Tensor:
         z_aux, z_f = model.split_latent(model.encode(images)[0])
@@ -223,8 +240,12 @@ def plot_interpolation(model: SemiConditionalFlow, x: Tensor, other: Tensor, y: 
 
 
 def plot_mistakes(x: Tensor, y: Tensor, predicted: Tensor, confidence: Tensor) -> Figure:
-    """Images x (N, C, H, W), any scale, five in a row, below their class y, the class that the
-    model gives them, and the probability of that, (N,) each.
+    """Images that the model takes for another class, five in a row.
+
+    x: images in any scale, (N, C, H, W)
+    y: their classes, (N,)
+    predicted: what the model takes them for, (N,)
+    confidence: its p(y | x) of that, (N,)
     """
     columns = 5
     rows = -(-len(x) // columns)
@@ -242,7 +263,10 @@ def plot_mistakes(x: Tensor, y: Tensor, predicted: Tensor, confidence: Tensor) -
 
 @torch.no_grad()
 def plot_latent_space(model: SemiConditionalFlow, x: Tensor, y: Tensor) -> Figure:
-    """For points x (N, 2, 1, 1) of classes y (N,): z_f, and z_h given the class. ssl_dim must be 2.
+    """z_f of points, and z_h given their class, of a model with ssl_dim 2.
+
+    x: points, (N, 2, 1, 1)
+    y: their classes, (N,)
     """
     z_f = model.split_latent(model.encode(x)[0])[1]
     z_h, _ = model.h_phi(z_f, y)

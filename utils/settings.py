@@ -84,11 +84,11 @@ OPTION_GROUPS: dict[str, tuple[Option, ...]] = {
         Option("cl_weight", float, 0.0, "weight of the cross-entropy of labelled rows", low=0),
         Option("cons_weight", float, 0.0, "weight of the consistency term: a confident p(y | x) "
                "of an unlabelled image is the target for its augmented copy", low=0),
-        Option("target_weights", str, "last", "which weights give that p(y | x)",
+        Option("target_weights", str, "last", "which weights give the targets of cons_weight",
                choices=("last", "averaged")),
         Option("vat_weight", float, 0.0,
                "weight of virtual adversarial training, in model pyramid", low=0),
-        Option("vat_eps", float, 2.0, "Euclidean norm of its perturbation of an image",
+        Option("vat_eps", float, 2.0, "Euclidean norm of vat_weight's perturbation of an image",
                low=0, open_below=True),
         Option("spread_labels", float, 0.0, "weight, in the prior of the targets of the "
                "consistency term, of label spreading over the training images",
@@ -97,9 +97,9 @@ OPTION_GROUPS: dict[str, tuple[Option, ...]] = {
                "noise: config.yaml explains it", choices=("true", "train", "false")),
         Option("aug_rotation", float, -1.0, "largest rotation of an augmented copy, degrees; "
                "-1: the data's", low=0, high=180, also=(-1,)),
-        Option("aug_scaling", float, -1.0, "largest change of its size, as a share; "
+        Option("aug_scaling", float, -1.0, "largest change of size of a copy, as a share; "
                "-1: the data's", low=0, high=0.9, also=(-1,)),
-        Option("aug_shift", float, -1.0, "largest translation, pixels; -1: the data's",
+        Option("aug_shift", float, -1.0, "largest translation of a copy, pixels; -1: the data's",
                low=0, high=1000, also=(-1,)),
     ),
     "Evaluation": (
@@ -141,7 +141,7 @@ ARGPARSE: dict[str, dict[str, Any]] = {
     "config_file": {"metavar": "FILE",
                     "help": "YAML file of settings; the command line overrides it"},
     "tmp": {"help": "put the run into tmp, and not into exman's index"},
-    "git_dirty": {"help": argparse.SUPPRESS},           # it would matter to git_assert_clean
+    "git_dirty": {"help": argparse.SUPPRESS},           # only exman's git_assert_clean uses it
     "pretrained": {"metavar": "FILE", "nargs": "?", "const": SHIPPED},
     "initial_weights": {"metavar": "FILE"}, "resume": {"metavar": "RUN_DIR"}}
 UNUSED_PUBLISHED_KEYS = ("k", "hid_dim", "logits", "lr_gamma", "lr_steps", "lr_warmup", "sup_ohe",
@@ -149,7 +149,8 @@ UNUSED_PUBLISHED_KEYS = ("k", "hid_dim", "logits", "lr_gamma", "lr_steps", "lr_w
 # Options that earlier runs had, with the values that meant to do without them: the only ones that
 # are still accepted.
 GONE: dict[str, tuple[float | str, ...]] = {
-    "clip_gn": (0,), "confidence": (0.95,), "ssl_nclasses": (-1,),
+    "clip_gn": (0,), "confidence": (0.95,),
+    "ssl_nclasses": (-1,),      # or the data's number of classes
     "deterministic": ("false", "no", "off", 0)}
 EXMAN_KEYS = ("root", "time", "id", "commit", "dirty")  # what exman adds to a run's params.yaml
 EXTENDS = "extends"     # the key of a config file that names another one
@@ -262,10 +263,14 @@ class SettingsParser(RunParser):
             self.error(_unknown_key(unknown[0].split("=")[0]))
         values = vars(settings)
         n_classes = DATASETS[settings.data].n_classes
-        for key, accepted in {**GONE, "ssl_nclasses": (-1, n_classes)}.items():
-            if (value := values.pop(key)) not in (None, *accepted):
-                self.error(f"the option {key} does not exist any more: only {accepted[0]} is "
-                           f"accepted, not {value}")
+        for key, accepted in GONE.items():
+            value = values.pop(key)
+            if value in (None, *accepted) or settings.pretrained or (
+                    key == "ssl_nclasses" and value == n_classes):
+                continue
+            shown = f"{value:g}" if isinstance(value, float) else value
+            self.error(f"the option {key} does not exist any more: only {accepted[0]} is accepted, "
+                       f"not {shown}")
         if unused := [key for key in UNUSED_PUBLISHED_KEYS if values.pop(key) is not None]:
             print(f"Ignored, because nothing uses them: {', '.join(unused)}")
         return settings
@@ -293,7 +298,8 @@ class SettingsParser(RunParser):
 def _unknown_key(key: str) -> str:
     """The message for a setting that does not exist, with the closest one that does."""
     hyphens = "--" if key.startswith("--") else ""
-    close = difflib.get_close_matches(key, [hyphens + name for name in OPTIONS], 1, 0.5)
+    names = [hyphens + name for name in (*OPTIONS, "config", "tmp")]
+    close = difflib.get_close_matches(key, names, 1, 0.5)
     return f"unknown setting {key}" + (f": did you mean {close[0]}?" if close else "")
 
 
@@ -325,7 +331,7 @@ class _ConfigFile(configargparse.YAMLConfigFileParser):
 
         stream: the file.
         extending: the files that extend it, directly or not.
-        Raises BadInput if it is anything else.
+        Raises BadInput if it is not such a mapping.
         """
         try:
             content = yaml.load(stream, Loader=_WithoutDuplicates)
