@@ -13,12 +13,13 @@ the label, (B, E), as a second argument, the context. No bijection keeps state b
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .kernels import beside
 
 Shape = tuple[int, ...]
 
@@ -281,7 +282,7 @@ class MultiScale(Bijection):
         def log_det() -> Tensor:
             return torch.cat([kind.log_dets(weights) for kind, weights in stacked.items()]
                              ) @ self.n_pixels
-        return _beside(log_det, [w for weights in stacked.values() for w in weights])
+        return beside(log_det, [w for weights in stacked.values() for w in weights])
 
     def inverse(self, z: Tensor, *context: Tensor) -> Tensor:
         flat = z.split([math.prod(shape) for shape in self.part_shapes], 1)
@@ -299,27 +300,3 @@ def _in_order(layers: Iterable[nn.Module]) -> Iterator[Any]:
     """The bijections of `layers`, with those of each nn.Sequential one by one."""
     for layer in layers:
         yield from layer if isinstance(layer, nn.Sequential) else (layer,)
-
-
-def _beside(function: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Callable[[], Tensor]:
-    """Start a function of `inputs` on a GPU's side stream -> a function that waits for its result.
-    """
-    if not inputs[0].is_cuda or torch.distributed.is_initialized():     # hooks expect one stream
-        return function
-    main, side = torch.cuda.current_stream(), _side_stream(inputs[0].device)
-    side.wait_stream(main)
-    with torch.cuda.stream(side):
-        result = function()
-    for tensor in inputs:
-        tensor.record_stream(side)
-
-    def wait() -> Tensor:
-        main.wait_stream(side)
-        result.record_stream(main)
-        return result
-    return wait
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)

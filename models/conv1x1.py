@@ -5,65 +5,16 @@ differ in how W follows from the parameters, and so in the cost of its determina
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .bijections import Affine
+from .kernels import log_abs_dets
 
 # Up to this many channels, broadcasting beats a matrix product on images.
 BROADCAST_CHANNELS = 16
-# PyTorch's LU of fewer matrices may not be the batched one, which CUDA graphs can capture.
-MIN_GPU_BATCH = 3
-
-
-class LogAbsDet(torch.autograd.Function):
-    """log|det W| by LU in double precision, W (..., C, C) -> (...); d log|det W| / dW = W^-T.
-
-    It never waits for a GPU: a singular W gives -inf, and a gradient that is not finite.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, w: Tensor) -> Tensor:
-        lu, pivots, _ = torch.linalg.lu_factor_ex(w.double())
-        ctx.save_for_backward(lu, pivots)
-        return lu.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1).to(w.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        lu, pivots = ctx.saved_tensors
-        identity = torch.eye(lu.shape[-1], dtype=lu.dtype, device=lu.device).expand_as(lu)
-        inverse_t = torch.linalg.lu_solve(lu, pivots, identity, adjoint=True)
-        return (grad[..., None, None] * inverse_t).to(grad.dtype)
-
-
-def log_abs_dets(matrices: Sequence[Tensor]) -> Tensor:
-    """log|det W| of N = N_1 + N_2 + ... matrices of several sizes, (N,).
-
-    matrices: (N_1, C_1, C_1), (N_2, C_2, C_2), ...
-    """
-    if not matrices[0].is_cuda:
-        # One by one: PyTorch 2.14 with MKL factorises batches wrongly after torch.set_num_threads.
-        return torch.stack([LogAbsDet.apply(w) for same_size in matrices for w in same_size])
-    n, largest = sum(map(len, matrices)), max(w.shape[1] for w in matrices)
-    batch = [extended(w, largest) for w in matrices]    # which a GPU factorises at the same time
-    if n < MIN_GPU_BATCH:
-        identity = torch.eye(largest, dtype=batch[0].dtype, device=batch[0].device)
-        batch.append(identity.expand(MIN_GPU_BATCH - n, -1, -1))
-    return LogAbsDet.apply(torch.cat(batch))[:n]
-
-
-def extended(w: Tensor, size: int) -> Tensor:
-    """w (N, C, C) -> (N, size, size), with the identity in the other rows and columns."""
-    more = size - w.shape[1]
-    if not more:
-        return w
-    diagonal = torch.cat((w.new_zeros(w.shape[1]), w.new_ones(more)))
-    return F.pad(w, (0, more, 0, more)) + diagonal.diag()
 
 
 def over_channels(w: Tensor, x: Tensor) -> Tensor:

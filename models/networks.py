@@ -6,16 +6,14 @@ of images. Training may have a network compute in bfloat16 (`Network.dtype`).
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .bijections import ActNorm
+from .kernels import channels_last, gpu_conv2d
 
-# A GPU's convolutions in bfloat16 want a multiple of so many channels.
-CHANNELS = 8
 # Of images of so few pixels a CPU computes a convolution as a product with its matrix.
 FEW_PIXELS = 4
 
@@ -27,33 +25,6 @@ class Network(nn.Module):
     """
 
     dtype: torch.dtype | None = None
-
-
-class _ChannelsLastGradient(torch.autograd.Function):
-    """The identity, with a channels-last gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        # TorchInductor keeps what as_strided gets, in this format, instead of computing it again
-        # wherever it is used.
-        return grad.as_strided(grad.shape, grad.stride())
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """Images x in channels-last memory, and so, on a GPU, their gradient; vectors as they are.
-
-    Reflection padding, among others, loses the format of gradients on a GPU, whose convolutions
-    would copy them.
-    """
-    if x.dim() != 4:
-        return x
-    x = x.contiguous(memory_format=torch.channels_last)
-    return _ChannelsLastGradient.apply(x) if x.is_cuda else x
 
 
 def reflect_pad(x: Tensor) -> Tensor:
@@ -101,36 +72,6 @@ class Conv3x3(nn.Conv2d):
         matrix = matrix.reshape(c_out * n, c_in * n).to(x.dtype)
         x = F.linear((F.relu(x) if self.relu else x).flatten(1), matrix)
         return x.view(-1, c_out, h, w) + self.bias.to(x.dtype)[:, None, None]
-
-
-def gpu_conv2d(x: Tensor, weight: Tensor, bias: Tensor, padding: Any) -> Tensor:
-    """F.conv2d to bfloat16, as a GPU's kernels want it: with multiples of CHANNELS channels.
-
-    x, weight: in bfloat16, or in float32; then each is the sum of two numbers in bfloat16, and the
-        result that of a convolution of 3C channels, which is more exact than TF32:
-        x w = x_high w_high + x_low w_high + x_high w_low
-    bias, padding: as for F.conv2d
-
-    Returns images in bfloat16, with a channels-last gradient.
-    """
-    if x.dtype != torch.bfloat16:
-        (x_high, x_low), (w_high, w_low) = _high_and_low(x), _high_and_low(weight)
-        x, weight = torch.cat((x_high, x_low, x_high), 1), torch.cat((w_high, w_high, w_low), 1)
-    out = F.conv2d(_padded(x, 1).contiguous(memory_format=torch.channels_last),
-                   _padded(_padded(weight, 1), 0), _padded(bias.bfloat16(), 0), padding=padding)
-    return channels_last(out)[:, :len(weight)]
-
-
-def _high_and_low(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x = high + low, both in bfloat16, to 16 bits. The gradient is that of high."""
-    high = x.bfloat16()
-    return high, (x - high).detach().bfloat16()
-
-
-def _padded(x: Tensor, dim: int) -> Tensor:
-    """x with zeros at the end of `dim`, up to a multiple of CHANNELS."""
-    padding = [0, 0] * (x.dim() - dim - 1) + [0, -x.shape[dim] % CHANNELS]
-    return F.pad(x, padding) if padding[-1] else x
 
 
 class Linear(nn.Linear):

@@ -17,8 +17,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from models import build_model, networks
 from models.bijections import ActNorm, Affine, MultiScale
-from models.conv1x1 import CONVS, FullConv, extended, log_abs_dets, over_channels
-from models.networks import Conv3x3, Network, NetworkNorm, gpu_conv2d, reflect_pad
+from models.conv1x1 import CONVS, FullConv, over_channels
+from models.kernels import extended, gpu_conv2d, log_abs_dets
+from models.networks import Conv3x3, Network, NetworkNorm, reflect_pad
 from training.beyond import Beyond, virtual_adversarial_loss
 from training.checkpoint import CheckpointWriter, load_weights, save_atomically
 from training.distributed import Processes

@@ -701,11 +701,11 @@ def test_a_run_on_mnist_end_to_end(tmp_path, monkeypatch, capsys, mnist_root, co
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config, steps_per_epoch, bits_at_the_start", [
-    ("config.yaml", 1875, (5, 9)),                                      # the uniform density has 8
-    ("configs/mnist-marginal.yaml", 1719, (1.6, 2.6))])                 # independent pixels
+@pytest.mark.parametrize("config, n_train, bits_at_the_start", [
+    ("config.yaml", 60_000, (5, 9)),                                    # the uniform density has 8
+    ("configs/mnist-marginal.yaml", 55_000, (1.6, 2.6))])               # independent pixels
 def test_the_paper_s_network_trains_and_evaluates(tmp_path, monkeypatch, mnist_root, config,
-                                                  steps_per_epoch, bits_at_the_start):
+                                                  n_train, bits_at_the_start):
     """On MNIST: two training steps of 32 images, and an evaluation of 40."""
     monkeypatch.chdir(tmp_path)
     _, settings = read_settings(["--config", str(PROJECT / config),
@@ -717,9 +717,10 @@ def test_the_paper_s_network_trains_and_evaluates(tmp_path, monkeypatch, mnist_r
     model = build_model(settings, data.shape, data.n_classes, data.class_probs, data.grey_levels)
     generator = torch.Generator().manual_seed(0)
     model.initialize(data.sample_batch(256, generator).x, data.train_x)
-    accelerated = Accelerated(model, *choose_speed(settings, data.device, processes))
-    assert accelerated.micro_batch_size == 16
-    step, optimizer = make_step(settings, model, *choose_speed(settings, data.device, processes))
+    speed = choose_speed(settings, data.device, processes)
+    accelerated = Accelerated(model, *speed)
+    assert accelerated.micro_batch_size == 16 and len(data.train_x) == n_train
+    step, optimizer = make_step(settings, model, **speed._asdict())
     infer = Inference(accelerated)
     start = {key: value.clone() for key, value in model.named_parameters()}
     log_p, _ = evaluate(infer, data, test, settings.test_bs, 0, processes)

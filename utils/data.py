@@ -156,9 +156,13 @@ class SemiSupervisedData:
 
 
 def augment(images: Tensor, largest: Augmentation, generator: torch.Generator) -> Tensor:
-    """Augmented copies of `images` (B, C, H, W), uint8, each transformed at random.
+    """Augmented copies of images, each transformed at random. (The paper has none.)
 
-    With probability 1/2 an image is rotated, scaled and translated, uniformly up to the `largest`
+    images: (B, C, H, W), uint8
+    largest: the largest changes
+    generator: of the transformations
+
+    With probability 1/2 an image is rotated, scaled and translated, uniformly up to the largest
     changes, with bilinear interpolation. Otherwise it is translated by whole pixels only, because
     interpolation blurs edges and the flow could learn to treat blurred images separately. What lies
     beyond the border of an image is black.

@@ -1,4 +1,6 @@
-"""Label spreading along a graph of images that look alike: a first guess of the hidden labels."""
+"""Beyond the paper: label spreading along a graph of images that look alike, a first guess of the
+hidden labels.
+"""
 
 import math
 

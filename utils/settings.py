@@ -82,6 +82,8 @@ OPTION_GROUPS: dict[str, tuple[Option, ...]] = {
         Option("sup_weight", float, 1.0, "weight of log p(x, y) relative to log p(x)",
                low=0, open_below=True),
         Option("cl_weight", float, 0.0, "weight of the cross-entropy of labelled rows", low=0),
+    ),
+    "Loss beyond the paper": (
         Option("cons_weight", float, 0.0, "weight of the consistency term: a confident p(y | x) "
                "of an unlabelled image is the target for its augmented copy", low=0),
         Option("target_weights", str, "last", "which weights give the targets of cons_weight",
