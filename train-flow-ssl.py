@@ -106,7 +106,7 @@ def make_training_step(accelerated, settings, processes):
 
     def training_step(*fields):
         batch = Batch(*fields)
-        parts = accelerated.micro_batches(processes.shard(batch))       # on a GPU, one
+        parts = accelerated.micro_batches(processes.shard(batch))       # one on a GPU
         targets = beyond.targets(parts) if beyond else [None] * len(parts)
         optimizer.zero_grad()
         sums = {}
@@ -116,7 +116,7 @@ def make_training_step(accelerated, settings, processes):
                 terms = objective(log_joint, part.y, batch.y, settings, copy_logits)
                 if beyond:
                     terms = beyond.add(terms, part, batch.y, log_joint, copy_logits, target)
-                (terms["loss"] * processes.size).backward()     # the mean over processes is taken
+                (terms["loss"] * processes.size).backward()     # DistributedDataParallel averages
             sums = {name: sums.get(name, 0) + term.detach() for name, term in terms.items()}
         optimizer.step()
         return sums
