@@ -93,6 +93,13 @@ def test_options_that_are_gone(key, value, accepted):
     with pytest.raises(BadInput, match=message):
         read_file(f"{key}: {value}")
     assert key in GONE and vars(read(f"--{key}", accepted)) == vars(read())
+    read(f"--{key}", value, "--pretrained", "model.torch")      # evaluation does not depend on them
+
+
+def test_the_number_of_classes_may_be_given():
+    assert vars(read("--ssl_nclasses", "10")) == vars(read())
+    with pytest.raises(BadInput, match="the option ssl_nclasses does not exist any more"):
+        read("--ssl_nclasses", "10", "--data", "moons")
 
 
 def test_config_yaml_is_the_paper_s_run_and_holds_the_table_of_options():

@@ -143,7 +143,7 @@ class Progress:
     def finish_epoch(self) -> dict[str, float]:
         """Move on to the next epoch -> the metrics of this one's batches, those of all processes,
         keyed as in MetricsLog."""
-        sums = {name: float(term) for name, term in self.sums_of_all().items()}
+        sums = dict(zip(self.sums, self._stacked_sums().tolist()))      # read from the device once
         means = {name: sums.get(name, 0.0) / self.steps_per_epoch for name in MEANS}
         self.epoch, self.steps_done, self.sums = self.epoch + 1, 0, {}
         return {"epoch": self.epoch, "train_loss": means.pop("loss"), **means,
@@ -156,15 +156,14 @@ class Progress:
         seconds, self.row_started = now - self.row_started, now
         return seconds
 
-    def sums_of_all(self) -> Terms:
-        """The sums over all processes."""
-        if not self.sums:
-            return {}
-        return dict(zip(self.sums, self.processes.sum(torch.stack(list(self.sums.values())))))
+    def _stacked_sums(self) -> Tensor:
+        """The sums over all processes, (T,)."""
+        return self.processes.sum(torch.stack(list(self.sums.values())))
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it. All processes have to call this."""
-        return {"epoch": self.epoch, "step": self.steps_done, "sums": self.sums_of_all(),
+        sums = dict(zip(self.sums, self._stacked_sums())) if self.sums else {}
+        return {"epoch": self.epoch, "step": self.steps_done, "sums": sums,
                 "seconds": time.perf_counter() - self.row_started}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
