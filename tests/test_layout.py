@@ -28,6 +28,11 @@ MAX_SCRIPT_LINES = 220
 FILES = sorted(PurePath(path.relative_to(PROJECT)) for folder in MAY_IMPORT
                for path in (PROJECT / folder).glob("**/*.py" if folder else "*.py"))
 
+DOCUMENTS = sorted(path.relative_to(PROJECT)
+                   for folder in (".", "docs", "pretrained", "results", "tests/parity")
+                   for path in (PROJECT / folder).glob("*.md"))
+NAME = re.compile(r"\bNAME\b|seedS")      # stands for others
+
 
 def folder_of(path):
     """The top-level folder of `path`, a PurePath relative to the project; "" for the script."""
@@ -134,6 +139,32 @@ def test_the_check_accepts_other_imports(path, source):
 
 def test_the_script_is_short():
     assert len(SCRIPT.read_text().splitlines()) < MAX_SCRIPT_LINES
+
+
+def test_documents_are_short():
+    texts = {str(path): (PROJECT / path).read_text() for path in DOCUMENTS}
+    assert len(texts["README.md"].splitlines()) <= 200 and len(texts["README.md"].split()) <= 1700
+    assert sum(len(text.split()) for text in texts.values()) <= 7000
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_documents_name_files_that_exist(document):
+    """Links, and paths in backticks that begin with a folder of the project."""
+    text, folder = (PROJECT / document).read_text(), (PROJECT / document).parent
+    links = re.findall(r"\]\(([^):]+)\)|src=\"(.+?)\"", text)
+    links = ["".join(link) for link in links]
+    assert all((folder / link).exists() for link in links), links
+    for path in re.findall(r"`((?:\w+/)+[\w.*-]+)`", text):
+        if path.split("/")[0] in MAY_IMPORT.keys() | {"configs", "pretrained", "results", "docs"}:
+            assert NAME.search(path) or list(PROJECT.glob(path)), path
+
+
+def test_ci_runs_the_readme_s_commands():
+    """Both of them, and ruff and mypy before the tests."""
+    readme = (PROJECT / "README.md").read_text().split("## Run it\n")[1].split("\n\n")[1]
+    commands = [command.strip() for line in readme.splitlines() for command in line.split("&&")]
+    ci = re.findall(r"^run (.+)$", (PROJECT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert len(commands) == 4 and ci == [*commands[:3], "ruff check", "mypy", commands[3]]
 
 
 def test_every_tracked_file_is_checked():

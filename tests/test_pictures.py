@@ -1,4 +1,4 @@
-"""What a trained model shows: obfuscation.py, pictures.py, and the functions that they call."""
+"""What a trained model shows: obfuscation.py, sample_accuracy.py, pictures.py, utils/figures.py."""
 
 import json
 
@@ -8,7 +8,7 @@ import torch
 from conftest import PROJECT, load_tiny, options, randomize, run_script, runs
 from PIL import Image
 
-from experiments import obfuscation, pictures
+from experiments import obfuscation, pictures, sample_accuracy
 from models import build_model
 from utils import figures
 from utils.errors import BadInput
@@ -143,6 +143,33 @@ def test_what_the_parts_of_the_latent_space_know(tmp_path, monkeypatch):
         obfuscation.main(SHIPPED[:2])
     with pytest.raises(BadInput, match="no folder no"):
         obfuscation.main([*SHIPPED, "--save", "no/a.npz"])
+
+
+@pytest.mark.slow
+def test_a_cnn_recognises_typical_samples(tmp_path, monkeypatch):
+    """Of the shipped model of digits, and not those of a far too high temperature."""
+    line = [*SHIPPED, "--samples", "100", "--json", "a.json"]
+    sample_accuracy.main([*line, "--temperatures", "0.5", "10"])
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert report["samples"] == 100 and report["test_accuracy"] > 0.95
+    assert report["sample_accuracy"]["0.5"] > 0.9 and report["sample_accuracy"]["10"] < 0.6
+    for argv, message in ((["--samples", "15"], "multiple of the 10 classes"),
+                          (["--temperatures", "-1"], "--temperatures must be from 0"),
+                          (["--json", "no/a.json"], "no folder no")):
+        with pytest.raises(BadInput, match=message):
+            sample_accuracy.main([*line, *argv])
+
+
+def test_a_sample_that_is_not_finite_is_not_recognised(monkeypatch, capsys):
+    """Each sample is black, class 0 to this classifier; that of class 0 is not finite."""
+    model, data, settings = pictures.load(SHIPPED)
+    monkeypatch.setattr(sample_accuracy, "load", lambda *_: (model, data, settings))
+    monkeypatch.setattr(sample_accuracy, "fit_fixmatch", lambda *_: lambda images: (
+        images.flatten(1).any(1).long()))
+    model.sample = lambda y, eps: torch.where(y == 0, torch.nan, 0.0)[:, None, None, None].expand(
+        len(y), 1, 8, 8)
+    sample_accuracy.main(["--samples", "10", "--temperatures", "1"])
+    assert "0.0% of 10 samples recognised, 1 not finite" in capsys.readouterr().out
 
 
 @torch.no_grad()

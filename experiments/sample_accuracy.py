@@ -1,0 +1,76 @@
+"""Whether samples from p(x | y) look like their class: the accuracy of a CNN on them.
+
+    python experiments/sample_accuracy.py --config configs/mnist-best.yaml --pretrained [FILE]
+    python experiments/sample_accuracy.py --run RUN_DIR
+        [--temperatures 1 0.7] [--samples 1000] [--json FILE.json] [options of train-flow-ssl.py]
+
+The CNN of fixmatch.py is trained on the training images with all their labels. Its accuracy on
+samples is GAN-test of Shmelkov et al. 2018 (arXiv 1807.09499). A sample that is not finite counts
+as not recognised. Prints a table, which --json writes too.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from experiments.fixmatch import fit_fixmatch
+from experiments.pictures import MAX_TEMPERATURE, add_run, load
+from utils.errors import BadInput, OneLineParser, check_output, run_command
+from utils.files import atomic_write
+
+
+def main(argv=None):
+    parser = OneLineParser(description="The accuracy of a CNN on samples from p(x | y).",
+                           allow_abbrev=False,
+                           epilog="All other options are those of train-flow-ssl.py.")
+    add_run(parser)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.7], metavar="T",
+                        help="standard deviations of the noise (1 0.7)")
+    parser.add_argument("--samples", type=int, default=1000, metavar="N",
+                        help="samples for each temperature, equally many of each class "
+                             "(%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE.json")
+    args, rest = parser.parse_known_args(argv)
+    if args.json:
+        check_output(args.json)
+    if not all(0 <= t <= MAX_TEMPERATURE for t in args.temperatures):
+        raise BadInput(f"--temperatures must be from 0 to {MAX_TEMPERATURE}")
+    model, data, settings = load([*rest, "--supervised", "-1"], args.run)    # all training labels
+    if not model.image:
+        raise BadInput(f"samples are classified as images, unlike {settings.data}")
+    if args.samples < 1 or args.samples % data.n_classes:
+        raise BadInput(f"--samples must be a multiple of the {data.n_classes} classes")
+    classify = fit_fixmatch(data, settings.seed)
+    y = torch.arange(data.n_classes, device=data.device).repeat(args.samples // data.n_classes)
+    noise = torch.randn(len(y), model.dim, generator=torch.Generator().manual_seed(settings.seed))
+    report = {"weights": settings.pretrained, "config": settings.config_file,
+              "samples": len(y), "seed": settings.seed,
+              "test_accuracy": accuracy(classify, data.test_x, data.test_y),
+              "sample_accuracy": {}}
+    print(f"CNN: {report['test_accuracy']:.2%} accuracy on {len(data.test_y):,} test images")
+    for temperature in args.temperatures:
+        x = torch.cat([model.sample(*part) for part in zip(
+            y.split(settings.test_bs),
+            (temperature * noise).to(data.device).split(settings.test_bs))])
+        finite = x.isfinite().flatten(1).all(1)
+        images = (x.nan_to_num() * data.grey_levels).clamp(max=data.grey_levels - 1).byte()
+        share = accuracy(classify, images, y.where(finite, -1))
+        report["sample_accuracy"][f"{temperature:g}"] = share
+        print(f"temperature {temperature:g}: {share:.1%} of {len(y):,} samples recognised, "
+              f"{int((~finite).sum())} not finite")
+    if args.json:
+        with atomic_write(args.json) as f:
+            f.write(json.dumps(report, indent=1) + "\n")
+
+
+def accuracy(classify, images, y):
+    """The share of images (N, C, H, W), uint8, to which `classify` assigns their class y (N,)."""
+    return float((classify(images) == y).double().mean())
+
+
+if __name__ == "__main__":
+    run_command(main)
