@@ -151,7 +151,7 @@ def test_documents_are_short():
 def test_documents_name_files_that_exist(document):
     """Links, and paths in backticks that begin with a folder of the project."""
     text, folder = (PROJECT / document).read_text(), (PROJECT / document).parent
-    links = re.findall(r"\]\(([^):]+)\)|src=\"(.+?)\"", text)
+    links = re.findall(r"\]\(([^):#]+)\)|src=\"(.+?)\"", text)
     links = ["".join(link) for link in links]
     assert all((folder / link).exists() for link in links), links
     for path in re.findall(r"`((?:\w+/)+[\w.*-]+)`", text):
