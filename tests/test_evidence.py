@@ -168,8 +168,8 @@ def test_the_accuracies_on_samples():
                 f"{100 * report['sample_accuracy'][temperature]:.0f}")
     error = {name: f"{100 * (1 - r['test_accuracy']):.2f}" for name, r in reports.items()}
     assert len({error[name] for name in error if name.startswith("mnist-")}) == 1
-    assert_says("results/README.md", f"({error['mnist-best']} % test error on MNIST; `model.torch`: "
-                                     f"{error['model']})")
+    assert_says("results/README.md", f"({error['mnist-best']} % test error on MNIST; "
+                                     f"`model.torch`: {error['model']})")
 
 
 def test_the_baselines_agree_with_their_reports():
