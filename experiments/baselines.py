@@ -239,7 +239,7 @@ def rows(x, data):
 
 
 def settings_of(method, train_x):
-    """The settings of all points of a method's grid; gamma is that of scikit-learn."""
+    """The settings of all points of a method's grid; gamma is as in scikit-learn."""
     unit = 1 / (train_x.shape[1] * float(train_x.var()))
     grid = {key: [float(f"{v * unit:.4g}") for v in values] if key == "gamma" else values
             for key, values in method.grid.items()}
@@ -252,7 +252,7 @@ def validation_error(classify, data):
 
 
 def error(predicted, y):
-    """The share of `predicted` classes that are not those of `y`, %."""
+    """The share of `predicted` classes that differ from `y`, %."""
     return round(100 * (predicted.cpu() != y.cpu()).double().mean().item(), 4)
 
 

@@ -6,7 +6,7 @@
 
 `methods` shows the test errors of a report of `baselines.py --save`, and of runs of the flow on the
 same data with the same data_seeds. A point is the mean over the seeds, its bar goes from the
-smallest error to the largest. A run's seconds are those of training and evaluation, without the
+smallest error to the largest. A run's seconds are of training and evaluation, without the
 start of the program.
 
 `recipes` shows error and bits/dim, on validation images, of the weights that the run would keep, or

@@ -22,7 +22,7 @@ __all__ = ["MODEL_OPTIONS", "SemiConditionalFlow", "build_model"]
 PIXELS: dict[str, Callable[..., Bijection]] = {     # (shape, grey_levels=...)
     "logit": lambda shape, grey_levels: Logit(), "marginal": MarginalGaussian}
 
-# The options that describe a model. The defaults are those of the paper's MNIST run.
+# The options that describe a model. The defaults describe the paper's MNIST run.
 MODEL_OPTIONS: dict[str, tuple[Option, ...]] = {
     "f_w: the large flow, independent of y": (
         Option("model", str, "mnist-masked", "architecture", choices=(*FLOWS, "pyramid")),

@@ -71,7 +71,7 @@ class Affine(Bijection):
 class Squeeze(Bijection):
     """(C, H, W) -> (4C, H/2, W/2): each 2 x 2 block becomes channels, in the order (dy, dx, c).
 
-    Dinh et al. 2017, section 3.6; the order of the channels is that of the authors' code.
+    Dinh et al. 2017, section 3.6; the channels are ordered as in the authors' code.
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -297,6 +297,6 @@ class MultiScale(Bijection):
 
 
 def _in_order(layers: Iterable[nn.Module]) -> Iterator[Any]:
-    """The bijections of `layers`, with those of each nn.Sequential one by one."""
+    """The bijections of `layers`, each nn.Sequential taken apart."""
     for layer in layers:
         yield from layer if isinstance(layer, nn.Sequential) else (layer,)

@@ -134,7 +134,7 @@ def gpu_conv2d(x: Tensor, weight: Tensor, bias: Tensor, padding: Any) -> Tensor:
 
 
 def _high_and_low(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x = high + low, both in bfloat16, to 16 bits. The gradient is that of high."""
+    """x = high + low, both in bfloat16, to 16 bits. The gradient flows through high."""
     high = x.bfloat16()
     return high, (x - high).detach().bfloat16()
 

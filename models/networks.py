@@ -19,7 +19,7 @@ FEW_PIXELS = 4
 
 
 class Network(nn.Module):
-    """Base class of networks that can compute in another type than that of input and output.
+    """Base class of networks that can compute in another type than their input and output.
 
     dtype: that type; None: the same one.
     """
@@ -77,7 +77,7 @@ class Conv3x3(nn.Conv2d):
 class Linear(nn.Linear):
     """A linear layer: x (B, c_in) -> (B, c_out), with `relu` one of relu(x).
 
-    Its types are those of Conv3x3.
+    It computes in the types of Conv3x3.
     """
 
     def __init__(self, c_in: int, c_out: int, relu: bool = False):

@@ -56,7 +56,7 @@ class ConditionalPixels(MarginalGaussian):
     shape: (1, H, W)
     grey_levels: L
     n_bins: of grey levels
-    network: network(c_in, c_out, size) makes that of a group, (B, c_in, *size) ->
+    network: network(c_in, c_out, size) makes a group's network, (B, c_in, *size) ->
         (B, c_out, *size), whose input are the earlier pixels and n_maps images made from z_f
     shift: shift(c_in, size, n) makes t, (B, c_in, *size) -> (B, n)
     context: context(n, n_out) makes the network of z_f, (B, n) -> (B, n_out), which computes l of
@@ -107,7 +107,7 @@ class ConditionalPixels(MarginalGaussian):
 
     def _choose_bins(self) -> None:
         """A bin for black. The other grey levels are ranked by how much of their mass is below
-        them; those of equal rank share a bin."""
+        them; levels of equal rank share a bin."""
         share = self._normalised().mean(0)[1:]
         below = (share.cumsum(0) - share / 2) / share.sum()
         rank = (below * (self.n_bins - 1)).long()
@@ -171,7 +171,7 @@ class ConditionalPixels(MarginalGaussian):
         levels, (level, share_below, share_above) = p.shape[1], self._position(x)
         bins = self.bin_of[level]                                               # (B, n)
         in_table = level + levels * torch.arange(len(pixels), device=x.device)
-        # Of the bin's mass, which is 1 as that of each bin before it: below the level, and in it.
+        # Shares of the bin's mass, which is 1 as in each bin before it: below the level, and in it.
         below, p_level = (table.flatten()[in_table] for table in (p.cumsum(1) - p, p))
         below = below - bins
         in_bin_below = (below + p_level * share_below).to(x.dtype)
@@ -214,7 +214,7 @@ class SplitCoupling(Bijection):
     With x2 = z_f and a Gaussian base of z1, z_aux given z_f is a diagonal Gaussian: the prior of
     Kingma & Dhariwal 2018 (arXiv 1807.03039) for the part that leaves the flow at a split.
 
-    net: maps n dimensions to twice those of x1, first raw, then t
+    net: maps n dimensions to twice as many as x1, first raw, then t
     n: dimensions of x2
     """
 
@@ -295,7 +295,7 @@ class PixelPyramid(SemiConditionalFlow):
         return pixels.last_group(x)[0]
 
     def logits_seeing(self, seen: Tensor, last: Tensor) -> Tensor:
-        """`logits` of images whose last pixels are those of other ones, (B, K).
+        """`logits` of images with the last pixels of other images, (B, K).
 
         seen: the images that the network sees which shifts z_f, (B, 1, H, W)
         last: `last_group` of the others, (B, ssl_dim)

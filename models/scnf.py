@@ -118,7 +118,7 @@ class SemiConditionalFlow(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """log p(z_f, y), in which p(y | x) is a softmax: x (B, C, H, W) -> (B, K).
 
-        The other terms of log p(x, y), those of f_w, do not depend on y and cancel.
+        The other terms of log p(x, y) come from f_w, do not depend on y, and cancel.
         """
         z, _ = self.encode(x)
         _, z_f = self.split_latent(z)
@@ -145,8 +145,8 @@ class SemiConditionalFlow(nn.Module):
         """Set what depends on the data, once, before training.
 
         x: a batch (B, C, H, W), for the ActNorms that are not initialised yet; each is set from its
-            input, in the order of the forward pass; those of h_phi see every sample with every
-            label
+            input, in the order of the forward pass; the ActNorms of h_phi see every sample with
+            every label
         images: the training images (N, C, H, W), as integer grey levels, for a first layer that is
             fitted to them
 

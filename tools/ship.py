@@ -7,7 +7,7 @@ and on every 20th. Then writes
 
 - pretrained/NAME.torch, and its line in pretrained/SHA256SUMS;
 - results/NAME: params.yaml, metrics.csv, log.txt, labelled.txt, the pictures, and evaluation.json,
-  which has the numbers for the card in pretrained/README.md.
+  which contains the numbers for the card in pretrained/README.md.
 
 --half stores the residual networks in half precision, if error and bits/dim then agree
 with float32's to 0.02 points and 0.001; it says so if they do not.
@@ -153,7 +153,7 @@ def evaluate_weights(model, weights, data, settings):
 
 
 def to_half(weights, model):
-    """`weights` with those of the residual networks in half precision."""
+    """`weights`, of which the residual networks' are in half precision."""
     networks = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, ResNet))
     return {key: value.half() if key.startswith(networks) and value.is_floating_point() else value
             for key, value in weights.items()}

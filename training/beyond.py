@@ -9,16 +9,16 @@ for the copy,
     L_cons = mean_{j unlabelled} [ - sum_y q_j(y) log p(y | x'_j)  if max_y q_j(y) > CONFIDENCE,
                                    0                               otherwise ],
 
-where q_j(y) = p(y | x_j) gets no gradient. With `clf_noise` train, it is that of x_j without
-dequantisation noise; with `target_weights` averaged, that of the moving average of the weights, as
-in Tarvainen & Valpola 2017 (arXiv 1703.01780). With `spread_labels` the image has a prior of its
-own, r_j, from label spreading (`log_prior_ratio` in utils/data.py), and q_j(y) is proportional to
-p(x_j | y) r_j(y). Soft targets under a confidence mask are those of UDA (Xie et al. 2020, arXiv
-1904.12848); FixMatch (Sohn et al. 2020, arXiv 2001.07685) has hard ones. In a run with this term
-L_clf is the mean over x_i and x'_i.
+where q_j(y) = p(y | x_j) gets no gradient. With `clf_noise` train, x_j has no dequantisation noise
+there; with `target_weights` averaged, q_j comes from the moving average of the weights, as in
+Tarvainen & Valpola 2017 (arXiv 1703.01780). With `spread_labels` the image has a prior of its own,
+r_j, from label spreading (`log_prior_ratio` in utils/data.py), and q_j(y) is proportional to p(x_j
+| y) r_j(y). UDA (Xie et al. 2020, arXiv 1904.12848) uses such soft targets above a confidence
+threshold, FixMatch (Sohn et al. 2020, arXiv 2001.07685) hard ones. In a run with this term L_clf is
+the mean over x_i and x'_i.
 
 L_vat is the mean over all rows of `virtual_adversarial_loss`, with perturbations of length vat_eps.
-It is for model pyramid: what is perturbed is the image that the network which writes into z_f sees.
+It is for model pyramid and perturbs the image that t, the network which shifts z_f, sees.
 """
 
 from collections.abc import Callable, Sequence

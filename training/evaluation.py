@@ -85,7 +85,7 @@ def evaluate(infer: Inference, data: SemiSupervisedData, examples: Examples, bat
              seed: int, processes: Processes) -> tuple[float, float]:
     """Mean log p(x) of `examples`, in nats, and the accuracy of argmax p(y | x), from 0 to 1.
 
-    The other arguments are those of `predict`.
+    The other arguments are as in `predict`.
     """
     images, y = examples
     infer.predictions = predict(infer, data, images, batch_size, seed, processes)

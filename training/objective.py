@@ -36,7 +36,7 @@ def objective(log_joint: Tensor, y: Tensor, batch_y: Tensor, settings: Settings,
 
     -> loss; log_likelihood, the weighted mean of log p(x, y) and u(x), and cl_loss, L_clf, in nats;
     correct: how many of the labelled rows argmax p(y | x) classifies correctly; labelled: how many
-    there are. The terms of all micro-batches sum to those of the batch.
+    there are. The terms of all micro-batches sum to the batch's.
     """
     labelled = y >= 0
     log_p_xy = log_joint.gather(1, y.clamp(min=0)[:, None])[:, 0]      # log p(x, y) of the label

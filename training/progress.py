@@ -135,7 +135,7 @@ class Progress:
         self.n_finite += self.sums["loss"].isfinite()   # once the sum is not, it never is again
 
     def _check_losses(self, first: int, n_finite: Tensor) -> None:
-        """first: the first training step of those of which `n_finite` had finite losses."""
+        """first: the first of the training steps of which `n_finite` had finite losses."""
         if first + int(n_finite) <= self.steps_done:
             raise TrainingFailed(f"The loss is not finite at step {first + int(n_finite)} of "
                                  f"{self.steps_per_epoch} in epoch {self.epoch + 1}")

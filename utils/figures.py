@@ -108,7 +108,7 @@ def plot_curves_of_runs(runs: dict[str, list[Row]]) -> Figure:
 
     runs: {label: rows of a MetricsLog}
 
-    Error and likelihood are those of the validation set or, without one, of the test set, and of
+    Error and likelihood are of the validation set or, without one, of the test set, and of
     the weights that the run would keep. Raises ValueError for runs of images beside runs of points,
     whose likelihoods differ in kind.
     """

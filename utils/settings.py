@@ -34,7 +34,7 @@ def _name(text: str) -> str:
     return text
 
 
-# All options, in the groups and the order of config.yaml, which has longer explanations.
+# All options, in the groups and the order of config.yaml, which explains them at length.
 OPTION_GROUPS: dict[str, tuple[Option, ...]] = {
     "Run": (
         Option("name", _name, "", "suffix of the run directory's name"),
