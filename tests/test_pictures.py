@@ -146,7 +146,7 @@ def test_what_the_parts_of_the_latent_space_know(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_cnn_recognises_typical_samples(tmp_path, monkeypatch):
+def test_a_cnn_recognises_typical_samples(tmp_path):
     """Of the shipped model of digits, and not those of a far too high temperature."""
     line = [*SHIPPED, "--samples", "100", "--json", "a.json"]
     sample_accuracy.main([*line, "--temperatures", "0.5", "10"])

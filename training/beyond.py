@@ -12,8 +12,8 @@ for the copy,
 where q_j(y) = p(y | x_j) gets no gradient. With `clf_noise` train, x_j has no dequantisation noise
 there; with `target_weights` averaged, q_j comes from the moving average of the weights, as in
 Tarvainen & Valpola 2017 (arXiv 1703.01780). With `spread_labels` the image has a prior of its own,
-r_j, from label spreading (`log_prior_ratio` in utils/data.py), and q_j(y) is proportional to p(x_j
-| y) r_j(y). UDA (Xie et al. 2020, arXiv 1904.12848) uses such soft targets above a confidence
+r_j, from label spreading (`log_prior_ratio` in utils/data.py), and q_j(y) is proportional to
+p(x_j | y) r_j(y). UDA (Xie et al. 2020, arXiv 1904.12848) uses such soft targets above a confidence
 threshold, FixMatch (Sohn et al. 2020, arXiv 2001.07685) hard ones. In a run with this term L_clf is
 the mean over x_i and x'_i.
 
