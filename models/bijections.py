@@ -34,10 +34,22 @@ def sum_per_sample(v: Tensor) -> Tensor:
     return v.flatten(1).sum(1)
 
 
+def check_shape(name: str, x: Tensor, shape: Shape) -> None:
+    """Raise ValueError if x, called `name`, is not of shape (B, *shape)."""
+    if tuple(x.shape[1:]) != shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, and must have shape "
+                         f"(B, {', '.join(map(str, shape))})")
+
+
 class Bijection(nn.Module):
     """Base class of all bijections: the module's docstring states their contract."""
 
     inverse: Callable[..., Tensor]
+
+    def in_domain(self, x: Tensor) -> Tensor:
+        """Which values of x forward transforms to finite ones, of its shape: by default the finite
+        ones."""
+        return x.isfinite()
 
     def fit(self, images: Tensor | None) -> None:
         """Set what depends on the training images (N, C, H, W), integer grey levels: by default
@@ -93,7 +105,8 @@ class ActNorm(Affine):
     """z = (x - bias) * exp(logs), per channel (Kingma & Dhariwal 2018, arXiv 1807.03039, 3.1).
 
     It is the identity until `initialize` sets it from a batch (data-dependent initialisation),
-    which the buffer `initialized` records.
+    which the buffer `initialized` records. The scale is then 1 / (standard deviation + 1e-6), which
+    is 1e6 for a channel that is constant.
     """
 
     initialized: Tensor
@@ -106,7 +119,8 @@ class ActNorm(Affine):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Set bias and logs such that each channel of z has mean 0 and standard deviation 1.
+        """Set bias and logs such that each channel of z that is not constant has mean 0 and
+        standard deviation 1.
 
         x: the batch (B, C, ...). Raises ValueError if it has fewer than two values per channel.
         """
@@ -136,7 +150,8 @@ class CheckerboardCoupling(Bijection):
 
     The mask m alternates over the pixels like a checkerboard and is 1 where x passes unchanged
     (Dinh et al. 2017, section 3.4). As in the authors' code, t is added after scaling and s has no
-    offset, while ChannelCoupling adds t before scaling and 1e-6 to s.
+    offset, while ChannelCoupling adds t before scaling and 1e-6 to s. Where s is too small for the
+    type of x, x cannot be had back from z: the inverse is then finite, but not x.
 
     net: maps C channels to 2C, first raw, then t
     size: (H, W) of x
@@ -159,9 +174,9 @@ class CheckerboardCoupling(Bijection):
         return kept + transformed * (x * s + t), sum_per_sample(transformed * log_s)
 
     def inverse(self, z: Tensor) -> Tensor:
-        kept = self.mask * z
-        raw, t = self.net(kept).chunk(2, dim=1)
-        return kept + (1 - self.mask) * (z - t) / torch.sigmoid(raw + 2)
+        raw, t = self.net(self.mask * z).chunk(2, dim=1)
+        s = torch.sigmoid(raw + 2).clamp(min=torch.finfo(z.dtype).tiny)
+        return torch.where(self.mask.bool(), z, (z - t) / s)
 
 
 def scale_shift(net: nn.Module, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,6 +239,8 @@ class MultiScale(Bijection):
 
     input_shape: of x, without the batch dimension
     layers: bijections and Splits; an nn.Sequential groups bijections under one number
+
+    Raises ValueError for x or z of another shape.
     """
 
     levels: Any     # the bijections of each scale, by the name that the weights have
@@ -250,6 +267,7 @@ class MultiScale(Bijection):
                     group.append((bijection, math.prod(shape[1:])))
                 shape = bijection.output_shape(shape)
         self.part_shapes.append(shape)
+        self.input_shape, self.dim = tuple(input_shape), math.prod(input_shape)
         self.levels = nn.ModuleList(map(nn.ModuleList, scales))
         self._affine = {kind: list(by_channels.values()) for kind, by_channels in affine.items()}
         n_pixels = [n for groups in self._affine.values() for group in groups for _, n in group]
@@ -257,6 +275,7 @@ class MultiScale(Bijection):
                              persistent=False)
 
     def forward(self, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        check_shape("x", x, self.input_shape)
         log_det_of_affine = self._start_log_det_of_affine()
         ldjs, parts = [x.new_zeros(len(x))], []
         for scale, (n, *_) in zip(self.levels, self.part_shapes):
@@ -285,6 +304,7 @@ class MultiScale(Bijection):
         return beside(log_det, [w for weights in stacked.values() for w in weights])
 
     def inverse(self, z: Tensor, *context: Tensor) -> Tensor:
+        check_shape("z", z, (self.dim,))
         flat = z.split([math.prod(shape) for shape in self.part_shapes], 1)
         parts = [part.unflatten(1, shape) for part, shape in zip(flat, self.part_shapes)]
         x = parts.pop()

@@ -5,6 +5,9 @@ The paper has two kinds, ConditionalFlow (SCNF-GLOW) and ConditionalShift (SCNF-
     __init__(dim, n_classes, options)   dim: ssl_dim; n_classes: K; options: ssl_...
     forward(z_f, y) -> (z_h, ldj)       z_f, z_h: (B, ssl_dim); y: labels (B,); ldj: (B,), in nats
     inverse(z_h, y) -> z_f
+
+They raise ValueError for labels that are not integers from 0 to K - 1, but not when compiled, nor on
+a GPU, which would have to be waited for.
 """
 
 from collections import OrderedDict
@@ -22,12 +25,25 @@ from .networks import resnet1x1
 EMBEDDING_DIM = 10    # of a label
 
 
+@torch.compiler.disable
+def check_labels(y: Tensor, n_classes: int) -> None:
+    """Raise ValueError if y is not (B,) with integers from 0 to n_classes - 1."""
+    if y.dim() != 1 or y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
+        raise ValueError(f"labels have shape {tuple(y.shape)} and type {y.dtype}, and must be "
+                         "integers of shape (B,)")
+    if ((y < 0) | (y >= n_classes)).any():
+        raise ValueError(f"labels are from {int(y.min())} to {int(y.max())}, and must be from 0 to "
+                         f"{n_classes - 1}")
+
+
 def embed(embedding: nn.Embedding, y: Tensor) -> Tensor:
     """embedding(y) as a product with one-hot rows: y (B,) -> (B, E).
 
     The gradient is then a matrix product, deterministic on a GPU, unlike the gradient of a lookup.
     """
     weight = embedding.weight
+    if not (y.is_cuda or torch.compiler.is_compiling()):
+        check_labels(y, len(weight))
     return (y[:, None] == torch.arange(len(weight), device=y.device)).to(weight.dtype) @ weight
 
 

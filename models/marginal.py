@@ -12,6 +12,9 @@ from .bijections import Bijection
 # within 0.0004 and 0.003 bits/dim of the best that was found, and they let float32 resolve each
 # grey level to 1e-4 of its width.
 PSEUDO_COUNTS, EVEN_SHARE, LARGEST_SHARE = 1 / 20, 0.7, 0.995
+# Half the step of dequantisation noise in float32. Being the same for every type of x, it gives the
+# same z.
+EDGE = 2**-25
 
 
 class MarginalGaussian(Bijection):
@@ -25,8 +28,7 @@ class MarginalGaussian(Bijection):
 
     p (D, L), a buffer, is uniform until `fit`. All is computed in double precision, and z_j from
     1 - F_j where this is the smaller one, and so the more accurate. A value at the very edge of its
-    grey level is moved inside by a quarter of the machine epsilon of x, half the step of the
-    dequantisation noise, so that z is finite.
+    grey level is moved inside by EDGE of the level's width, so that z is finite.
 
     shape: (C, H, W) of x, D values in all
     grey_levels: L
@@ -53,11 +55,17 @@ class MarginalGaussian(Bijection):
         EVEN_SHARE of them spread evenly and the others distributed as in all pixels together. No
         level has more than LARGEST_SHARE, or float32 could not resolve the others.
 
-        Raises ValueError without images.
+        Raises ValueError without images, or if these are no such images.
         """
         if images is None:
             raise ValueError("pixels marginal is fitted to the training images: give them")
         n, levels = len(images), self.p.shape[1]
+        if images.is_floating_point() or not n or images[0].numel() != len(self.p):
+            raise ValueError(f"pixels marginal is fitted to integer grey levels of {len(self.p)} "
+                             f"values an image, not to {tuple(images.shape)} of {images.dtype}")
+        if not 0 <= int(images.min()) <= int(images.max()) < levels:
+            raise ValueError(f"images have grey levels from {int(images.min())} to "
+                             f"{int(images.max())}, and must have them from 0 to {levels - 1}")
         values = images.flatten(1).long() + levels * torch.arange(len(self.p), device=images.device)
         counts = torch.bincount(values.flatten(), minlength=self.p.numel()).view_as(self.p).double()
         in_all_pixels = counts[:, 1:].sum(0) + 1
@@ -69,6 +77,9 @@ class MarginalGaussian(Bijection):
         largest = p.amax(1, keepdim=True)
         capped = largest.clamp(max=LARGEST_SHARE)
         self.p.copy_(torch.where(p == largest, capped, p * (1 - capped) / (1 - largest)))
+
+    def in_domain(self, x: Tensor) -> Tensor:
+        return (x >= 0) & (x <= 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         p = self._normalised()
@@ -88,13 +99,13 @@ class MarginalGaussian(Bijection):
     def _position(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x -> its grey level, and the shares of the level's width below x and above it, in double
         precision."""
-        inside = (x >= 0) & (x <= 1)
+        inside = self.in_domain(x)
         if not x.is_cuda and not inside.all():
             raise ValueError("x has values outside [0, 1], where images have no density")
-        levels, edge = self.p.shape[1], torch.finfo(x.dtype).eps / 4
+        levels = self.p.shape[1]
         v = x.masked_fill(~inside, math.nan).double() * levels
         level = v.detach().nan_to_num().long().clamp(max=levels - 1)
-        return level, (v - level).clamp(min=edge), (level + 1 - v).clamp(min=edge)
+        return level, (v - level).clamp(min=EDGE), (level + 1 - v).clamp(min=EDGE)
 
     def _normalised(self) -> Tensor:
         """p in double precision, with rows that sum to 1."""

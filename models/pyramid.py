@@ -287,6 +287,7 @@ class PixelPyramid(SemiConditionalFlow):
 
     def logits(self, x: Tensor) -> Tensor:
         """log p(z_f, y), as in SemiConditionalFlow, without the other groups of pixels."""
+        self._check("x", x, self.data_shape)
         return self.logits_seeing(x, self.last_group(x))
 
     def last_group(self, x: Tensor) -> Tensor:

@@ -14,13 +14,14 @@ where z_f is the last ssl_dim dimensions of z, and
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .bijections import ActNorm, Bijection, MultiScale
-from .h_phi import ConditionalFlow, ConditionalShift
+from .bijections import ActNorm, Bijection, MultiScale, check_shape
+from .h_phi import ConditionalFlow, ConditionalShift, check_labels
 
 
 class DiagonalGaussian(nn.Module):
@@ -58,9 +59,15 @@ class SemiConditionalFlow(nn.Module):
     n_classes: K
     class_probs: p(y), K positive numbers, or None for uniform
 
-    Raises ValueError if class_probs is not K positive numbers.
+    checks_values: whether methods check the values of x, z and eps, for which a GPU has to be
+        waited for, and torch.compile to divide its graph; shapes and types they check always
+
+    Raises ValueError if class_probs is not K positive numbers. Every method raises it for arguments
+    of another kind than it describes: another shape or type, or values that are not finite or, of
+    images, not in [0, 1].
     """
 
+    checks_values = True
     cheap_logits = False    # whether `logits` computes less than `log_joint`
     log_p_y: Tensor
 
@@ -83,19 +90,30 @@ class SemiConditionalFlow(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """f_w: x (B, C, H, W) -> z (B, D) = (z_aux, z_f), ldj (B,)."""
+        self._check("x", x, self.data_shape)
         return self.f_w(x)
 
     def decode(self, z: Tensor) -> Tensor:
-        """The inverse of f_w: z (B, D) -> x (B, C, H, W)."""
+        """The inverse of f_w: z (B, D) -> x (B, C, H, W).
+
+        A rounding error in z_j changes x_j by dx_j/dz_j = phi(z_j) / p(x_j) times as much, where
+        p(x_j) is the density of x_j given what comes before it. This is large for values that the
+        model deems impossible, above all in model pyramid, where it then spreads to finer pixels.
+        pretrained/README.md has the largest |decode(encode(x)) - x| of the shipped weights; in
+        double precision, by model.double(), it is smaller.
+        """
+        self._check("z", z, (self.dim,))
         return self.f_w.inverse(z)
 
     def split_latent(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """z (B, D) -> z_aux (B, D - ssl_dim), z_f (B, ssl_dim)."""
+        check_shape("z", z, (self.dim,))
         z_aux, z_f = z.split([self.dim - self.ssl_dim, self.ssl_dim], 1)
         return z_aux, z_f
 
     def log_zf_joint(self, z_f: Tensor) -> Tensor:
         """log p(z_f, y) for each of the K classes, in nats: z_f (B, ssl_dim) -> (B, K)."""
+        check_shape("z_f", z_f, (self.ssl_dim,))
         k = self.n_classes
         y = torch.arange(k, device=z_f.device).repeat(len(z_f))  # (B * K,)
         z_h, ldj = self.h_phi(z_f.repeat_interleave(k, 0), y)    # (B * K, ssl_dim), (B * K,)
@@ -128,16 +146,21 @@ class SemiConditionalFlow(nn.Module):
     def sample(self, y: Tensor, eps: Tensor | None = None) -> Tensor:
         """Sample from p(x | y): x (B, C, H, W), images clamped to [0, 1].
 
-        y: labels (B,)
+        y: labels (B,), integers from 0 to K - 1
         eps: standard normal noise (B, D), sampled if None; the same noise with another label gives
             the corresponding sample of that class
+
+        Where float32 overflows, values of the sample are NaN: of mnist-glow it happens with noise
+        of standard deviation 1.3 and more.
         """
+        check_labels(y, self.n_classes)
         if eps is None:
             dtype, device = self.log_p_y.dtype, self.log_p_y.device
             eps = torch.randn(len(y), self.dim, dtype=dtype, device=device)
+        self._check("eps", eps, (self.dim,))
         eps_aux, eps_h = self.split_latent(eps)
         z_f = self.h_phi.inverse(self.base_h.sample(eps_h), y)
-        x = self.decode(torch.cat((self.base_aux.sample(eps_aux), z_f), 1))
+        x = self.f_w.inverse(torch.cat((self.base_aux.sample(eps_aux), z_f), 1))
         return x.clamp(0, 1) if self.image else x
 
     @torch.no_grad()
@@ -150,8 +173,13 @@ class SemiConditionalFlow(nn.Module):
         images: the training images (N, C, H, W), as integer grey levels, for a first layer that is
             fitted to them
 
-        Raises ValueError if such a layer gets no images.
+        Raises ValueError if such a layer gets no images, or if the examples in x are all equal:
+        each channel needs at least two values.
         """
+        self._check("x", x, self.data_shape)
+        if not len(x) or (x == x[:1]).all():
+            raise ValueError("the model is initialised from two different examples at least, not "
+                             f"from {len(x)}{' equal ones' * (len(x) > 1)}")
         for part in self.modules():
             if isinstance(part, Bijection):
                 part.fit(images)
@@ -162,3 +190,23 @@ class SemiConditionalFlow(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _check(self, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+        """Raise ValueError unless x is (B, *shape), of the type of the model, with values that x,
+        z or eps can have."""
+        check_shape(name, x, shape)
+        if x.dtype != self.log_p_y.dtype:
+            wanted = ", with values in [0, 1]" * (self.image and name == "x")
+            raise ValueError(f"{name} is of type {x.dtype}, and must be of {self.log_p_y.dtype}"
+                             f"{wanted}")
+        if self.checks_values:
+            self._check_values(name, x)
+
+    @torch.compiler.disable
+    def _check_values(self, name: str, x: Tensor) -> None:
+        layer: Any = self.f_w.levels[0][0]
+        good = layer.in_domain(x) if name == "x" else x.isfinite()
+        if not good.all():
+            wanted = "in [0, 1]" if self.image and name == "x" else "finite"
+            raise ValueError(f"{name} has values from {x.min():.4g} to {x.max():.4g}, and must be "
+                             f"{wanted}")

@@ -209,7 +209,7 @@ class Accelerated(nn.Module):
 
     def call(self, method: str, *args: Tensor) -> Any:
         """The method of the model with these arguments."""
-        with self._networks_in_precision():
+        with self._as_in_training():
             if not self.cast_together:
                 return self.methods(method, *args)
             weights = [self.methods.get_parameter(name) for name in self.cast_together]
@@ -217,12 +217,15 @@ class Accelerated(nn.Module):
             return functional_call(self.methods, cast, (method, *args))
 
     @contextlib.contextmanager
-    def _networks_in_precision(self) -> Iterator[None]:
+    def _as_in_training(self) -> Iterator[None]:
+        """The networks compute in the precision chosen, and no values of arguments are checked."""
         for network in self.networks:
             network.dtype = self.dtype
+        self.model.checks_values = False
         try:
             yield
         finally:
+            self.model.checks_values = True
             for network in self.networks:
                 network.dtype = None
 
