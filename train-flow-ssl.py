@@ -33,12 +33,12 @@ from training.distributed import Processes
 from training.evaluation import RunEvaluation
 from training.objective import objective
 from training.optim import Optimizer, learning_rate
-from training.progress import Limits, Progress, TrainingFailed
+from training.progress import Limits, Progress
 from training.report import RunFiles
 from training.speed import Accelerated, Captured, choose_speed, device_name, set_up_torch
 from utils.data import Batch
 from utils.datasets import load_data
-from utils.errors import BadInput, one_line, value_errors_as_bad_input
+from utils.errors import BadInput, Failed, one_line, value_errors_as_bad_input
 from utils.runs import Run
 from utils.settings import read_settings
 
@@ -82,11 +82,11 @@ def main(processes):
             if stopped and processes.is_main:
                 print(f"Stopped {stopped}; to continue: {run.resume_command}")
             processes.barrier()                     # no process leaves while the main one writes
-    except (TrainingFailed, OSError) as error:      # an OSError is, for example, a full disk
+    except (Failed, OSError) as error:      # an OSError is, for example, a full disk
         last_good = run and run.run / "checkpoint.pt"
         hint = f". The last good checkpoint is {last_good}" if run and last_good.exists() else ""
-        of_all = isinstance(error, TrainingFailed)
-        raise TrainingFailed(f"{one_line(error)}{hint}", of_all) from None
+        of_all = isinstance(error, Failed)
+        raise Failed(f"{one_line(error)}{hint}", of_all) from None
     except KeyboardInterrupt:
         if run and (run.run / "checkpoint.pt").exists():
             print(f"\nInterrupted; to continue: {run.resume_command}", file=sys.stderr)
@@ -126,7 +126,7 @@ def make_training_step(accelerated, settings, processes):
 def train(model, data, settings, speed, processes, limits, run_dir, checkpoint):
     """Train, from `checkpoint` if there is one -> None, or why and where `limits` ended it.
 
-    run_dir: of the run, which the main process fills; None on the others. Raises TrainingFailed.
+    run_dir: of the run, which the main process fills; None on the others. Raises Failed.
     """
     generator = torch.Generator(data.device).manual_seed(settings.seed)
     if not checkpoint and not settings.initial_weights:
@@ -185,13 +185,13 @@ def cli():
         processes = Processes()
         with contextlib.redirect_stdout(sys.stdout if processes.is_main else None):
             main(processes)
-    except (BadInput, TrainingFailed, OSError) as error:
+    except (BadInput, Failed, OSError) as error:
         message = f"train-flow-ssl.py: error: {one_line(error)}"
         if processes:
             processes.report(message, of_all=getattr(error, "of_all", False))
         else:
             print(message, file=sys.stderr)
-        return 1 if isinstance(error, TrainingFailed) else 2
+        return 1 if isinstance(error, Failed) else 2
     except KeyboardInterrupt:
         return 130
     finally:

@@ -1,9 +1,8 @@
 """The layout of the state dict of the authors' code, in terms of ours.
 
 There the layers of f_w are flow.modules_.N and those of h_phi prior.flow.modules_.N, numbered
-consecutively; a split counts as one layer, a conditional flow step as its three parts. The prefix
-`module.`, which DataParallel adds, can stand anywhere and is ignored, as are the masks, which are
-constants.
+consecutively; a split counts as one layer, a conditional flow step as its three parts. The masks,
+which are constants, are ignored.
 """
 
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ _LEAVES = {"initialized": "requires_init", "v": "vec", "s": "s_factor"}
 
 def is_published(state: Mapping[str, Tensor]) -> bool:
     """Whether `state` has the published layout."""
-    return any(key.replace("module.", "").startswith(("flow.modules_.", "prior.")) for key in state)
+    return any(key.startswith(("flow.modules_.", "prior.")) for key in state)
 
 
 def from_published(model: SemiConditionalFlow, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -38,7 +37,7 @@ def from_published(model: SemiConditionalFlow, state: Mapping[str, Tensor]) -> d
     ValueError if the mean of a base density is not zero: it is not trained there, and fixed at zero
     here.
     """
-    state = {key.replace("module.", ""): value for key, value in state.items()}
+    state = dict(state)
     for key in list(state):
         if key.endswith(".mask"):
             del state[key]

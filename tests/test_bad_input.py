@@ -44,6 +44,10 @@ CASES = [
     (["--config", "."], "config file"),
     (["--config", "bad.yaml"], "bad.yaml is not YAML"),
     (["--config", "list.yaml"], "not a YAML mapping"),
+    (["--config", "empty.yaml"], "not a YAML mapping"),
+    (["--config", "no-value.yaml"], "no-value.yaml: lr has no value"),
+    (["--config", "mine.yaml", "--config=several.yaml"], "--config is given twice: a file extends"),
+    (["--lr", "1", "--epochs=2", "--lr=3"], "--lr is given twice"),
     (["--config", "unknown.yaml"], "unknown setting epoch: did you mean epochs?"),
     (["--config", "several.yaml"], "lr takes one value"),
     (["--config", "twice.yaml"], "twice.yaml is not YAML: it has lr twice"),
@@ -130,6 +134,7 @@ def folder(tmp_path, monkeypatch):
     for name, text in {"bad.yaml": "lr: [1\nepochs: }", "list.yaml": "- lr",
                        "unknown.yaml": "epoch: 3", "several.yaml": "lr: [1, 2]",
                        "type.yaml": "seed: 1.5", "twice.yaml": "lr: 1\nepochs: 3\nlr: 2",
+                       "empty.yaml": "# nothing", "no-value.yaml": "epochs: 2\nlr:",
                        "deep.yaml": "lr: " + 3000 * "[" + 3000 * "]",
                        "mine.yaml": "".join(f"{key}: {value}\n" for key, value in TINY.items()),
                        "text.torch": "not weights", "short.torch": "G"}.items():

@@ -53,9 +53,8 @@ def root(here):
      {"epochs": 7, "lr": 0.25, "conv": "qr", "train_bs": 256}),
     ("lr: 3e-4\nlr_schedule: no\nweight_decay: 1e-05\nposition_bias: yes\nname: 007\n", [],
      {"lr": 3e-4, "lr_schedule": "no", "weight_decay": 1e-5, "position_bias": True, "name": "007"}),
-    ("name:\npretrained: ''\nsupervised: null\nresume:\n", [],
-     {"name": "", "pretrained": "", "supervised": 100, "resume": ""}),
-    ("# nothing\n", [], {"epochs": 500})])
+    ("name:\npretrained: ''\nresume: null\ninitial_weights: ~\n", [],
+     {"name": "", "pretrained": "", "resume": "", "initial_weights": ""})])
 def test_values_of_the_command_line_of_a_file_and_by_default(text, argv, expected):
     """YAML's own types of the values do not matter."""
     settings = vars(read_file(text, *argv))

@@ -43,7 +43,7 @@ class Assessment:
     predicted: Tensor           # the class with the largest p(y | x) of each example, (N,)
     confidence: Tensor          # that p(y | x), (N,)
     auroc: dict[str, float]     # of images, {kind: the probability that p(x) of a test image
-                                # exceeds that of an image of that kind}
+                                # exceeds that of an image of that kind}; NaN if one is not finite
 
     def lines(self) -> list[str]:
         """What the terminal shows beyond error and likelihood."""
@@ -52,7 +52,7 @@ class Assessment:
         lines = [f"-log p(y|x)  {self.nll:.4f} nats",
                  f"Calibration  {self.calibration_error:.2%} expected calibration error"]
         if self.auroc:
-            kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in self.auroc.items())
+            kinds = ", ".join(f"{kind} {shown}" for kind, shown in self.shown_auroc(3).items())
             lines.append(f"Outliers     AUROC of p(x) against images of other kinds: {kinds}")
         width = max(len(str(int(counts.max()))), 2) + 2
         lines.append("Class taken for" + "".join(f"{j:{width}}" for j in range(len(counts)))
@@ -61,6 +61,11 @@ class Assessment:
             shown = "-" if np.isnan(error) else f"{error:.2%}"
             lines.append(f"{i:15}" + "".join(f"{n or '.':>{width}}" for n in row) + f"{shown:>9}")
         return lines
+
+    def shown_auroc(self, digits: int) -> dict[str, str]:
+        """{kind: its AUROC in words}."""
+        return {kind: "not finite" if np.isnan(value) else f"{value:.{digits}f}"
+                for kind, value in self.auroc.items()}
 
     def plot_mistakes(self, examples: Examples) -> Figure:
         """The most confident of the mistakes on `examples`, images and classes.
@@ -85,10 +90,13 @@ def assess(infer: Inference, others: Inference, data: SemiSupervisedData, exampl
     name: of the examples
     settings: data, data_root, test_bs, seed
     predictions: what `predict` returned for the examples, if it has been called
+
+    Raises Failed if predictions are not finite.
     """
     images, y = examples
     batch, seed = settings.test_bs, settings.seed
     log_p, logits = predictions or predict(infer, data, images, batch, seed)
+    mean_log_p, _ = summary(log_p, logits, y)
     log_posterior = logits.double().log_softmax(1)
     confidence, predicted = (t.cpu() for t in log_posterior.exp().max(1))
     y_cpu, k = y.cpu(), logits.shape[1]
@@ -99,7 +107,6 @@ def assess(infer: Inference, others: Inference, data: SemiSupervisedData, exampl
         of_others, _ = predict(others, data, torch.cat(list(kinds.values())), batch, seed)
         parts = of_others.split([len(x) for x in kinds.values()])
         auroc = {kind: area_under_roc(log_p, part) for kind, part in zip(kinds, parts)}
-    mean_log_p = float(log_p.double().mean())
     return Assessment(
         name=name, error=len(wrong) / len(y), log_p=mean_log_p,
         bits_per_dim=data.bits_per_dim(mean_log_p),
@@ -132,8 +139,11 @@ def calibration_error(confidence: Tensor, correct: Tensor) -> float:
 
 
 def area_under_roc(positive: Tensor, negative: Tensor) -> float:
-    """The probability that a score in `positive`, (N,), exceeds one in `negative`, (M,)."""
-    scores = torch.cat((positive, negative)).cpu().nan_to_num(nan=-torch.inf).clamp(-1e30, 1e30)
+    """The probability that a score in `positive`, (N,), exceeds one in `negative`, (M,); NaN if one
+    is not finite."""
+    scores = torch.cat((positive, negative)).cpu()
+    if not scores.isfinite().all():
+        return float("nan")
     labels = [1] * len(positive) + [0] * len(negative)
     return float(roc_auc_score(labels, scores.numpy()))
 
@@ -169,7 +179,7 @@ def print_evaluation(accelerated: Accelerated, data: SemiSupervisedData,
     false, on the validation set.
 
     Error and likelihood are means over settings.draws samples of the dequantisation noise; the
-    values follow them. The rest is of the first sample.
+    values follow them. The rest is of the first sample. Raises Failed if a value is not finite.
     """
     start = time.perf_counter()
     infer, (name, (images, y)) = Inference(accelerated), assessed_examples(data, settings)

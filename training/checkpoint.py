@@ -26,6 +26,8 @@ from .progress import Progress
 PRETRAINED = PROJECT / "pretrained"
 # The version of the content of checkpoint.pt, which counts up whenever older files cannot be read.
 CHECKPOINT_FORMAT = 5
+# What DataParallel and DistributedDataParallel, and torch.compile, put into the names of weights.
+WRAPPERS = ("module", "_orig_mod")
 CHECKPOINT_KEYS = {"format", "model", "average", "optimizer", "epoch", "step", "sums", "seconds",
                    "generator", "rng", "settings"}
 
@@ -34,14 +36,14 @@ def load_weights(model: SemiConditionalFlow, path: str | Path, averaged: bool = 
     """Load weights into `model`, in place and cast to its types, from the file at `path`.
 
     The file is a run's `model.torch` or `checkpoint.pt`, or a state dict of the authors' code, with
-    or without the prefix `module.` and masks. averaged: load the moving average of the weights,
+    or without masks, and with or without what wrappers put into its names. averaged: load the moving average of the weights,
     which the checkpoint of a run with ema has beside the last ones. -> which of the two the weights
     are, or "" if the file has no choice. Raises BadInput if the file is missing, is none of these,
     has no average, holds values that are not finite, or another architecture; the message then
     names the first differences.
     """
     content = load_file(path)
-    state = as_state_dict(content.get("model", content), path)
+    state = without_wrappers(as_state_dict(content.get("model", content), path, content), path)
     which = "last" if content.get("average") else ""
     if averaged:
         which = "averaged"
@@ -171,16 +173,47 @@ def shapes_of(tensors: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def as_state_dict(state: Any, path: str | Path) -> dict[str, Tensor]:
+def as_state_dict(state: Any, path: str | Path, content: Any = None) -> dict[str, Tensor]:
     """`state`, from the file at `path`, if it maps names to tensors of real numbers.
 
-    Otherwise raises BadInput.
+    Otherwise raises BadInput, which names the entries of the file's `content` that do.
     """
-    if not isinstance(state, dict) or not state or not all(
-            isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided
-            and not value.is_meta and not value.is_complex() for key, value in state.items()):
-        raise BadInput(f"{path} holds no weights: expected a mapping of names to tensors")
+    if not is_state_dict(state):
+        entries = entries_with_weights(content)[:3]
+        hint = f", as in its {' and '.join(entries)}: save one alone" if entries else ""
+        raise BadInput(f"{path} holds no weights: expected a mapping of names to tensors{hint}")
     return state
+
+
+def is_state_dict(state: Any) -> bool:
+    """Whether `state` maps names to tensors of real numbers."""
+    return isinstance(state, dict) and bool(state) and all(
+        isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided
+        and not value.is_meta and not value.is_complex() for key, value in state.items())
+
+
+def entries_with_weights(content: Any, name: str = "") -> list[str]:
+    """The names of all state dicts within nested mappings, in the form ['a']['b']."""
+    if name and is_state_dict(content):
+        return [name]
+    parts = content.items() if isinstance(content, dict) else ()
+    return [entry for key, part in parts
+            for entry in entries_with_weights(part, f"{name}[{key!r}]")]
+
+
+def without_wrappers(state: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """`state` without the parts of its names that come from WRAPPERS, or that all names begin with.
+
+    Raises BadInput if two entries then have the same name.
+    """
+    names = {key: [part for part in key.split(".") if part not in WRAPPERS] for key in state}
+    while len({tuple(parts[:1]) for parts in names.values()}) == 1 and all(
+            len(parts) > 1 for parts in names.values()):
+        names = {key: parts[1:] for key, parts in names.items()}
+    renamed = {".".join(parts): state[key] for key, parts in names.items()}
+    if len(renamed) < len(state):
+        raise BadInput(f"{path} has entries that differ in {' and '.join(WRAPPERS)} alone")
+    return renamed
 
 
 def check_architecture(model: SemiConditionalFlow, state: Mapping[str, Tensor],

@@ -9,6 +9,7 @@ from torch.compiler import set_stance
 
 from utils import Settings
 from utils.data import Examples, SemiSupervisedData
+from utils.errors import Failed
 from utils.metrics import average_is_better
 
 from .distributed import Processes
@@ -83,17 +84,28 @@ def predict(infer: Inference, data: SemiSupervisedData, images: Tensor, batch_si
 
 def evaluate(infer: Inference, data: SemiSupervisedData, examples: Examples, batch_size: int,
              seed: int, processes: Processes) -> tuple[float, float]:
-    """Mean log p(x) of `examples`, in nats, and the accuracy of argmax p(y | x), from 0 to 1.
-
-    The other arguments are as in `predict`.
-    """
+    """`summary` of `examples`. The other arguments are as in `predict`."""
     images, y = examples
     infer.predictions = predict(infer, data, images, batch_size, seed, processes)
     return summary(*infer.predictions, y)
 
 
 def summary(log_p: Tensor, logits: Tensor, y: Tensor) -> tuple[float, float]:
-    """Mean log p(x) and the accuracy, from what `predict` returns and the classes y (N,)."""
+    """Mean log p(x), in nats, and the accuracy of argmax p(y | x), from 0 to 1, of N examples.
+
+    log_p, logits: what `predict` returns
+    y: the classes, (N,)
+
+    Raises Failed if these are not finite, and ValueError if y has classes that the model lacks.
+    """
+    if int(y.max()) >= logits.shape[1]:
+        raise ValueError(f"the examples have class {int(y.max())}, and the model has "
+                         f"{logits.shape[1]} classes")
+    broken = [(int((~finite).sum()), name) for name, finite in (
+        ("log p(x)", log_p.isfinite()), ("log p(y | x)", logits.isfinite().all(1)))]
+    if any(n for n, _ in broken):
+        counts = " and ".join(f"{name} of {n}" for n, name in broken if n)
+        raise Failed(f"Not finite: {counts} of the {len(y)} examples")
     correct = logits.argmax(1) == y
     mean_log_p, accuracy = torch.stack((log_p.double(), correct.double())).mean(1).tolist()
     return mean_log_p, accuracy
@@ -112,6 +124,10 @@ class RunEvaluation:
     test_log_p, test_acc, test_bpd of the weights that the run would keep after that epoch. With
     validation examples the test set is evaluated after the last epoch only, and with settings.test
     false never. It calls nothing that is compiled: compiling would take longer than it saves.
+
+    Raises Failed if the evaluation of the weights that the run would keep is not finite. If only
+    that of the last or of the averaged weights is finite, the run would keep these, and the metrics
+    of the others are left out.
     """
 
     def __init__(self, accelerated: Accelerated, data: SemiSupervisedData,
@@ -122,20 +138,31 @@ class RunEvaluation:
         self.infer = {name: Inference(accelerated, compiled=False) for name in self.examples}
 
     def __call__(self, optimizer: Optimizer, epoch: int) -> dict[str, float]:
-        has_validation, row = len(self.data.val_x) > 0, {}
-        if has_validation:
-            row = self._evaluate("val")
-        if has_validation and self.settings.ema:
-            with optimizer.averaged():
-                averaged = self._evaluate("val")
-            row.update({f"ema_{key}": value for key, value in averaged.items()})
+        has_validation, row = len(self.data.val_x) > 0, dict[str, float]()
+        weights = (("", "last"), ("ema_", "averaged"))[:1 + bool(self.settings.ema)]
+        failures = []
+        for prefix, which in weights if has_validation else ():
+            try:
+                with optimizer.averaged(which == "averaged"):
+                    metrics = self._evaluate("val", f"{which} weights of epoch {epoch}")
+                row.update({f"{prefix}{key}": value for key, value in metrics.items()})
+            except Failed as failure:
+                failures.append(failure)
+        if failures and not row:
+            raise failures[0]
+        if failures:
+            print(failures[0])
         if self.settings.test and (epoch == self.settings.epochs or not has_validation):
             with optimizer.averaged(average_is_better(row)):
-                row.update(self._evaluate("test"))
+                row.update(self._evaluate("test", f"epoch {epoch}"))
         return row
 
-    def _evaluate(self, name: str) -> dict[str, float]:
-        log_p, accuracy = evaluate(self.infer[name], self.data, self.examples[name],
-                                   self.settings.test_bs, self.settings.seed, self.processes)
+    def _evaluate(self, name: str, when: str) -> dict[str, float]:
+        try:
+            log_p, accuracy = evaluate(self.infer[name], self.data, self.examples[name],
+                                       self.settings.test_bs, self.settings.seed, self.processes)
+        except Failed as failure:
+            kind = "validation" if name == "val" else name
+            raise Failed(f"{failure} ({kind} set, {when})") from None
         return {f"{name}_log_p": log_p, f"{name}_acc": accuracy,
                 f"{name}_bpd": self.data.bits_per_dim(log_p)}

@@ -13,22 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils import Settings
+from utils.errors import Failed
 
 from .distributed import Processes
 from .objective import Terms
 
 MEANS = ("loss", "log_likelihood", "cl_loss", "cons_loss", "vat_loss", "confident")  # of an epoch
-
-
-class TrainingFailed(RuntimeError):
-    """Training cannot continue; the message is one line.
-
-    of_all: whether all processes raise it at the same time.
-    """
-
-    def __init__(self, message: str, of_all: bool = True):
-        super().__init__(message)
-        self.of_all = of_all
 
 
 class Limits:
@@ -99,7 +89,7 @@ class Progress:
 
         Fewer if the run has to stop, which `stopped` then tells. During the epoch nothing is read
         from the device, except once a second if the progress bar is shown on a terminal. Raises
-        TrainingFailed, which names the training step, if a loss or a weight is not finite.
+        Failed, which names the training step, if a loss or a weight is not finite.
         """
         first, train_bs = self.steps_done + 1, self.settings.train_bs
         self.n_finite.zero_()
@@ -123,7 +113,7 @@ class Progress:
                                     refresh=False)
         self._check_losses(first, self.processes.min(self.n_finite))
         if not torch.stack([p.isfinite().all() for p in self.parameters]).all():
-            raise TrainingFailed(f"A weight is not finite after {self}")
+            raise Failed(f"A weight is not finite after {self}")
 
     def add(self, terms: Terms) -> None:
         """Count a training step, and its terms."""
@@ -137,8 +127,8 @@ class Progress:
     def _check_losses(self, first: int, n_finite: Tensor) -> None:
         """first: the first of the training steps of which `n_finite` had finite losses."""
         if first + int(n_finite) <= self.steps_done:
-            raise TrainingFailed(f"The loss is not finite at step {first + int(n_finite)} of "
-                                 f"{self.steps_per_epoch} in epoch {self.epoch + 1}")
+            raise Failed(f"The loss is not finite at step {first + int(n_finite)} of "
+                         f"{self.steps_per_epoch} in epoch {self.epoch + 1}")
 
     def finish_epoch(self) -> dict[str, float]:
         """Move on to the next epoch -> the metrics of this one's batches, those of all processes,

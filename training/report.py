@@ -14,6 +14,7 @@ import yaml
 from models import SemiConditionalFlow
 from utils import Settings
 from utils.data import SemiSupervisedData
+from utils.errors import Failed
 from utils.figures import plot_run, save
 from utils.files import atomic_write
 from utils.metrics import MetricsLog, Row, average_is_better, result, terminal_line
@@ -102,6 +103,7 @@ def report_run(evaluation: RunEvaluation, rows: list[Row], run_dir: Path) -> Non
     run_dir: the directory
 
     A failure is reported, and does not end the run: its weights are worth more than its report.
+    Only predictions that are not finite do: Failed.
     """
     data, settings = evaluation.data, evaluation.settings
     name, examples = assessed_examples(data, settings)
@@ -117,6 +119,8 @@ def report_run(evaluation: RunEvaluation, rows: list[Row], run_dir: Path) -> Non
         else:
             picture.unlink(missing_ok=True)         # of an earlier end of this run
         write_report(run_dir, settings, rows, assessment, device_name(data.device))
+    except Failed:
+        raise
     except Exception as error:
         traceback.print_exc()
         print(f"The report could not be written ({type(error).__name__}); the run is finished")
@@ -169,8 +173,8 @@ def _scores(assessment: Assessment) -> list[tuple[str, str]]:
         scores.append(("bits/dim", f"{assessment.bits_per_dim:.4f}"))
     scores += [("-log p(y | x)", f"{assessment.nll:.4f} nats"),
                 ("expected calibration error", f"{assessment.calibration_error:.2%}")]
-    return scores + [(f"AUROC of p(x), against {kind}", f"{value:.4f}")
-                      for kind, value in assessment.auroc.items()]
+    return scores + [(f"AUROC of p(x), against {kind}", shown)
+                     for kind, shown in assessment.shown_auroc(4).items()]
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

@@ -42,10 +42,12 @@ class Augmentation(NamedTuple):
 class SemiSupervisedData:
     """Training and test examples on a device; few of the training labels are shown.
 
-    train_x, test_x: (N, C, H, W), images as uint8 grey levels from 0 to grey_levels - 1, or points
-        as floats (grey_levels is then None)
-    train_y, test_y: classes (N,); of the training labels only those of `labelled` are stored
+    train_x, test_x: (N, C, H, W), images as integer grey levels from 0 to grey_levels - 1, or
+        points as floats (grey_levels is then None)
+    train_y, test_y: classes (N,), integers from 0; of the training labels only those of `labelled`
+        are stored, and the others may be -1
     labelled: indices of the training examples whose labels are shown, at least one of each class
+        that occurs anywhere
     grey_levels: 256 for MNIST; None for points
     device: of all tensors
     labelled_ids: the indices of the same examples in the full training set, if train_x is a part
@@ -57,6 +59,8 @@ class SemiSupervisedData:
     clf_noise: which images are dequantised with noise: "true": all; "train": all but those that
         give targets and those of evaluation; "false": all but copies and those of evaluation
     spread_labels: w of `log_prior_ratio`; 0: batches have none
+
+    Raises ValueError for data of another kind.
     """
 
     def __init__(self, train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor,
@@ -64,7 +68,17 @@ class SemiSupervisedData:
                  labelled_ids: Tensor | None = None, validation: Examples | None = None,
                  sup_sample_weight: float = 0.5, augmentation: Augmentation | None = None,
                  clf_noise: str = "true", spread_labels: float = 0.0):
-        self.n_classes = int(train_y[labelled].max()) + 1
+        val_x, val_y = validation or (train_x[:0], train_y[:0])
+        for name, x, y in (("train", train_x, train_y), ("test", test_x, test_y),
+                           ("val", val_x, val_y)):
+            _check_examples(name, x, y, tuple(train_x.shape[1:]), grey_levels)
+        _check_indices(labelled, len(train_x))
+        known = torch.cat((train_y, test_y, val_y))
+        self.n_classes = int(known.max()) + 1
+        missing = set(range(self.n_classes)) - set(train_y[labelled].tolist())
+        if missing or (train_y[labelled] < 0).any():
+            raise ValueError("the labelled examples have none of class "
+                             f"{min(missing)}" if missing else "a labelled example has class -1")
         self.labelled = labelled.to(device)
         self.labelled_ids = labelled if labelled_ids is None else labelled_ids
         is_labelled = torch.zeros(len(train_y), dtype=torch.bool)
@@ -72,7 +86,6 @@ class SemiSupervisedData:
         self.unlabelled = (~is_labelled).nonzero()[:, 0].to(device)
         self.train_x, self.train_y = train_x.to(device), train_y.where(is_labelled, -1).to(device)
         self.test_x, self.test_y = test_x.to(device), test_y.to(device)
-        val_x, val_y = validation or (train_x[:0], train_y[:0])
         self.val_x, self.val_y = val_x.to(device), val_y.to(device)
         self.labelled_share = (len(labelled) / len(train_x) if sup_sample_weight == -1
                                else sup_sample_weight / (1 + sup_sample_weight))
@@ -105,17 +118,22 @@ class SemiSupervisedData:
     def dequantize(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """(grey level + u) / grey_levels, with u uniform in [0, 1) from `generator`.
 
-        Points are returned as they are.
+        Points are returned as they are. Raises ValueError for images that are no integers.
         """
         if self.grey_levels is None:
             return x
+        _check_integers("images", x)
         dtype = torch.get_default_dtype()
         noise = torch.rand(x.shape, generator=generator, dtype=dtype, device=x.device)
         return (x.to(dtype) + noise) / self.grey_levels
 
     def middle_of_levels(self, x: Tensor) -> Tensor:
-        """(grey level + 1/2) / grey_levels: dequantised without noise."""
+        """(grey level + 1/2) / grey_levels: dequantised without noise.
+
+        Raises ValueError for images that are no integers.
+        """
         assert self.grey_levels is not None, "points have no grey levels"
+        _check_integers("images", x)
         return (x.to(torch.get_default_dtype()) + 0.5) / self.grey_levels
 
     def sample_batch(self, batch_size: int, generator: torch.Generator,
@@ -153,6 +171,46 @@ class SemiSupervisedData:
         if self.grey_levels is None:
             return math.nan
         return math.log2(self.grey_levels) - log_p / (math.prod(self.shape) * math.log(2))
+
+
+def _check_integers(name: str, values: Tensor) -> None:
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, not of type {values.dtype}")
+
+
+def _check_examples(name: str, x: Tensor, y: Tensor, shape: tuple[int, ...],
+                    grey_levels: int | None) -> None:
+    """Raise ValueError unless x (N, *shape) and y (N,) are examples as in SemiSupervisedData."""
+    if x.dim() != 4 or tuple(x.shape[1:]) != shape or y.shape != x.shape[:1]:
+        raise ValueError(f"{name}_x and {name}_y have shapes {tuple(x.shape)} and "
+                         f"{tuple(y.shape)}, and must have (N, {', '.join(map(str, shape))}) and "
+                         "(N,)")
+    _check_integers(f"{name}_y", y)
+    lowest = -1 if name == "train" else 0
+    if len(y) and int(y.min()) < lowest:
+        raise ValueError(f"{name}_y has class {int(y.min())}, and classes start at {lowest}")
+    if grey_levels is None:
+        if not (x.is_floating_point() and x.isfinite().all()):
+            raise ValueError(f"{name}_x has no grey_levels, and must be finite floats, not "
+                             f"{x.dtype}")
+        return
+    _check_integers(f"{name}_x, grey levels from 0 to {grey_levels - 1},", x)
+    if len(x) and not 0 <= int(x.min()) <= int(x.max()) < grey_levels:
+        raise ValueError(f"{name}_x has grey levels from {int(x.min())} to {int(x.max())}, and "
+                         f"must have them from 0 to {grey_levels - 1}")
+
+
+def _check_indices(labelled: Tensor, n: int) -> None:
+    """Raise ValueError unless `labelled` are different indices of n examples."""
+    if labelled.dtype == torch.bool:
+        raise ValueError("labelled is a mask, and must be indices: labelled.nonzero()[:, 0]")
+    _check_integers("labelled", labelled)
+    if labelled.dim() != 1 or not len(labelled) or len(labelled.unique()) < len(labelled):
+        raise ValueError(f"labelled has shape {tuple(labelled.shape)}, and must be different "
+                         "indices")
+    if not 0 <= int(labelled.min()) <= int(labelled.max()) < n:
+        raise ValueError(f"labelled has indices from {int(labelled.min())} to "
+                         f"{int(labelled.max())}, and must have them from 0 to {n - 1}")
 
 
 def augment(images: Tensor, largest: Augmentation, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""How a command tells its user what is wrong: one line on stderr, exit code 2."""
+"""How a command tells its user what is wrong: one line on stderr, and exit code 2 or 1."""
 
 import argparse
 import contextlib
@@ -14,6 +14,19 @@ class BadInput(ValueError):
 
     A command prints it to stderr and exits with code 2, without a traceback.
     """
+
+
+class Failed(RuntimeError):
+    """There is no result, whatever the input: a number is not finite, or a disk is full.
+
+    A command prints the message, one line, to stderr and exits with code 1.
+
+    of_all: whether all processes raise it at the same time.
+    """
+
+    def __init__(self, message: str, of_all: bool = True):
+        super().__init__(message)
+        self.of_all = of_all
 
 
 @contextlib.contextmanager
@@ -32,10 +45,10 @@ def one_line(error: Exception) -> str:
     return str(error)
 
 
-def exit_with(program: str, message: str) -> NoReturn:
-    """Print `message` as one line on stderr and exit with code 2."""
+def exit_with(program: str, message: str, code: int = 2) -> NoReturn:
+    """Print `message` as one line on stderr and exit with `code`."""
     print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -57,10 +70,10 @@ def check_output(path: Path) -> None:
 
 def run_command(main: Callable[[], object]) -> None:
     """Run `main`; if it raises BadInput or an OSError, such as that of a full disk, print the
-    message and exit with code 2; after Ctrl-C exit with 130."""
+    message and exit with code 2, and of Failed with 1; after Ctrl-C exit with 130."""
     try:
         main()
-    except (BadInput, OSError) as error:
-        exit_with(Path(sys.argv[0]).name, one_line(error))
+    except (BadInput, Failed, OSError) as error:
+        exit_with(Path(sys.argv[0]).name, one_line(error), 1 if isinstance(error, Failed) else 2)
     except KeyboardInterrupt:
         sys.exit(130)

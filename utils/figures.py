@@ -36,6 +36,7 @@ CURVES = {"train": ("training", "0.5"), "labelled": ("training, labelled", "0.5"
           "ema_val": ("validation, averaged weights", "#e69f00"), "test": ("test", "black")}
 LEGEND = 150                        # characters that fit below three panels
 IMAGES_PER_CLASS, POINTS_PER_CLASS = 10, 1000
+PADDING = 0.5                       # the grey between images
 
 
 @torch.compiler.set_stance("force_eager")     # compiling would take longer than it saves
@@ -167,18 +168,26 @@ def plot_samples(model: SemiConditionalFlow, seed: int, temperature: float = 1.0
     else:
         figure = Figure(figsize=(4 * k, 4), layout="constrained")
         for j, axes in enumerate(figure.subplots(1, k, sharex=True, sharey=True)):
-            axes.scatter(*x[:, j, :, 0, 0].numpy().T, s=4, color=POINT_COLOURS(j))
-            axes.set_title(f"x ~ p(x | y = {j})")
+            points = x[:, j, :, 0, 0]
+            finite = points.isfinite().all(1)
+            axes.scatter(*points[finite].numpy().T, s=4, color=POINT_COLOURS(j))
+            axes.set_title(f"x ~ p(x | y = {j}){left_out(int((~finite).sum()), rows)}")
             axes.set_aspect("equal")
     return figure
 
 
 def draw_grid(x: Tensor, title: str) -> tuple[Figure, Axes]:
-    """Images x (rows, columns, C, H, W), from 0 to 1, in one figure without ticks."""
+    """Images x (rows, columns, C, H, W), from 0 to 1, in one figure without ticks.
+
+    An image that is not finite is left out: its place is grey, and the title says how many are.
+    """
     from torchvision.utils import make_grid  # imported here because it takes a second
 
+    finite = x.isfinite().flatten(2).all(2)                                 # (rows, columns)
+    x = x.where(finite[:, :, None, None, None], PADDING)
+    title += left_out(int((~finite).sum()), finite.numel())
     rows, columns = x.shape[:2]
-    grid = make_grid(x.flatten(0, 1).clamp(0, 1), nrow=columns, padding=1, pad_value=0.5)
+    grid = make_grid(x.flatten(0, 1).clamp(0, 1), nrow=columns, padding=1, pad_value=PADDING)
     figure = Figure(figsize=(columns * 0.6 + 0.5, rows * 0.6 + 0.8), layout="constrained")
     axes = figure.subplots()
     axes.imshow(grid.permute(1, 2, 0).numpy(), vmin=0, vmax=1, interpolation="nearest")
@@ -186,6 +195,11 @@ def draw_grid(x: Tensor, title: str) -> tuple[Figure, Axes]:
     axes.set_xticks([])
     axes.set_yticks([])
     return figure, axes
+
+
+def left_out(n: int, of: int) -> str:
+    """What a title adds if n of so many samples are left out."""
+    return f"\n{n} of {of} left out: not finite" if n else ""
 
 
 def _middles(x: Tensor, n: int, first: int = 0) -> tuple[list[float], list[str]]:

@@ -1,6 +1,7 @@
 """The metrics of a run: for each logged epoch, a line on the terminal and a row of metrics.csv."""
 
 import csv
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +49,8 @@ class MetricsLog:
 def read_metrics(path: str | Path) -> list[Row]:
     """The rows of a metrics.csv, NaN in the columns that it lacks; none if there is no file.
 
-    Raises BadInput if a value is no number, or if there are no epochs.
+    Accuracy and bits/dim are NaN where log p(x) is not finite: they mean nothing there. Raises
+    BadInput if a value is no number, or if there are no epochs.
     """
     if not Path(path).exists():
         return []
@@ -60,20 +62,25 @@ def read_metrics(path: str | Path) -> list[Row]:
         rows = [{"epoch": math.nan}]
     if any(math.isnan(row["epoch"]) for row in rows):
         raise BadInput(f"{path} is damaged: it is not the metrics.csv of a run")
+    for row, name in itertools.product(rows, ("val", "ema_val", "test")):
+        if not math.isfinite(row[f"{name}_log_p"]):
+            row.update({f"{name}_{key}": math.nan for key in ("log_p", "acc", "bpd")})
     return rows
 
 
 def average_is_better(row: Mapping[str, float]) -> bool:
-    """Whether the averaged weights have the higher validation likelihood; False without ema."""
-    return row.get("ema_val_log_p", math.nan) > row.get("val_log_p", math.nan)
+    """Whether the averaged weights have the higher validation likelihood, or the only finite one;
+    False without ema."""
+    averaged, last = row.get("ema_val_log_p", math.nan), row.get("val_log_p", math.nan)
+    return math.isfinite(averaged) and not (math.isfinite(last) and last >= averaged)
 
 
 def name_of_kept(row: Mapping[str, float]) -> str:
     """The prefix of the metrics by which a run is judged after an epoch: val, ema_val, or, without
     validation examples, test."""
-    if math.isnan(row["val_log_p"]):
-        return "test"
-    return "ema_val" if average_is_better(row) else "val"
+    if average_is_better(row):
+        return "ema_val"
+    return "test" if math.isnan(row["val_log_p"]) else "val"
 
 
 def terminal_line(row: Row) -> str:
@@ -94,8 +101,9 @@ def result(row: Row) -> str:
     """The error of the weights that a run keeps, from its last row, in words."""
     averaged, which = average_is_better(row), ""
     if not math.isnan(row["ema_val_log_p"]):
-        which = (f" of the {'averaged' if averaged else 'last'} weights, which have the higher "
-                 "validation likelihood")
+        which = (f" of the {'averaged' if averaged else 'last'} weights, which have the "
+                 f"{'only finite' if math.isnan(row['val_log_p']) else 'higher'} validation "
+                 "likelihood")
     if math.isnan(row["test_acc"]):
         return f"Validation error{which}: {1 - row['ema_val_acc' if averaged else 'val_acc']:.2%}"
     return f"Test error{which}: {1 - row['test_acc']:.2%}"

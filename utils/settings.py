@@ -234,6 +234,11 @@ class SettingsParser(RunParser):
         for option in ("--pretrained", "--resume"):     # an empty value would mean: train
             if f"{option}=" in argv or (option, "") in itertools.pairwise(argv):
                 self.error(f"{option} has an empty value")
+        # argparse would keep the last value, and ConfigArgParse read the last file only.
+        names = [word.partition("=")[0] for word in argv if word.startswith("--")]
+        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+            hint = f": a file {EXTENDS} another one" if twice[0] == "--config" else ""
+            self.error(f"{twice[0]} is given twice{hint}")
         s = self._parse(argv)
         if s.resume:
             s = self._parse_resumed(s.resume, argv)
@@ -339,9 +344,7 @@ class _ConfigFile(configargparse.YAMLConfigFileParser):
             content = yaml.load(stream, Loader=_WithoutDuplicates)
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
             raise BadInput(f"{stream.name} is not YAML: {' '.join(str(e).split())}") from None
-        if content in (None, ""):           # all settings have their defaults
-            return {}
-        if not isinstance(content, dict):
+        if not isinstance(content, dict) or not content:
             raise BadInput(f"{stream.name} is not a YAML mapping of settings to values")
         known = [action.dest for action in self.parser._actions if action.dest != "help"]
         settings = {}
@@ -357,6 +360,8 @@ class _ConfigFile(configargparse.YAMLConfigFileParser):
                 raise BadInput(f"{stream.name}: {key} takes one value, not {value}")
             if value not in ("", "null", "~"):
                 settings[key] = value
+            elif key in OPTIONS and OPTIONS[key].default != "":
+                raise BadInput(f"{stream.name}: {key} has no value")
         return settings
 
     def _parse_extended(self, name: str, extended: Any,
