@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from utils.data import Augmentation, SemiSupervisedData, augment
+from utils.errors import Failed
 
 Predict = Callable[[Tensor], Tensor]
 
@@ -182,5 +183,11 @@ def choose(rows: Tensor, n: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def classify(logits: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """The classes (N,) that have the largest logits, computed for 1,000 images at a time."""
-    return torch.cat([logits(batch).argmax(1) for batch in images.split(1000)])
+    """The classes (N,) that have the largest logits, computed for 1,000 images at a time.
+
+    Raises Failed if logits are not finite.
+    """
+    found = torch.cat([logits(batch) for batch in images.split(1000)])
+    if n := int((~found.isfinite().all(1)).sum()):
+        raise Failed(f"Not finite: the logits of {n} of {len(images)} images")
+    return found.argmax(1)

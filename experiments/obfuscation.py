@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from experiments.fixmatch import classify
 from experiments.pictures import add_run, load
 from utils.errors import OneLineParser, check_output, run_command
 from utils.figures import CLASS_COLOURS, save
@@ -116,8 +117,7 @@ def accuracy_of_classifier(x, y, test_x, test_y, seed):
             F.cross_entropy(net(x[rows]), y[rows]).backward()
             optimizer.step()
     net.eval()
-    with torch.no_grad():
-        return float((net(test_x).argmax(1) == test_y).double().mean())
+    return float((classify(net, test_x) == test_y).double().mean())
 
 
 def accuracy_of_linear_probe(x, y, test_x, test_y):

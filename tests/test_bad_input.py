@@ -102,6 +102,10 @@ CASES = [
     ({"pretrained": "tensor.torch"}, "tensor.torch holds a Tensor, not the mapping"),
     *(({"pretrained": f"{name}.torch"}, f"{name}.torch holds no weights")
       for name in ("wrong", "numbered", "complex", "sparse")),
+    ({"pretrained": "lightning.torch"},
+     "holds no weights: expected a mapping of names to tensors, as in its ['state_dict'] and "
+     "['ema']['shadow']: save one alone"),
+    ({"pretrained": "both.torch"}, "has entries that differ in module and _orig_mod alone"),
     ({"pretrained": "nan.torch"}, "not finite: base_h.logsigma"),
     ({"pretrained": "other.torch", "weights": "averaged"}, "has no averaged weights"),
     ({"weights": "averaged"}, "weights averaged is for"),
@@ -146,6 +150,9 @@ def folder(tmp_path, monkeypatch):
             "numbered": {0: torch.zeros(3)},
             "other": build_model({**TINY, "ssl_hd": 9}, (1, 8, 8), 10).state_dict(),
             "nan": {**weights, "base_h.logsigma": logsigma * math.nan},
+            "lightning": {"epoch": 3, "state_dict": weights, "ema": {"shadow": weights},
+                          "lr_schedulers": []},
+            "both": {**weights, "module.base_h.logsigma": logsigma},
             "complex": {**weights, "base_h.logsigma": logsigma.cfloat()},
             "sparse": {**weights, "base_h.logsigma": logsigma.to_sparse()}}.items():
         torch.save(content, tmp_path / f"{name}.torch")

@@ -344,6 +344,54 @@ def test_conditional_pixels_are_finite_where_a_network_is_certain(dtype):
             assert all(p.grad.isfinite().all() for p in f.networks.parameters())
 
 
+def test_kept_pixels_are_exact_and_the_inverse_is_finite_where_scales_vanish():
+    net = torch.nn.Module()
+    coupling = CheckerboardCoupling(net, (4, 4), 0).float()
+    x = torch.rand(2, 1, 4, 4, dtype=torch.float32)
+    mask = coupling.mask.bool().expand_as(x)
+    for where in (coupling.mask, 1 - coupling.mask):        # s is 0 at these pixels
+        raw = -200 * where.expand_as(x)
+        net.forward = lambda kept, raw=raw: torch.cat((raw, kept + 0.1), 1)
+        z, ldj = coupling(x)
+        back = coupling.inverse(z)
+        assert z.isfinite().all() and ldj.isfinite().all() and back.isfinite().all()
+        assert torch.equal(back[mask], x[mask])
+    net.forward = lambda kept: torch.cat((kept, kept + 0.1), 1)
+    torch.testing.assert_close(coupling.inverse(coupling(x)[0]), x)
+
+
+@pytest.mark.parametrize("make", [marginal_gaussian, conditional_pixels])
+def test_edges_of_grey_levels_are_the_same_in_float32_and_float64(make):
+    f = make()
+    shape = f.shape if make is conditional_pixels else (2, 4, 4)
+    levels = torch.randint(17 + 1, (20, *shape))            # 0 and 1, too
+    x = (levels / 17).float()
+    z, ldj = f.float()(x)
+    z64, ldj64 = f.double()(x.double())
+    torch.testing.assert_close(z.double(), z64, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(ldj.double(), ldj64, atol=1e-2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("images, message", [
+    (torch.rand(5, 2, 4, 4), "integer grey levels of 32 values an image, not to .5, 2, 4, 4. of"),
+    (torch.zeros(5, 1, 4, 4, dtype=torch.long), "integer grey levels of 32 values"),
+    (torch.zeros(0, 2, 4, 4, dtype=torch.long), "integer grey levels of 32 values"),
+    (torch.full((5, 2, 4, 4), 17), "grey levels from 17 to 17, and must have them from 0 to 16"),
+    (torch.full((5, 2, 4, 4), -1), "from -1 to -1")])
+def test_images_that_marginals_cannot_be_fitted_to(images, message):
+    with pytest.raises(ValueError, match=message):
+        MarginalGaussian((2, 4, 4), 17).fit(images)
+
+
+def test_a_flow_refuses_another_shape():
+    flow = multi_scale()
+    for x in (torch.rand(3, 4, 4, 4), torch.rand(3, 2, 8, 8), torch.rand(2, 4, 4)):
+        with pytest.raises(ValueError, match=r"x has shape .* and must have shape .B, 2, 4, 4."):
+            flow(x)
+    with pytest.raises(ValueError, match=r"z has shape .3, 31., and must have shape .B, 32."):
+        flow.inverse(torch.rand(3, 31))
+
+
 def test_actnorm_initialisation():
     act, x = ActNorm(3), 5 + 2 * torch.randn(16, 3, 4, 4)
     assert torch.equal(act(x), x)
@@ -355,6 +403,10 @@ def test_actnorm_initialisation():
     assert act.initialized
     with pytest.raises(ValueError, match="at least two values"):
         ActNorm(3).initialize(torch.randn(1, 3))
+    constant = ActNorm(3)
+    constant.initialize(torch.full((16, 3, 4, 4), 0.5))
+    torch.testing.assert_close(constant.logs.detach().exp(), torch.full((3,), 1e6))
+    assert not constant(torch.full((2, 3, 4, 4), 0.5)).any()
 
 
 def test_convolutions_at_start():

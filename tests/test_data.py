@@ -1,5 +1,6 @@
 """Datasets, the choice of the labelled examples, batches, augmentation and dequantisation."""
 
+import math
 import os
 import shutil
 
@@ -69,6 +70,68 @@ def test_class_probs_are_the_labelled_frequencies():
     x = torch.zeros(8, 2, 1, 1)
     data = SemiSupervisedData(x, y, x, y, torch.tensor([0, 3, 4, 5]), None)
     assert data.class_probs.tolist() == [0.25, 0.75]
+
+
+def own_data(**changes):
+    """30 images of 3 classes, the first 6 labelled, and as many for the test."""
+    y = torch.arange(30) % 3
+    x = torch.randint(17, (30, 1, 8, 8))
+    x[0, 0, 0, :2] = torch.tensor([0, 16])
+    return SemiSupervisedData(**{
+        "train_x": x, "train_y": y, "test_x": x, "test_y": y, "labelled": torch.arange(6),
+        "grey_levels": 17, **changes})
+
+
+def test_own_data():
+    hidden = torch.where(torch.arange(30) < 6, torch.arange(30) % 3, -1)
+    few = torch.tensor([5, 3, 1], dtype=torch.int32)
+    for changes in ({}, {"train_y": hidden}, {"labelled": few}):
+        data = own_data(**changes)
+        assert data.n_classes == len(data.class_probs) == 3
+        x, y, *_ = data.sample_batch(100, generator())
+        assert 0 <= x.min() < 0.2 and 0.8 < x.max() <= 1 and set(y.tolist()) == {-1, 0, 1, 2}
+    points = own_data(grey_levels=None, **{f"{part}_x": torch.randn(30, 2, 1, 1)
+                                           for part in ("train", "test")})
+    assert math.isnan(points.bits_per_dim(0.0))
+
+
+LABELS, IMAGES = torch.arange(30) % 3, torch.randint(17, (30, 1, 8, 8))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"train_x": IMAGES / 16}, "train_x, grey levels from 0 to 16, must be integers, not of type"),
+    ({"test_x": IMAGES.double()}, "test_x, grey levels from 0 to 16, must be integers"),
+    ({"train_x": IMAGES > 8}, "must be integers, not of type torch.bool"),
+    ({"train_x": IMAGES + 1}, "train_x has grey levels from 1 to 17, and must have them from 0 to"),
+    ({"test_x": IMAGES - 1}, "test_x has grey levels from -1 to 15"),
+    ({"validation": (IMAGES * 2, LABELS)}, "val_x has grey levels from 0 to 32"),
+    ({"grey_levels": None}, "train_x has no grey_levels, and must be finite floats, not torch.int"),
+    ({"train_x": IMAGES[:, 0]}, r"train_x and train_y have shapes .30, 8, 8."),
+    ({"test_x": IMAGES[:, :, 1:]}, r"test_x and test_y have shapes .* must have .N, 1, 8, 8."),
+    ({"test_y": LABELS[1:]}, r"shapes .30, 1, 8, 8. and .29,."),
+    ({"train_y": LABELS.float()}, "train_y must be integers"),
+    ({"test_y": LABELS - 1}, "test_y has class -1, and classes start at 0"),
+    ({"train_y": LABELS - 2}, "train_y has class -2, and classes start at -1"),
+    ({"train_y": LABELS - 1}, "a labelled example has class -1"),
+    ({"labelled": torch.arange(30) < 6}, "labelled is a mask, and must be indices"),
+    ({"labelled": torch.arange(6.0)}, "labelled must be integers"),
+    ({"labelled": torch.tensor([0, 1, 2, 1])}, "must be different indices"),
+    ({"labelled": torch.arange(0)}, "must be different indices"),
+    ({"labelled": torch.tensor([0, 1, 30])}, "indices from 0 to 30, and must have them from 0"),
+    ({"labelled": torch.tensor([0, 1, -1])}, "indices from -1 to 1"),
+    ({"labelled": torch.tensor([0, 1])}, "the labelled examples have none of class 2"),
+    ({"labelled": torch.tensor([0, 2])}, "the labelled examples have none of class 1"),
+    ({"test_y": LABELS + 1}, "the labelled examples have none of class 3")])
+def test_own_data_of_another_kind(changes, message):
+    with pytest.raises(ValueError, match=message):
+        own_data(**changes)
+
+
+def test_images_that_are_no_grey_levels():
+    data = own_data()
+    for call in (data.middle_of_levels, lambda x: data.dequantize(x, generator())):
+        with pytest.raises(ValueError, match="images must be integers, not of type"):
+            call(data.test_x / 16)
 
 
 def test_hidden_labels_are_not_stored():

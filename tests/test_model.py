@@ -160,6 +160,109 @@ def test_initialize_sets_every_actnorm_once():
     assert all(m.initialized for m in again.modules() if isinstance(m, ActNorm))
 
 
+@pytest.mark.parametrize("x", [torch.rand(n, 1, 8, 8)[:1].expand(m, -1, -1, -1)
+                               for n, m in ((1, 1), (1, 64), (0, 0))])
+def test_initialize_needs_two_different_examples(x):
+    """h_phi sees each of them with every label: many rows, all equal."""
+    model = build_model(SMALL, (1, 8, 8), 10)
+    with pytest.raises(ValueError, match=f"two different examples at least, not from {len(x)}"):
+        model.initialize(x)
+    assert not any(m.initialized for m in model.modules() if isinstance(m, ActNorm))
+    model.initialize(torch.rand(2, 1, 8, 8))
+    assert model.log_prob(torch.rand(4, 1, 8, 8)).isfinite().all()
+
+
+MODELS = {"logit": (SMALL, (1, 8, 8)), "marginal": ({**SMALL, "pixels": "marginal"}, (1, 8, 8)),
+          "pyramid": ({**SMALL, "model": "pyramid"}, (1, 8, 8)), "points": (TOY, (2, 1, 1))}
+OF_X = ("encode", "log_joint", "log_prob", "posterior", "logits", "initialize")
+
+
+def model_of(kind):
+    settings, shape = MODELS[kind]
+    return build_model(settings, shape, 10, grey_levels=17).eval(), torch.rand(4, *shape)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("method", OF_X)
+def test_x_of_another_kind(kind, method):
+    model, x = model_of(kind)
+    c, h, w = model.data_shape
+    shape = r"and must have shape .B, " + f"{c}, {h}, {w}"
+    wrong = [(x.expand(-1, 3 * c, -1, -1) if c == 1 else torch.rand(4, 3, 1, 1), shape),
+             (torch.rand(4, c, h, w + 4), shape), (torch.rand(4, c, h + 4, w), shape),
+             (x[0], shape), (x.flatten(1), shape), (x.double(), "is of type torch.float64, and"),
+             ((16 * x).to(torch.uint8), "is of type torch.uint8, and must be of torch.float32"),
+             (torch.where(x > 0.5, torch.nan, x), "x has values from nan to nan, and must be"),
+             (torch.where(x > 0.5, torch.inf, x), "to inf, and must be")]
+    if model.image:
+        wrong += [(255 * x, r"and must be in \[0, 1\]"),
+                  ((x - 0.13) / 0.31, r"x has values from -0\.\d+ to [12]\.\d+, and must be in")]
+    for bad, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            getattr(model, method)(bad)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_latents_and_noise_of_another_kind(kind):
+    model, x = model_of(kind)
+    z, y = model.encode(x)[0], torch.arange(4)
+    for call in (model.decode, model.split_latent, lambda z: model.sample(y, z)):
+        for bad in (z[:, :-1], z[0], x):
+            with pytest.raises(ValueError, match=f"and must have shape .B, {model.dim}"):
+                call(bad)
+    for call in (model.decode, lambda z: model.sample(y, z)):
+        for bad, message in ((z.double(), "float64"), (z / 0, "and must be finite")):
+            with pytest.raises(ValueError, match=message):
+                call(bad)
+    with pytest.raises(ValueError, match=f"z_f has shape .*must have shape .B, {model.ssl_dim}"):
+        model.log_zf_joint(z[:, :1])
+
+
+@pytest.mark.parametrize("ssl_model", ["cond-flow", "cond-shift", "cond-gmm"])
+def test_labels_that_the_model_does_not_have(ssl_model):
+    model = small(ssl_model=ssl_model)
+    z_f = torch.randn(2, 16)
+    for y, message in (
+            (torch.tensor([0, 10]), "labels are from 0 to 10, and must be from 0 to 9"),
+            (torch.tensor([-1, 3]), "labels are from -1 to 3"),
+            (torch.tensor([0.0, 1.0]), "must be integers"), (torch.tensor([True, False]), "bool"),
+            (torch.eye(10, dtype=torch.long)[:2], "must be integers of shape .B,")):
+        for call in (model.sample, lambda y: model.h_phi(z_f, y),
+                     lambda y: model.h_phi.inverse(z_f, y)):
+            with pytest.raises(ValueError, match=message):
+                call(y)
+    assert model.sample(torch.tensor([0, 9], dtype=torch.int32)).shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_wrong_arguments_are_refused_by_compiled_methods(kind):
+    model, x = model_of(kind)
+    for method, argument, wrong in (
+            ("log_prob", x, (x / 0, torch.rand(4, 3, 8, 8), x.double())),
+            ("sample", torch.arange(4), (torch.tensor([10]), torch.tensor([0.5])))):
+        compiled = torch.compile(getattr(model, method), backend="eager")
+        for bad in wrong:
+            with pytest.raises(ValueError, match=r"and must (be|have)"):
+                compiled(bad)
+        assert compiled(argument).shape[0] == 4
+    torch._dynamo.reset()
+    if kind in ("logit", "points"):     # those of the paper
+        model.checks_values = False
+        whole = torch.compile(model.log_prob, backend="eager", fullgraph=True)
+        torch.testing.assert_close(whole(x), model.log_prob(x))
+
+
+def test_values_are_not_checked_in_training():
+    model = small()
+    x = torch.rand(4, 1, 8, 8)
+    x[0, 0, 0, 0] = torch.nan
+    assert Accelerated(model).log_joint(x).isnan().any()
+    assert model.checks_values
+    with pytest.raises(ValueError, match="x has shape"):
+        Accelerated(model).log_joint(torch.rand(4, 3, 8, 8))
+    assert model.checks_values
+
+
 def test_more_than_ten_classes_start_apart(float64):
     """Up to ten classes start at one-hot rows, as published."""
     for k in (7, 10, 12):

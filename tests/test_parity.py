@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import options, run_script
+from conftest import options, randomize, run_script
 from torchvision.datasets.mnist import read_image_file
 
 from models import build_model
@@ -141,14 +141,43 @@ def test_the_script_evaluates_published_weights(tmp_path, monkeypatch, capsys):
     assert "Test error" in capsys.readouterr().out
 
 
+SMALL = {"model": "digits-masked", "ssl_dim": 16, "ssl_l": 1, "ssl_k": 1, "ssl_hd": 8}
+
+
+def assert_loads(path, state):
+    model = build_model(SMALL, (1, 8, 8), 10)
+    load_weights(model, path)
+    assert all(torch.equal(p, state[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda key: f"module.{key}", lambda key: f"_orig_mod.{key}", lambda key: f"model.{key}",
+    lambda key: f"module._orig_mod.{key}", lambda key: f"_orig_mod.module.net.{key}",
+    lambda key: key.replace("f_w.", "f_w._orig_mod.").replace("flow.", "flow.module._orig_mod.")])
+@pytest.mark.parametrize("layout", ["ours", "published"])
+def test_weights_under_the_names_that_wrappers_give_them(wrap, layout, tmp_path):
+    model = randomize(build_model(SMALL, (1, 8, 8), 10))
+    state, names = model.state_dict(), published_names(model)
+    if layout == "ours":
+        names = {key: key for key in state}
+    torch.save({wrap(name): state[key] for key, name in names.items()}, tmp_path / "wrapped.torch")
+    assert_loads(tmp_path / "wrapped.torch", state)
+
+
+def test_weights_that_pytorch_s_wrappers_save(tmp_path):
+    model = randomize(build_model(SMALL, (1, 8, 8), 10))
+    for wrapper in (torch.compile(model), torch.nn.DataParallel(torch.compile(model))):
+        torch.save(wrapper.state_dict(), tmp_path / "wrapped.torch")
+        assert_loads(tmp_path / "wrapped.torch", model.state_dict())
+
+
 def test_published_weights_do_not_fit_a_model_with_position_biases(tmp_path):
-    small = {"model": "digits-masked", "ssl_dim": 16, "ssl_l": 1, "ssl_k": 1, "ssl_hd": 8}
-    model = build_model(small, (1, 8, 8), 10)
+    model = build_model(SMALL, (1, 8, 8), 10)
     state, path = model.state_dict(), tmp_path / "published.torch"
     torch.save({theirs: state[key] for key, theirs in published_names(model).items()}, path)
     load_weights(model, path)
     with pytest.raises(BadInput, match="is missing"):
-        load_weights(build_model({**small, "position_bias": True}, (1, 8, 8), 10), path)
+        load_weights(build_model({**SMALL, "position_bias": True}, (1, 8, 8), 10), path)
 
 
 @pytest.mark.parametrize("name", MNIST_CASES)

@@ -1,4 +1,4 @@
-"""What a trained model shows: obfuscation.py, sample_accuracy.py, pictures.py, utils/figures.py."""
+"""What a trained model shows: obfuscation.py, samples.py, pictures.py, utils/figures.py."""
 
 import json
 
@@ -8,7 +8,7 @@ import torch
 from conftest import PROJECT, load_tiny, options, randomize, run_script, runs
 from PIL import Image
 
-from experiments import obfuscation, pictures, sample_accuracy
+from experiments import obfuscation, pictures, samples
 from models import build_model
 from utils import figures
 from utils.errors import BadInput
@@ -149,27 +149,64 @@ def test_what_the_parts_of_the_latent_space_know(tmp_path, monkeypatch):
 def test_a_cnn_recognises_typical_samples(tmp_path):
     """Of the shipped model of digits, and not those of a far too high temperature."""
     line = [*SHIPPED, "--samples", "100", "--json", "a.json"]
-    sample_accuracy.main([*line, "--temperatures", "0.5", "10"])
+    samples.main([*line, "--temperatures", "0.5", "10"])
     report = json.loads((tmp_path / "a.json").read_text())
     assert report["samples"] == 100 and report["test_accuracy"] > 0.95
+    assert set(report["inversion_error"]) == {"test", "0.5", "10"}
+    assert max(report["inversion_error"][key] for key in ("test", "0.5")) < 1e-4
     assert report["sample_accuracy"]["0.5"] > 0.9 and report["sample_accuracy"]["10"] < 0.6
     for argv, message in ((["--samples", "15"], "multiple of the 10 classes"),
                           (["--temperatures", "-1"], "--temperatures must be from 0"),
                           (["--json", "no/a.json"], "no folder no")):
         with pytest.raises(BadInput, match=message):
-            sample_accuracy.main([*line, *argv])
+            samples.main([*line, *argv])
 
 
 def test_a_sample_that_is_not_finite_is_not_recognised(monkeypatch, capsys):
     """Each sample is black, class 0 to this classifier; that of class 0 is not finite."""
     model, data, settings = pictures.load(SHIPPED)
-    monkeypatch.setattr(sample_accuracy, "load", lambda *_: (model, data, settings))
-    monkeypatch.setattr(sample_accuracy, "fit_fixmatch", lambda *_: lambda images: (
+    monkeypatch.setattr(samples, "load", lambda *_: (model, data, settings))
+    monkeypatch.setattr(samples, "fit_fixmatch", lambda *_: lambda images: (
         images.flatten(1).any(1).long()))
     model.sample = lambda y, eps: torch.where(y == 0, torch.nan, 0.0)[:, None, None, None].expand(
         len(y), 1, 8, 8)
-    sample_accuracy.main(["--samples", "10", "--temperatures", "1"])
-    assert "0.0% of 10 samples recognised, 1 not finite" in capsys.readouterr().out
+    samples.main(["--samples", "10", "--temperatures", "1"])
+    model.encode, model.decode = lambda x: (x, None), lambda z: z + 0.25
+    samples.main(["--samples", "10", "--temperatures", "1"])
+    assert ("0.0% of 10 samples recognised, 1 not finite; inversion error 2.5e-01"
+            in capsys.readouterr().out)
+
+
+def test_pictures_leave_out_what_is_not_finite(model, drawn):
+    """An image is left out as a whole, its place is grey, and the title says how many are."""
+    decode = model.f_w.inverse
+    broken = torch.tensor([3, 70])
+
+    def overflowing(z):
+        x = decode(z)
+        x[broken, 0, 1, 2] = torch.tensor([torch.nan, torch.inf], dtype=x.dtype)
+        return x
+    model.f_w.inverse = overflowing
+    x, y = torch.rand(10, 1, 8, 8, dtype=torch.float64), torch.arange(10)
+    model.image = False                     # an infinite value would be clamped to white
+    assert "\n2 of 100 left out: not finite" in title_of(figures.draw_grid(
+        model.sample(y.repeat(10)).unflatten(0, (10, 10)).float(), "x")[0])
+    figure = figures.plot_redrawn(model, x, y)
+    assert title_of(figure).endswith("z_h\n2 of 110 left out: not finite")
+    pixels = np.asarray(figure.axes[0].images[0].get_array())
+    row, column = 7, 1                      # image 70 of the grid without the first column
+    place = pixels[row * 9 + 1:row * 9 + 9, column * 9 + 1:column * 9 + 9]
+    assert (place == 0.5).all() and (pixels != 0.5).any()
+
+
+def test_points_that_are_not_finite_are_counted():
+    model = randomize(build_model({"model": "toy", "l": 2, "ssl_dim": -1, "ssl_l": 1, "ssl_k": 1,
+                                   "ssl_hd": 8}, (2, 1, 1), 2), scale=0.3)
+    sample = model.sample
+    model.sample = lambda y, eps: torch.where((torch.arange(len(y)) < 4)[:, None, None, None],
+                                              torch.nan, sample(y, eps))
+    titles = [axes.get_title() for axes in figures.plot_samples(model, 0).axes]
+    assert titles == [f"x ~ p(x | y = {k})\n2 of 1000 left out: not finite" for k in (0, 1)]
 
 
 @torch.no_grad()

@@ -36,11 +36,11 @@ def load_weights(model: SemiConditionalFlow, path: str | Path, averaged: bool = 
     """Load weights into `model`, in place and cast to its types, from the file at `path`.
 
     The file is a run's `model.torch` or `checkpoint.pt`, or a state dict of the authors' code, with
-    or without masks, and with or without what wrappers put into its names. averaged: load the moving average of the weights,
-    which the checkpoint of a run with ema has beside the last ones. -> which of the two the weights
-    are, or "" if the file has no choice. Raises BadInput if the file is missing, is none of these,
-    has no average, holds values that are not finite, or another architecture; the message then
-    names the first differences.
+    or without masks, and with or without what wrappers put into its names. averaged: load the
+    moving average of the weights, which the checkpoint of a run with ema has beside the last ones.
+    -> which of the two the weights are, or "" if the file has no choice. Raises BadInput if the
+    file is missing, is none of these, has no average, holds values that are not finite, or another
+    architecture; the message then names the first differences.
     """
     content = load_file(path)
     state = without_wrappers(as_state_dict(content.get("model", content), path, content), path)

@@ -73,12 +73,12 @@ class SemiSupervisedData:
                            ("val", val_x, val_y)):
             _check_examples(name, x, y, tuple(train_x.shape[1:]), grey_levels)
         _check_indices(labelled, len(train_x))
-        known = torch.cat((train_y, test_y, val_y))
-        self.n_classes = int(known.max()) + 1
-        missing = set(range(self.n_classes)) - set(train_y[labelled].tolist())
-        if missing or (train_y[labelled] < 0).any():
-            raise ValueError("the labelled examples have none of class "
-                             f"{min(missing)}" if missing else "a labelled example has class -1")
+        self.n_classes = int(torch.cat((train_y, test_y, val_y)).max()) + 1
+        shown = set(train_y[labelled].tolist())
+        if -1 in shown:
+            raise ValueError("a labelled example has class -1")
+        if missing := set(range(self.n_classes)) - shown:
+            raise ValueError(f"the labelled examples have none of class {min(missing)}")
         self.labelled = labelled.to(device)
         self.labelled_ids = labelled if labelled_ids is None else labelled_ids
         is_labelled = torch.zeros(len(train_y), dtype=torch.bool)

@@ -1,12 +1,13 @@
-"""Whether samples from p(x | y) look like their class: the accuracy of a CNN on them.
+"""Samples from p(x | y): whether they look like their class, and how exactly they are inverted.
 
-    python experiments/sample_accuracy.py --config configs/mnist-best.yaml --pretrained [FILE]
-    python experiments/sample_accuracy.py --run RUN_DIR
+    python experiments/samples.py --config configs/mnist-best.yaml --pretrained [FILE]
+    python experiments/samples.py --run RUN_DIR
         [--temperatures 1 0.7] [--samples 1000] [--json FILE.json] [options of train-flow-ssl.py]
 
 The CNN of fixmatch.py is trained on the training images with all their labels. Its accuracy on
 samples is GAN-test of Shmelkov et al. 2018 (arXiv 1807.09499). A sample that is not finite counts
-as not recognised. Prints a table, which --json writes too.
+as not recognised. The inversion error is the largest |decode(encode(x)) - x| of the finite samples,
+and of as many test images with dequantisation noise. Prints these figures, which --json writes too.
 """
 
 import json
@@ -24,7 +25,7 @@ from utils.files import atomic_write
 
 
 def main(argv=None):
-    parser = OneLineParser(description="The accuracy of a CNN on samples from p(x | y).",
+    parser = OneLineParser(description="Samples from p(x | y), recognised and inverted.",
                            allow_abbrev=False,
                            epilog="All other options are those of train-flow-ssl.py.")
     add_run(parser)
@@ -47,11 +48,15 @@ def main(argv=None):
     classify = fit_fixmatch(data, settings.seed)
     y = torch.arange(data.n_classes, device=data.device).repeat(args.samples // data.n_classes)
     noise = torch.randn(len(y), model.dim, generator=torch.Generator().manual_seed(settings.seed))
+    test_x = data.dequantize(data.test_x[:args.samples],
+                             torch.Generator(data.device).manual_seed(settings.seed))
     report = {"weights": settings.pretrained, "config": settings.config_file,
               "samples": len(y), "seed": settings.seed,
               "test_accuracy": accuracy(classify, data.test_x, data.test_y),
-              "sample_accuracy": {}}
+              "sample_accuracy": {},
+              "inversion_error": {"test": inversion_error(model, test_x, settings.test_bs)}}
     print(f"CNN: {report['test_accuracy']:.2%} accuracy on {len(data.test_y):,} test images")
+    print(f"{len(test_x):,} test images: inversion error {report['inversion_error']['test']:.1e}")
     for temperature in args.temperatures:
         x = torch.cat([model.sample(*part) for part in zip(
             y.split(settings.test_bs),
@@ -60,8 +65,10 @@ def main(argv=None):
         images = (x.nan_to_num() * data.grey_levels).clamp(max=data.grey_levels - 1).byte()
         share = accuracy(classify, images, y.where(finite, -1))
         report["sample_accuracy"][f"{temperature:g}"] = share
+        error = inversion_error(model, x[finite], settings.test_bs)
+        report["inversion_error"][f"{temperature:g}"] = error
         print(f"temperature {temperature:g}: {share:.1%} of {len(y):,} samples recognised, "
-              f"{int((~finite).sum())} not finite")
+              f"{int((~finite).sum())} not finite; inversion error {error:.1e}")
     if args.json:
         with atomic_write(args.json) as f:
             f.write(json.dumps(report, indent=1) + "\n")
@@ -70,6 +77,14 @@ def main(argv=None):
 def accuracy(classify, images, y):
     """The share of images (N, C, H, W), uint8, to which `classify` assigns their class y (N,)."""
     return float((classify(images) == y).double().mean())
+
+
+@torch.no_grad()
+def inversion_error(model, x, batch_size):
+    """The largest |decode(encode(x)) - x| of images x (N, C, H, W), or NaN for none."""
+    errors = [(model.decode(model.encode(part)[0]) - part).abs().max()
+              for part in x.split(batch_size) if len(part)]
+    return float(torch.stack(errors).max()) if errors else float("nan")
 
 
 if __name__ == "__main__":
