@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 import signal
 from types import SimpleNamespace
 
@@ -15,13 +16,15 @@ from torch.nn import functional as F
 from models import build_model
 from training.beyond import Beyond
 from training.distributed import Processes
-from training.evaluation import Inference, evaluate, predict
+from training.evaluation import Inference, evaluate, predict, summary
 from training.objective import objective
 from training.optim import OPTIMIZERS, learning_rate
 from training.progress import Limits, Progress
 from training.speed import Accelerated, choose_speed
+from utils import metrics
 from utils.data import Batch, SemiSupervisedData
 from utils.datasets import load_data
+from utils.metrics import MetricsLog, average_is_better, name_of_kept
 from utils.settings import read_settings
 
 SGD = {"ssl_alg": "sgd", "sup_weight": 1.0, "cl_weight": 0.0, "cons_weight": 0.0,
@@ -607,6 +610,88 @@ def test_the_weights_with_the_higher_validation_likelihood_are_kept(tmp_path, mo
     assert (better == "last") == all(torch.equal(kept[key], last[key]) for key in kept)
     if better == "averaged":
         assert_same({key: kept[key] for key in checkpoint["average"]}, checkpoint["average"])
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_an_evaluation_that_is_not_finite_ends_the_run(tmp_path, monkeypatch, capsys, value):
+    """After the last epoch, too, and it costs no checkpoint. So does --pretrained."""
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def broken(*args):                      # in the third call
+        calls.append(1)
+        log_p, logits = predict(*args)
+        if len(calls) == 3:
+            log_p[:7] = logits[4:10, 2] = value
+        return log_p, logits
+    with monkeypatch.context() as patched:
+        patched.setattr("training.evaluation.predict", broken)
+        assert run_script(options(epochs=3)) == 1
+    out, err = capsys.readouterr()
+    failed, = runs(tmp_path, "fails")
+    message = "error: Not finite: log p(x) of 7 and log p(y | x) of 6 of the 360 examples"
+    assert message in err and f"(test set, epoch 3). The last good checkpoint is {failed}" in err
+    assert err.count("\n") == 1 and "Test error" not in out
+    assert torch.load(failed / "checkpoint.pt")["epoch"] == 2
+    assert [row["epoch"] for row in read_metrics(failed)] == [1, 2]
+    assert not (failed / "model.torch").exists() and not (failed / "report.html").exists()
+    assert run_script(["--resume", str(failed)]) == 0
+    run, = runs(tmp_path)
+    assert len(read_metrics(run)) == 3 and (run / "report.html").exists()
+    capsys.readouterr()
+    calls[:] = [1, 1]
+    monkeypatch.setattr("training.assessment.predict", broken)
+    assert run_script(options(pretrained=run / "model.torch")) == 1
+    out, err = capsys.readouterr()
+    assert message in err and err.count("\n") == 1 and "Test error" not in out
+
+
+@pytest.mark.parametrize("broken, kept", [([0], "averaged"), ([1], "last"), ([0, 1], None)])
+def test_of_last_and_averaged_weights_the_finite_ones_are_kept(tmp_path, monkeypatch, capsys,
+                                                               broken, kept):
+    """With a line that says so. Metrics, curves and report have no numbers of the others."""
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def changed(*args):     # validation with the last weights, then the averaged ones; the test set
+        calls.append(1)
+        log_p, logits = predict(*args)
+        return (log_p / 0, logits) if len(calls) - 1 in broken else (log_p, logits)
+    monkeypatch.setattr("training.evaluation.predict", changed)
+    code = run_script(options(epochs=1, ema=0.5, validation=100, supervised=20))
+    out, err = capsys.readouterr()
+    of_last = "Not finite: log p(x) of 100 of the 100 examples (validation set, last weights of epo"
+    if kept is None:
+        assert code == 1 and of_last in err and not runs(tmp_path)
+        return
+    lost, prefix = ("last", "") if kept == "averaged" else ("averaged", "ema_")
+    assert code == 0 and of_last.replace("last", lost) in out
+    run, = runs(tmp_path)
+    row, = read_metrics(run)
+    assert all(math.isnan(row[f"{prefix}val_{key}"]) for key in ("log_p", "acc", "bpd"))
+    assert math.isfinite(row["test_acc"]) and average_is_better(row) == (kept == "averaged")
+    report = (run / "report.html").read_text()
+    assert not re.search(r"\b(nan|inf)\b", re.sub('src="[^"]*"', "", report))
+    weights, checkpoint = torch.load(run / "model.torch"), torch.load(run / "checkpoint.pt")
+    expected = checkpoint["average"] if kept == "averaged" else checkpoint["model"]
+    assert_same({name: weights[name] for name in expected}, expected)
+
+
+def test_broken_numbers_of_earlier_runs_are_not_read(tmp_path):
+    """Earlier versions wrote them."""
+    log = MetricsLog(tmp_path / "metrics.csv")
+    log.append({"epoch": 1, "val_log_p": -1.0, "val_acc": 0.9, "val_bpd": 1.0})
+    log.append({"epoch": 2, "val_log_p": -math.inf, "val_acc": 0.1, "val_bpd": math.inf,
+                "ema_val_log_p": -2.0, "ema_val_acc": 0.9, "ema_val_bpd": 1.0})
+    first, second = metrics.read_metrics(tmp_path / "metrics.csv")
+    assert first["val_acc"] == 0.9 and math.isnan(second["val_acc"] + second["val_bpd"])
+    assert [name_of_kept(row) for row in (first, second)] == ["val", "ema_val"]
+
+
+def test_examples_of_classes_that_the_model_lacks():
+    log_p, logits = torch.zeros(3), torch.zeros(3, 2)
+    with pytest.raises(ValueError, match="the examples have class 2, and the model has 2 classes"):
+        summary(log_p, logits, torch.tensor([0, 1, 2]))
 
 
 @pytest.mark.parametrize("changes, evaluated", [
