@@ -96,11 +96,11 @@ class SemiConditionalFlow(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """The inverse of f_w: z (B, D) -> x (B, C, H, W).
 
-        A rounding error in z_j changes x_j by dx_j/dz_j = phi(z_j) / p(x_j) times as much, where
-        p(x_j) is the density of x_j given what comes before it. This is large for values that the
-        model deems impossible, above all in model pyramid, where it then spreads to finer pixels.
-        pretrained/README.md has the largest |decode(encode(x)) - x| of the shipped weights; in
-        double precision, by model.double(), it is smaller.
+        Rounding errors of z grow by the largest singular value of dx/dz, whatever computes x. It is
+        large where x is improbable, above all in model pyramid, where each pixel's error changes
+        what finer ones are given: of the first layer of mnist-best it is 70 for the first test
+        image, and 4e7 for the worst of 1,000. pretrained/README.md has the largest
+        |decode(encode(x)) - x| of all shipped weights; model.double() makes it smaller.
         """
         self._check("z", z, (self.dim,))
         return self.f_w.inverse(z)

@@ -12,9 +12,11 @@ from pathlib import Path
 from statistics import stdev
 
 import pytest
+import torch
 import yaml
 from conftest import PROJECT, run_script
 
+from experiments import pictures, samples
 from models import build_model
 from training import checkpoint
 from training.distributed import Processes
@@ -163,9 +165,11 @@ def test_the_accuracies_on_samples():
     for row in table("pretrained/README.md", "file"):
         report = reports[Path(row["file"]).stem]
         assert report["samples"] == 1000
-        for temperature in ("1", "0.7"):
-            assert row[f"recognised at T = {temperature}, %"] == (
-                f"{100 * report['sample_accuracy'][temperature]:.0f}")
+        assert row["recognised, %: T = 1; 0.7"] == "; ".join(
+            f"{100 * report['sample_accuracy'][t]:.0f}" for t in ("1", "0.7"))
+        errors = report["inversion_error"]
+        assert row["inversion error: test; T = 1; 0.7"] == "; ".join(
+            f"{errors[x]:.1e}".replace("e-0", "e-") for x in ("test", "1", "0.7"))
     error = {name: f"{100 * (1 - r['test_accuracy']):.2f}" for name, r in reports.items()}
     assert len({error[name] for name in error if name.startswith("mnist-")}) == 1
     assert_says("results/README.md", f"({error['mnist-best']} % test error on MNIST; "
@@ -382,17 +386,20 @@ def test_cards_agree_with_files_and_runs(name):
     assert bits[0] == pytest.approx(row["test_bpd"], abs=1e-3)
 
 
+def options_of(name, request):
+    """The command line of the config of shipped weights."""
+    config = "config.yaml" if name == "model.torch" else f"configs/{Path(name).stem}.yaml"
+    data = [] if name == "digits.torch" else [
+        "--data_root", str(request.getfixturevalue("mnist_root"))]
+    return ["--config", str(PROJECT / config), "--device", "cpu", "--precision", "fp32", *data]
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_weights_give_the_numbers_of_their_card(name, tmp_path, monkeypatch, request):
     """On every 20th test image of MNIST, or all of digits, within the tolerance of the card."""
     monkeypatch.chdir(tmp_path)
-    config = PROJECT / "configs" / name.replace(".torch", ".yaml")
-    config = PROJECT / "config.yaml" if name == "model.torch" else config
-    _, settings = read_settings(["--config", str(config), "--device", "cpu", "--precision", "fp32"])
-    of_mnist = settings.data == "mnist"
-    if of_mnist:
-        settings.data_root = request.getfixturevalue("mnist_root")
-    data = load_data(settings)
+    _, settings = read_settings(options_of(name, request))
+    of_mnist, data = settings.data == "mnist", load_data(settings)
     images, y = (t[::20] if of_mnist else t for t in (data.test_x, data.test_y))
     assert len(images) == (500 if of_mnist else 360)
     model = build_model(settings, data.shape, data.n_classes, grey_levels=data.grey_levels)
@@ -413,6 +420,23 @@ def test_shipped_weights_give_the_numbers_of_their_card(name, tmp_path, monkeypa
         assert len(recorded["error"]) == len(recorded["bits_per_dim"]) == 3
         assert error == pytest.approx(mean(recorded["error"]), abs=1.2)
         assert bits == pytest.approx(mean(recorded["bits_per_dim"]), abs=0.006)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@torch.no_grad()
+def test_inversion_errors_of_shipped_weights(name, request):
+    """On every 25th of the images and samples: at most as large as stated, but for rounding."""
+    model, data, _ = pictures.load([*options_of(name, request), "--pretrained"])
+    report = json.loads((RESULTS / "samples" / f"{Path(name).stem}.json").read_text())
+    stated, n = report["inversion_error"], report["samples"]
+    noise = torch.Generator().manual_seed(report["seed"])
+    x = {"test": data.dequantize(data.test_x[:n], noise)[::25]}
+    noise = torch.randn(n, model.dim, generator=torch.Generator().manual_seed(report["seed"]))[::25]
+    y = torch.arange(10).repeat(n // 10)[::25]
+    x.update({key: model.sample(y, float(key) * noise) for key in ("1", "0.7")})
+    assert x.keys() == stated.keys()
+    for key, images in x.items():
+        assert 0 < samples.inversion_error(model, images, 20) <= 2 * stated[key], key
 
 
 def test_sums_are_of_the_files_that_ship():
