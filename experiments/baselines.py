@@ -134,7 +134,7 @@ def main(argv=None):
     args, rest = parser.parse_known_args(argv)
     if args.save:
         check_output(args.save)
-    runs = [read_settings([*rest, f"--seed={seed}", f"--data_seed={seed}"])[1]
+    runs = [read_settings(rest, [f"--seed={seed}", f"--data_seed={seed}"])[1]
             for seed in args.seeds]
     device = set_up_torch(runs[0], Processes())
     results = {name: {"title": METHODS[name].title, "runs": []} for name in args.methods}

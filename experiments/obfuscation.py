@@ -57,7 +57,7 @@ def main(argv=None):
     args, rest = parser.parse_known_args(argv)
     for path in filter(None, (args.picture, args.save, args.json)):
         check_output(path)
-    model, data, settings = load([*rest, "--supervised", "-1"], args.run)    # all training labels
+    model, data, settings = load(rest, args.run, ["--supervised", "-1"])     # all labels
     noise = torch.Generator(data.device).manual_seed(settings.seed)
     train, test = (latents(model, data.dequantize(x, noise), y, settings.test_bs)
                    for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)))

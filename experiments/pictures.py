@@ -27,7 +27,7 @@ from training.evaluation import Inference
 from training.distributed import Processes
 from training.speed import Accelerated, set_up_torch
 from utils.datasets import load_data
-from utils.errors import (BadInput, OneLineParser, check_output, run_command,
+from utils.errors import (BadInput, OneLineParser, check_output, names_of_options, run_command,
                           value_errors_as_bad_input)
 from utils.figures import (plot_curves_of_runs, plot_density, plot_interpolation,
                            plot_latent_space, plot_redrawn, plot_samples, save)
@@ -110,13 +110,14 @@ def add_run(parser):
                         help="a run, in place of --config and --pretrained")
 
 
-def load(argv, run=None):
+def load(argv, run=None, fixed=()):
     """The model with the weights, the data and the settings of a command line, which are those of
-    the directory `run` if that is given. Raises BadInput."""
+    the directory `run` if that is given. `fixed` is as in read_settings. Raises BadInput."""
     if run:
-        argv = ["--config", str(run / "params.yaml"), "--pretrained", str(run / "model.torch"),
-                *argv]
-    _, settings = read_settings(argv)
+        fixed = ["--config", str(run / "params.yaml"), *fixed]
+        if "--pretrained" not in names_of_options(argv):
+            fixed = ["--pretrained", str(run / "model.torch"), *fixed]
+    _, settings = read_settings(argv, fixed)
     if not settings.pretrained:
         raise BadInput("name the weights: --pretrained FILE, or --pretrained for those that ship")
     device = set_up_torch(settings, Processes())

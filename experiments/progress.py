@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.errors import BadInput, OneLineParser, run_command
 from utils.figures import COLOURS, save
-from utils.metrics import name_of_kept, read_metrics
+from utils.metrics import names_of_kept, read_metrics
 
 MARKERS = "osD^vP"      # as many as COLOURS; further methods have the same ones, hollow
 SHORTEST = 0.1 / 60     # minutes: what takes less is drawn here
@@ -152,14 +152,15 @@ def progress(run, which, epoch_seconds=None):
     epoch_seconds: of an epoch, by default the run's fastest one.
     """
     rows = read_metrics(run / "metrics.csv")
-    if not rows or math.isnan(rows[0]["test_bpd" if which == "test" else "val_bpd"]):
+    kept = ["test"] * len(rows) if which == "test" else names_of_kept(rows)
+    if (not rows or math.isnan(rows[0][f"{kept[0]}_bpd"])
+            or ("test" in kept) != (which == "test")):
         raise BadInput(f"{run} is not the directory of a run on images that was evaluated on "
                        f"{which} images after each logged epoch")
     epochs = [row["epoch"] for row in rows]
     if epoch_seconds is None:
         epoch_seconds = min(row["seconds"] / (epoch - before)
                             for row, epoch, before in zip(rows, epochs, [0, *epochs]))
-    kept = ["test" if which == "test" else name_of_kept(row) for row in rows]
     return {"minutes": [epoch * epoch_seconds / 60 for epoch in epochs],
             "error": [100 * (1 - row[f"{key}_acc"]) for row, key in zip(rows, kept)],
             "bits": [row[f"{key}_bpd"] for row, key in zip(rows, kept)]}

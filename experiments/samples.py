@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments.fixmatch import fit_fixmatch
 from experiments.pictures import MAX_TEMPERATURE, add_run, load
-from utils.errors import BadInput, OneLineParser, check_output, run_command
+from utils.errors import BadInput, Failed, OneLineParser, check_output, run_command
 from utils.files import atomic_write
 
 
@@ -40,7 +40,7 @@ def main(argv=None):
         check_output(args.json)
     if not all(0 <= t <= MAX_TEMPERATURE for t in args.temperatures):
         raise BadInput(f"--temperatures must be from 0 to {MAX_TEMPERATURE}")
-    model, data, settings = load([*rest, "--supervised", "-1"], args.run)    # all training labels
+    model, data, settings = load(rest, args.run, ["--supervised", "-1"])     # all labels
     if not model.image:
         raise BadInput(f"samples are classified as images, unlike {settings.data}")
     if args.samples < 1 or args.samples % data.n_classes:
@@ -65,10 +65,13 @@ def main(argv=None):
         images = (x.nan_to_num() * data.grey_levels).clamp(max=data.grey_levels - 1).byte()
         share = accuracy(classify, images, y.where(finite, -1))
         report["sample_accuracy"][f"{temperature:g}"] = share
-        error = inversion_error(model, x[finite], settings.test_bs)
-        report["inversion_error"][f"{temperature:g}"] = error
-        print(f"temperature {temperature:g}: {share:.1%} of {len(y):,} samples recognised, "
-              f"{int((~finite).sum())} not finite; inversion error {error:.1e}")
+        line = (f"temperature {temperature:g}: {share:.1%} of {len(y):,} samples recognised, "
+                f"{int((~finite).sum())} not finite")
+        if finite.any():
+            error = inversion_error(model, x[finite], settings.test_bs)
+            report["inversion_error"][f"{temperature:g}"] = error
+            line += f"; inversion error {error:.1e}"
+        print(line)
     if args.json:
         with atomic_write(args.json) as f:
             f.write(json.dumps(report, indent=1) + "\n")
@@ -81,10 +84,14 @@ def accuracy(classify, images, y):
 
 @torch.no_grad()
 def inversion_error(model, x, batch_size):
-    """The largest |decode(encode(x)) - x| of images x (N, C, H, W), or NaN for none."""
-    errors = [(model.decode(model.encode(part)[0]) - part).abs().max()
-              for part in x.split(batch_size) if len(part)]
-    return float(torch.stack(errors).max()) if errors else float("nan")
+    """The largest |decode(encode(x)) - x| of images x (N, C, H, W). Raises Failed if one is not
+    finite."""
+    errors = torch.cat([(model.f_w.inverse(model.encode(part)[0]) - part).abs().flatten(1).amax(1)
+                        for part in x.split(batch_size)])
+    if not errors.isfinite().all():
+        raise Failed(f"Not finite: decode(encode(x)) of {int((~errors.isfinite()).sum())} of "
+                     f"{len(x)} images")
+    return float(errors.max())
 
 
 if __name__ == "__main__":

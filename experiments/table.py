@@ -119,18 +119,30 @@ def main(argv=None):
 
 def wanted(config, seed, options, folder):
     """The Run of a config, not looked up yet. Raises BadInput if its settings are wrong."""
-    argv = ["--config", str(config.resolve()), *options, "--seed", str(seed), "--data_seed",
-            str(seed), "--name", f"{config.stem}-seed{seed}"]
+    fixed = ["--config", str(config.resolve()), "--seed", str(seed), "--data_seed", str(seed),
+             "--name", f"{config.stem}-seed{seed}"]
     with contextlib.chdir(folder):              # where the parser makes its folders
-        _, settings = read_settings(argv)
+        _, settings = read_settings(options, fixed)
+    argv = [*fixed, *options]
     if settings.resume or settings.pretrained or settings.tmp or not settings.test:
         raise BadInput("a table is of new runs, kept and tested: no --resume, --pretrained, --tmp "
                        "or --test false")
     for key in "data_root", "initial_weights":      # paths, from here and not from `folder`
         if path := getattr(settings, key):
             setattr(settings, key, str(Path(path).resolve()))
-            argv += [f"--{key}", getattr(settings, key)]
+            argv = [*without(argv, f"--{key}"), f"--{key}", getattr(settings, key)]
     return Run(config, seed, settings, argv)
+
+
+def without(argv, option):
+    """A command line without an option and its value."""
+    kept, words = [], iter(argv)
+    for word in words:
+        if word == option:
+            next(words)
+        elif not word.startswith(f"{option}="):
+            kept.append(word)
+    return kept
 
 
 def look_up(runs, folder):

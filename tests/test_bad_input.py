@@ -48,6 +48,11 @@ CASES = [
     (["--config", "no-value.yaml"], "no-value.yaml: lr has no value"),
     (["--config", "mine.yaml", "--config=several.yaml"], "--config is given twice: a file extends"),
     (["--lr", "1", "--epochs=2", "--lr=3"], "--lr is given twice"),
+    (["--config="], "--config has an empty value"),
+    (["--initial_weights", ""], "--initial_weights has an empty value"),
+    (["--data_root=--"], "data_root cannot be --"),
+    ({"draws": 3}, "draws is for --pretrained"),
+    ({"pretrained": "x.torch", "initial_weights": "x.torch"}, "initial_weights is for training"),
     (["--config", "unknown.yaml"], "unknown setting epoch: did you mean epochs?"),
     (["--config", "several.yaml"], "lr takes one value"),
     (["--config", "twice.yaml"], "twice.yaml is not YAML: it has lr twice"),
@@ -106,6 +111,11 @@ CASES = [
      "holds no weights: expected a mapping of names to tensors, as in its ['state_dict'] and "
      "['ema']['shadow']: save one alone"),
     ({"pretrained": "both.torch"}, "has entries that differ in module and _orig_mod alone"),
+    ({"pretrained": "large.torch"}, "not finite: base_h.logsigma"),
+    ({"pretrained": "integers.torch"}, "has base_h.logsigma of type torch.int32, and the model of"),
+    ({"pretrained": "prior.torch"}, "has a log_p_y that is not the logarithm of probabilities"),
+    ({"pretrained": "part.torch", "weights": "averaged"}, "has no averaged f_w."),
+    ({"pretrained": "odd.torch"}, "odd.torch holds no weights"),
     ({"pretrained": "nan.torch"}, "not finite: base_h.logsigma"),
     ({"pretrained": "other.torch", "weights": "averaged"}, "has no averaged weights"),
     ({"weights": "averaged"}, "weights averaged is for"),
@@ -153,6 +163,11 @@ def folder(tmp_path, monkeypatch):
             "lightning": {"epoch": 3, "state_dict": weights, "ema": {"shadow": weights},
                           "lr_schedulers": []},
             "both": {**weights, "module.base_h.logsigma": logsigma},
+            "large": {**weights, "base_h.logsigma": logsigma.double() + 1e300},
+            "integers": {**weights, "base_h.logsigma": logsigma.int()},
+            "prior": {**weights, "log_p_y": weights["log_p_y"] + 1},
+            "part": {"model": weights, "average": {"base_h.logsigma": logsigma}},
+            "odd": {"model": weights, "average": torch.zeros(3)},
             "complex": {**weights, "base_h.logsigma": logsigma.cfloat()},
             "sparse": {**weights, "base_h.logsigma": logsigma.to_sparse()}}.items():
         torch.save(content, tmp_path / f"{name}.torch")
@@ -199,7 +214,8 @@ def test_bad_input(argv, message, folder, refusal):
 @pytest.mark.parametrize("damage", [
     lambda text: text.replace(",", ";"), lambda text: text[:-20].rsplit(",", 5)[0] + "\n",
     lambda text: text.replace("epoch", "era"), lambda text: text.replace("1,", ",", 1),
-    lambda text: "", lambda text: None])
+    lambda text: "", lambda text: None, lambda text: text + text.splitlines()[-1] + "\n",
+    lambda text: text.replace("\n1,", "\ninf,")])
 def test_damaged_metrics_of_a_resumed_run(folder, refusal, damage):
     """Nothing changes: a new metrics.csv without the earlier rows would be a loss."""
     run = trained(folder, epochs=2)

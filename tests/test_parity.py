@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import options, randomize, run_script
+from torch.optim.swa_utils import AveragedModel
 from torchvision.datasets.mnist import read_image_file
 
 from models import build_model
@@ -166,7 +167,8 @@ def test_weights_under_the_names_that_wrappers_give_them(wrap, layout, tmp_path)
 
 def test_weights_that_pytorch_s_wrappers_save(tmp_path):
     model = randomize(build_model(SMALL, (1, 8, 8), 10))
-    for wrapper in (torch.compile(model), torch.nn.DataParallel(torch.compile(model))):
+    for wrapper in (torch.compile(model), torch.nn.DataParallel(torch.compile(model)),
+                    AveragedModel(model)):
         torch.save(wrapper.state_dict(), tmp_path / "wrapped.torch")
         assert_loads(tmp_path / "wrapped.torch", model.state_dict())
 

@@ -42,12 +42,13 @@ def test_a_table_is_run_stopped_and_continued(tmp_path, configs):
         "table: glow-seed3, glow-seed4, gmm-seed3, gmm-seed4 (stopped after epoch 0 of 2)\n"
         in first.stdout)
     assert "| 0 | glow |" in first.stdout
-    done = execute(tmp_path, [*line, "--to", str(folder), "--time_limit", "0"])
+    done = execute(tmp_path, [*line, "--to", str(folder), "--time_limit=0", "--data_root", "a"])
     assert done.returncode == 0, done.stdout + done.stderr
     found = {run.name.split("-", 7)[-1]: run for run in runs(folder)}
     assert sorted(found) == ["glow-seed3", "glow-seed4", "gmm-seed3", "gmm-seed4"]
     params = yaml.safe_load((found["gmm-seed4"] / "params.yaml").read_text())
     assert (params["seed"], params["data_seed"], params["ssl_alg"]) == (4, 4, "em")
+    assert params["data_root"] == str(tmp_path / "a")           # not one in `folder`
     last = {name: read_metrics(run / "metrics.csv")[-1] for name, run in found.items()}
     rows = pd.read_csv(folder / "table.csv")
     assert rows["config"].tolist() == ["glow", "gmm"] and rows["n"].tolist() == [2, 2]

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import build_model
 from models.networks import ResNet
-from training.checkpoint import load_file, load_weights, save_atomically
+from training.checkpoint import copy_to_cpu, load_weights, save_atomically
 from training.evaluation import Inference, evaluate
 from training.distributed import Processes
 from training.speed import Accelerated, choose_speed, device_name, set_up_torch
@@ -81,7 +81,7 @@ def main(argv=None):
         model = build_model(settings, data.shape, data.n_classes, data.class_probs,
                             data.grey_levels).to(device)
     load_weights(model, args.run / "model.torch")       # refuses what is not finite, does not fit
-    weights = load_file(args.run / "model.torch")
+    weights = copy_to_cpu(model.state_dict())
     results, stored = evaluate_weights(model, weights, data, settings), "float32"
     print(f"stored in float32: {describe(results)}")
     halved = to_half(weights, model)

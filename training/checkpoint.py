@@ -26,8 +26,10 @@ from .progress import Progress
 PRETRAINED = PROJECT / "pretrained"
 # The version of the content of checkpoint.pt, which counts up whenever older files cannot be read.
 CHECKPOINT_FORMAT = 5
-# What DataParallel and DistributedDataParallel, and torch.compile, put into the names of weights.
-WRAPPERS = ("module", "_orig_mod")
+# What DataParallel and DistributedDataParallel, and torch.compile, put into the names of weights,
+# and the entry that AveragedModel adds.
+WRAPPERS, NOT_WEIGHTS = ("module", "_orig_mod"), "n_averaged"
+LOG_SUM = 0.01      # of probabilities in half precision
 CHECKPOINT_KEYS = {"format", "model", "average", "optimizer", "epoch", "step", "sums", "seconds",
                    "generator", "rng", "settings"}
 
@@ -44,24 +46,36 @@ def load_weights(model: SemiConditionalFlow, path: str | Path, averaged: bool = 
     """
     content = load_file(path)
     state = without_wrappers(as_state_dict(content.get("model", content), path, content), path)
-    which = "last" if content.get("average") else ""
+    average, which = content.get("average", {}), ""
+    if not isinstance(average, dict) or average:
+        average, which = without_wrappers(as_state_dict(average, path), path), "last"
     if averaged:
         which = "averaged"
-        if not content.get("average"):
+        if not average:
             raise BadInput(f"{path} has no averaged weights: they are in the checkpoint.pt of a "
                            "run with ema")
-        state = {**state, **as_state_dict(content["average"], path)}
+        if lacking := [name for name, _ in model.named_parameters() if name not in average]:
+            raise BadInput(f"{path} has no averaged {lacking[0]}")
+        state = {**state, **average}
     if is_published(state):
         with value_errors_as_bad_input():
             state = from_published(model, state)
     # Linear layers are 1x1 convolutions in the authors' code, and some in earlier versions of ours.
-    shapes = shapes_of(model.state_dict())
+    of_model = model.state_dict()
+    shapes = shapes_of(of_model)
     state = {key: value.flatten(1) if value.shape == (*shapes.get(key, ()), 1, 1) else value
              for key, value in state.items()}
     check_architecture(model, state, path)
+    for key, value in state.items():
+        if value.is_floating_point() != of_model[key].is_floating_point():
+            raise BadInput(f"{path} has {key} of type {value.dtype}, and the model of "
+                           f"{of_model[key].dtype}")
+        state[key] = value.to(of_model[key].dtype)
     not_finite = [key for key, value in state.items() if not value.isfinite().all()]
     if not_finite:
         raise BadInput(f"{path} has values that are not finite: {not_finite[0]}")
+    if abs(float(state.get("log_p_y", of_model["log_p_y"]).logsumexp(0))) > LOG_SUM:
+        raise BadInput(f"{path} has a log_p_y that is not the logarithm of probabilities")
     model.load_state_dict(state, strict=False)
     return which
 
@@ -189,7 +203,8 @@ def is_state_dict(state: Any) -> bool:
     """Whether `state` maps names to tensors of real numbers."""
     return isinstance(state, dict) and bool(state) and all(
         isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided
-        and not value.is_meta and not value.is_complex() for key, value in state.items())
+        and not (value.is_meta or value.is_complex() or value.is_quantized)
+        for key, value in state.items())
 
 
 def entries_with_weights(content: Any, name: str = "") -> list[str]:
@@ -206,12 +221,13 @@ def without_wrappers(state: dict[str, Tensor], path: str | Path) -> dict[str, Te
 
     Raises BadInput if two entries then have the same name.
     """
-    names = {key: [part for part in key.split(".") if part not in WRAPPERS] for key in state}
+    names = {key: [part for part in key.split(".") if part not in WRAPPERS]
+             for key in state if key != NOT_WEIGHTS}
     while len({tuple(parts[:1]) for parts in names.values()}) == 1 and all(
             len(parts) > 1 for parts in names.values()):
         names = {key: parts[1:] for key, parts in names.items()}
     renamed = {".".join(parts): state[key] for key, parts in names.items()}
-    if len(renamed) < len(state):
+    if len(renamed) < len(names):
         raise BadInput(f"{path} has entries that differ in {' and '.join(WRAPPERS)} alone")
     return renamed
 

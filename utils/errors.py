@@ -4,9 +4,9 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class BadInput(ValueError):
@@ -51,8 +51,30 @@ def exit_with(program: str, message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
+def names_of_options(argv: Sequence[str]) -> list[str]:
+    """The options in a command line, such as --lr of --lr=1."""
+    return [word.partition("=")[0] for word in argv if word.startswith("--")]
+
+
+def given_twice(argv: Sequence[str]) -> str | None:
+    """An option that a command line has twice, of which argparse would take the last value."""
+    names = names_of_options(argv)
+    return next((name for i, name in enumerate(names) if name in names[:i]), None)
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser that prints one line for bad input, without the usage."""
+    """An ArgumentParser that prints one line for bad input, without the usage.
+
+    An option may be given twice only if its action is to append.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        once = {name for action in self._actions for name in action.option_strings
+                if not isinstance(action, argparse._AppendAction)}
+        argv = sys.argv[1:] if args is None else args
+        if twice := given_twice([name for name in names_of_options(argv) if name in once]):
+            self.error(f"{twice} is given twice")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         exit_with(self.prog, message)

@@ -19,8 +19,9 @@ from torch import Tensor
 from models import SemiConditionalFlow
 
 from .data import SemiSupervisedData
+from .errors import Failed
 from .files import atomic_write
-from .metrics import Row, name_of_kept
+from .metrics import Row, names_of_kept
 
 # Colours that colour-blind people can tell apart: of Okabe and Ito, and for ten classes Paul Tol's
 # muted ones with black.
@@ -120,7 +121,7 @@ def plot_curves_of_runs(runs: dict[str, list[Row]]) -> Figure:
     units = set()
     for (label, rows), (dashes, colour) in zip(runs.items(), styles):
         epoch = [row["epoch"] for row in rows]
-        names = [name_of_kept(row) for row in rows]
+        names = names_of_kept(rows)
         images = np.isfinite([row[f"{name}_bpd"] for row, name in zip(rows, names)]).any()
         style = {"color": colour, "linestyle": dashes, "marker": "." if len(rows) < 30 else None}
         units.add("bits/dim" if images else "log p(x), nats")
@@ -221,7 +222,8 @@ def plot_redrawn(model: SemiConditionalFlow, x: Tensor, y: Tensor) -> Figure:
     z_h, _ = model.h_phi(z_f, y)
     other = torch.arange(k, device=x.device).repeat(len(x))                 # (N * K,)
     z_f = model.h_phi.inverse(z_h.repeat_interleave(k, 0), other)
-    redrawn = model.decode(torch.cat((z_aux.repeat_interleave(k, 0), z_f), 1)).unflatten(0, (-1, k))
+    z = torch.cat((z_aux.repeat_interleave(k, 0), z_f), 1)
+    redrawn = model.f_w.inverse(z).unflatten(0, (-1, k))                    # decode refuses some z
     images = torch.cat((x[:, None], redrawn), 1).cpu().float()              # (N, 1 + K, C, H, W)
     figure, axes = draw_grid(images, "Images re-drawn as every class, with their z_aux and z_h")
     places, labels = _middles(images, k, first=1)
@@ -246,7 +248,7 @@ def plot_interpolation(model: SemiConditionalFlow, x: Tensor, other: Tensor, y: 
     z = torch.lerp(encode(x)[:, None], encode(other)[:, None], share)       # (N, steps, D)
     z_aux, z_h = model.split_latent(z.flatten(0, 1))
     z_f = model.h_phi.inverse(z_h, y.repeat_interleave(steps))
-    images = model.decode(torch.cat((z_aux, z_f), 1)).unflatten(0, (-1, steps)).cpu().float()
+    images = model.f_w.inverse(torch.cat((z_aux, z_f), 1)).unflatten(0, (-1, steps)).cpu().float()
     figure, axes = draw_grid(images, "From one image to another of its class")
     axes.set_xticks(_middles(images, steps)[0], [f"{float(s):.3g}" for s in share])
     axes.set_xlabel("share of the second image in z_aux and z_h")
@@ -286,10 +288,11 @@ def plot_latent_space(model: SemiConditionalFlow, x: Tensor, y: Tensor) -> Figur
     z_h, _ = model.h_phi(z_f, y)
     figure = Figure(figsize=(8, 4), layout="constrained")
     for axes, z, title in zip(figure.subplots(1, 2), (z_f, z_h), ("z_f", "z_h, given the class")):
+        finite = z.isfinite().all(1)
         for k, marker in zip(range(model.n_classes), "ox"):
-            axes.scatter(*z[y == k].cpu().numpy().T, s=12, marker=marker, linewidths=0.8,
+            axes.scatter(*z[finite & (y == k)].cpu().numpy().T, s=12, marker=marker, linewidths=0.8,
                          color=POINT_COLOURS(k), alpha=0.7, label=f"class {k}")
-        axes.set_title(title)
+        axes.set_title(title + left_out(int((~finite).sum()), len(z)))
         axes.set_aspect("equal")
         axes.grid(alpha=0.3)
     axes.legend()
@@ -300,7 +303,7 @@ def plot_latent_space(model: SemiConditionalFlow, x: Tensor, y: Tensor) -> Figur
 def plot_density(model: SemiConditionalFlow, data: SemiSupervisedData, cells: int = 200) -> Figure:
     """For points: log p(x) with the training points, and p(y = 1 | x) with the test points.
 
-    Both are evaluated on a grid of cells x cells.
+    Both are evaluated on a grid of cells x cells. Raises Failed if none is finite.
     """
     points = data.train_x[:, :, 0, 0].cpu().numpy()
     low, high = points.min(0) - 0.4, points.max(0) + 0.4
@@ -309,16 +312,22 @@ def plot_density(model: SemiConditionalFlow, data: SemiSupervisedData, cells: in
     xs, ys = torch.linspace(left, right, cells), torch.linspace(bottom, top, cells)
     grid = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1).view(-1, 2, 1, 1).to(data.train_x)
     log_joint = torch.cat([model.log_joint(part) for part in grid.split(4096)]).cpu()
+    finite = log_joint.isfinite().all(1)
+    if not finite.any():
+        raise Failed("Not finite: log p(x, y) of all points of the picture")
+    log_joint[~finite] = torch.nan
     log_p = log_joint.logsumexp(1).view(cells, cells)
     posterior = log_joint.softmax(1)[:, 1].view(cells, cells)
     height = 5 * (top - bottom) / (right - left) + 0.7
     figure = Figure(figsize=(12, height), layout="constrained")
     density, regions = figure.subplots(1, 2)
-    image = density.imshow(log_p.clamp(min=float(log_p.max()) - 12).numpy(), origin="lower",
-                           extent=extent, cmap="viridis")
+    lowest = float(log_p[log_p.isfinite()].max()) - 12
+    image = density.imshow(log_p.clamp(min=lowest).numpy(), origin="lower", extent=extent,
+                           cmap="viridis")
     figure.colorbar(image, ax=density, label="log p(x), nats")
     density.scatter(*points.T, s=3, color="white", alpha=0.4, linewidths=0)
-    density.set_title("density and training points, labelled ones large")
+    density.set_title("density and training points, labelled ones large"
+                      + left_out(int((~finite).sum()), len(finite)))
     image = regions.imshow(posterior.numpy(), origin="lower", extent=extent, cmap=POSTERIOR,
                            vmin=0, vmax=1)
     figure.colorbar(image, ax=regions, label="p(y = 1 | x)")

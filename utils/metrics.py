@@ -3,7 +3,7 @@
 import csv
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .errors import BadInput
@@ -50,7 +50,7 @@ def read_metrics(path: str | Path) -> list[Row]:
     """The rows of a metrics.csv, NaN in the columns that it lacks; none if there is no file.
 
     Accuracy and bits/dim are NaN where log p(x) is not finite: they mean nothing there. Raises
-    BadInput if a value is no number, or if there are no epochs.
+    BadInput if a value is no number, or if epochs do not increase.
     """
     if not Path(path).exists():
         return []
@@ -60,7 +60,9 @@ def read_metrics(path: str | Path) -> list[Row]:
                     for row in csv.DictReader(f)]
     except (ValueError, TypeError, csv.Error):
         rows = [{"epoch": math.nan}]
-    if any(math.isnan(row["epoch"]) for row in rows):
+    epochs = [row["epoch"] for row in rows]
+    if not all(0 < epoch < 2**31 for epoch in epochs) or any(
+            b <= a for a, b in itertools.pairwise(epochs)):
         raise BadInput(f"{path} is damaged: it is not the metrics.csv of a run")
     for row, name in itertools.product(rows, ("val", "ema_val", "test")):
         if not math.isfinite(row[f"{name}_log_p"]):
@@ -75,12 +77,12 @@ def average_is_better(row: Mapping[str, float]) -> bool:
     return math.isfinite(averaged) and not (math.isfinite(last) and last >= averaged)
 
 
-def name_of_kept(row: Mapping[str, float]) -> str:
-    """The prefix of the metrics by which a run is judged after an epoch: val, ema_val, or, without
-    validation examples, test."""
-    if average_is_better(row):
-        return "ema_val"
-    return "test" if math.isnan(row["val_log_p"]) else "val"
+def names_of_kept(rows: Sequence[Row]) -> list[str]:
+    """The prefixes of the metrics by which a run is judged after each epoch: val, ema_val, or, of a
+    run without validation examples, test."""
+    if all(math.isnan(row["val_log_p"]) and math.isnan(row["ema_val_log_p"]) for row in rows):
+        return ["test"] * len(rows)
+    return ["ema_val" if average_is_better(row) else "val" for row in rows]
 
 
 def terminal_line(row: Row) -> str:

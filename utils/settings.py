@@ -19,7 +19,7 @@ from models import MODEL_OPTIONS
 from models.options import Option
 
 from .datasets import DATASETS
-from .errors import BadInput
+from .errors import BadInput, given_twice, names_of_options
 from .runs import RunParser, relative_to, started_in
 
 SHIPPED = "shipped"     # the value of a bare --pretrained
@@ -158,16 +158,21 @@ EXMAN_KEYS = ("root", "time", "id", "commit", "dirty")  # what exman adds to a r
 EXTENDS = "extends"     # the key of a config file that names another one
 
 
-def read_settings(argv: Sequence[str] | None = None) -> tuple["SettingsParser", argparse.Namespace]:
+def read_settings(argv: Sequence[str] | None = None, fixed: Sequence[str] = ()
+                  ) -> tuple["SettingsParser", argparse.Namespace]:
     """Parse a command line -> (parser, settings).
 
     settings is a namespace with every option. Nothing is written except exman's empty folders.
 
     argv: the command line; None: sys.argv[1:].
+    fixed: more of it, by a program that wants these options so.
     Raises BadInput if a value is wrong, by itself or beside others.
     """
     parser = SettingsParser()
-    return parser, parser.read(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if both := sorted(set(names_of_options(argv)) & set(names_of_options(fixed))):
+        raise BadInput(f"{both[0]} cannot be given here: this program sets it")
+    return parser, parser.read([*argv, *fixed])
 
 
 def _boolean(text: str) -> bool:
@@ -231,14 +236,15 @@ class SettingsParser(RunParser):
         Raises BadInput if a value is wrong, by itself or beside others.
         """
         argv = list(argv)
-        for option in ("--pretrained", "--resume"):     # an empty value would mean: train
+        # An empty value would mean: train, with the defaults, from random weights.
+        for option in ("--pretrained", "--resume", "--config", "--initial_weights"):
             if f"{option}=" in argv or (option, "") in itertools.pairwise(argv):
                 self.error(f"{option} has an empty value")
         # argparse would keep the last value, and ConfigArgParse read the last file only.
-        names = [word.partition("=")[0] for word in argv if word.startswith("--")]
-        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-            hint = f": a file {EXTENDS} another one" if twice[0] == "--config" else ""
-            self.error(f"{twice[0]} is given twice{hint}")
+        if (twice := given_twice(argv)) == "--config":
+            self.error(f"--config is given twice: a file {EXTENDS} another one")
+        if twice:
+            self.error(f"{twice} is given twice")
         s = self._parse(argv)
         if s.resume:
             s = self._parse_resumed(s.resume, argv)
@@ -259,7 +265,10 @@ class SettingsParser(RunParser):
                  "ema needs validation examples, to choose between the last and the averaged "
                  "weights: --validation N"),
                 (s.weights == "averaged" and not s.pretrained,
-                 "weights averaged is for --pretrained RUN_DIR/checkpoint.pt")):
+                 "weights averaged is for --pretrained RUN_DIR/checkpoint.pt"),
+                (s.draws > 1 and not s.pretrained, "draws is for --pretrained"),
+                (s.initial_weights and s.pretrained,
+                 "initial_weights is for training, and not for --pretrained")):
             if is_wrong:
                 self.error(message)
         return s
@@ -269,6 +278,9 @@ class SettingsParser(RunParser):
         if unknown:
             self.error(_unknown_key(unknown[0].split("=")[0]))
         values = vars(settings)
+        for key in OPTIONS:
+            if isinstance(values[key], list):       # what argparse makes of the value --
+                self.error(f"{key} cannot be --")
         n_classes = DATASETS[settings.data].n_classes
         for key, accepted in GONE.items():
             value = values.pop(key)
