@@ -70,9 +70,15 @@ def build_model(settings: Mapping[str, Any] | SimpleNamespace | argparse.Namespa
     class_probs: p(y), K numbers, or None for uniform.
     grey_levels: of the images, 256 for MNIST; only pixels marginal and model pyramid need it.
 
-    Raises ValueError if a value is not among an option's choices or out of its range, or if these
-    do not fit together.
+    Raises ValueError if a value is not of an option's type, among its choices and in its range, or
+    if these do not fit together.
     """
+    for name, number, least in (*(("a side of data_shape", side, 1) for side in data_shape),
+                                ("n_classes", n_classes, 1), ("grey_levels", grey_levels or 2, 2)):
+        if problem := Option(name, int, least, "", low=least).problem(number):
+            raise ValueError(f"{name} {problem}")
+    if len(data_shape) != 3:
+        raise ValueError(f"data_shape must be (C, H, W), not {tuple(data_shape)}")
     given = settings if isinstance(settings, Mapping) else vars(settings)
     options = SimpleNamespace(grey_levels=grey_levels)
     for option in (option for group in MODEL_OPTIONS.values() for option in group):

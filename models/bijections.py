@@ -45,10 +45,10 @@ class Bijection(nn.Module):
     """Base class of all bijections: the module's docstring states their contract."""
 
     inverse: Callable[..., Tensor]
+    fitted = True           # whether `fit` has been called, if it does anything
 
     def in_domain(self, x: Tensor) -> Tensor:
-        """Which values of x forward transforms to finite ones, of its shape: by default the finite
-        ones."""
+        """For which values of x forward is defined, of its shape: by default the finite ones."""
         return x.isfinite()
 
     def fit(self, images: Tensor | None) -> None:
@@ -122,11 +122,14 @@ class ActNorm(Affine):
         """Set bias and logs such that each channel of z that is not constant has mean 0 and
         standard deviation 1.
 
-        x: the batch (B, C, ...). Raises ValueError if it has fewer than two values per channel.
+        x: the batch (B, C, ...). Raises ValueError if it has fewer than two values per channel, or
+            values that are not finite.
         """
+        check_shape("x", x, (len(self.bias), *x.shape[2:]))
         values = x.transpose(0, 1).flatten(1)  # (C, B * H * W)
-        if values.shape[1] < 2:
-            raise ValueError("ActNorm needs at least two values per channel to initialise from")
+        if values.shape[1] < 2 or not values.isfinite().all():
+            raise ValueError("ActNorm needs at least two values per channel to initialise from, "
+                             "and all of them finite")
         self.bias.copy_(values.mean(1))
         self.logs.copy_(-torch.log(values.std(1) + 1e-6))
         self.initialized.fill_(True)

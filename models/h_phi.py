@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .bijections import ActNorm, ChannelCoupling, MultiScale, Split, split_size
+from .bijections import ActNorm, ChannelCoupling, MultiScale, Split, check_shape, split_size
 from .conv1x1 import invertible_conv
 from .networks import resnet1x1
 
@@ -34,6 +34,12 @@ def check_labels(y: Tensor, n_classes: int) -> None:
     if ((y < 0) | (y >= n_classes)).any():
         raise ValueError(f"labels are from {int(y.min())} to {int(y.max())}, and must be from 0 to "
                          f"{n_classes - 1}")
+
+
+def check_same_length(z: Tensor, y: Tensor) -> None:
+    """Raise ValueError if there is not a label for each row of z."""
+    if len(z) != len(y):
+        raise ValueError(f"there are {len(y)} labels for {len(z)} rows")
 
 
 def embed(embedding: nn.Embedding, y: Tensor) -> Tensor:
@@ -78,9 +84,11 @@ class ConditionalFlow(nn.Module):
         self.flow = MultiScale((dim,), layers)
 
     def forward(self, z_f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        check_same_length(z_f, y)
         return self.flow(z_f, embed(self.embedding, y))
 
     def inverse(self, z_h: Tensor, y: Tensor) -> Tensor:
+        check_same_length(z_h, y)
         return self.flow.inverse(z_h, embed(self.embedding, y))
 
 
@@ -104,10 +112,16 @@ class ConditionalShift(nn.Module):
         self.mu.weight.data *= options.ssl_std
 
     def forward(self, z_f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return z_f - embed(self.mu, y), z_f.new_zeros(len(z_f))
+        return z_f - self.means("z_f", z_f, y), z_f.new_zeros(len(z_f))
 
     def inverse(self, z_h: Tensor, y: Tensor) -> Tensor:
-        return z_h + embed(self.mu, y)
+        return z_h + self.means("z_h", z_h, y)
+
+    def means(self, name: str, z: Tensor, y: Tensor) -> Tensor:
+        """mu of each label, (B, ssl_dim). Raises ValueError if z, called `name`, is not so, too."""
+        check_shape(name, z, tuple(self.mu.weight.shape[1:]))
+        check_same_length(z, y)
+        return embed(self.mu, y)
 
 
 class ConditionalGaussian(ConditionalShift):
@@ -129,7 +143,8 @@ class ConditionalGaussian(ConditionalShift):
         return shifted * (-log_sigma).exp(), -log_sigma.sum(1)
 
     def inverse(self, z_h: Tensor, y: Tensor) -> Tensor:
-        return super().inverse(z_h * embed(self.log_sigma, y).exp(), y)
+        mu = self.means("z_h", z_h, y)
+        return z_h * embed(self.log_sigma, y).exp() + mu
 
 
 HEADS: dict[str, Callable[[int, int, SimpleNamespace], ConditionalFlow | ConditionalShift]] = {

@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
+# What a value may be an instance of, by the option's type.
+TYPES: dict[Any, Any] = {int: Integral, float: Real, bool: bool, str: str}
 LARGEST: dict[Any, float] = {int: 2**31 - 1, float: 1e30}       # `high` by the type of a number
 
 
@@ -34,10 +37,13 @@ class Option:
     resumable: bool = False
 
     def problem(self, value: Any) -> str:
-        """Say what is wrong with a value of the option's type; "" if it is allowed.
+        """Say what is wrong with a value; "" if it is allowed.
 
         value: of this option.
         """
+        kind = TYPES.get(self.type)
+        if kind and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
+            return f"must be of type {self.type.__name__}, not {value!r}"
         if self.choices and value not in self.choices:
             return f"invalid choice: {value!r} (choose from {', '.join(self.choices)})"
         if self.low is None or value in self.also:

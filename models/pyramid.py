@@ -75,7 +75,7 @@ class ConditionalPixels(MarginalGaussian):
                  context: Callable[[int, int], nn.Module], n_maps: int):
         super().__init__(shape, grey_levels)
         _, h, w = shape
-        self.shape, self.n_bins, self.n_maps = (1, h, w), n_bins, n_maps
+        self.n_bins, self.n_maps = n_bins, n_maps
         numbers = torch.arange(h * w).view(1, 1, h, w)
         groups, networks = [numbers[..., ::4, ::4]], []
         for s in (2, 1):
@@ -151,7 +151,7 @@ class ConditionalPixels(MarginalGaussian):
         _, h, w = self.shape
         first, *maps = self.context(z_f).split(self.context_sizes, 1)
         coarse, fine = (m.view(len(z_f), self.n_maps, h // s, w // s) for m, s in zip(maps, (4, 2)))
-        return first.view(len(z_f), self.n_bins, -1), coarse, fine
+        return first.unflatten(1, (self.n_bins, -1)), coarse, fine
 
     def _logits(self, x: Tensor, group: int, context: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """l of a group, not the last, of n pixels: x (B, 1, H, W) -> (B, n_bins, n)."""

@@ -13,6 +13,7 @@ where z_f is the last ssl_dim dimensions of z, and
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,8 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .bijections import ActNorm, Bijection, MultiScale, check_shape
-from .h_phi import ConditionalFlow, ConditionalShift, check_labels
+from .bijections import ActNorm, Bijection, MultiScale, Shape, check_shape
+from .h_phi import ConditionalFlow, ConditionalShift, check_labels, check_same_length
+
+
+MOST = 0.5      # the share of values 0 and 1 in images that can hardly be dequantised
 
 
 class DiagonalGaussian(nn.Module):
@@ -83,7 +87,7 @@ class SemiConditionalFlow(nn.Module):
         self.base_h = DiagonalGaussian(ssl_dim)  # of z_h
         uniform = torch.full((n_classes,), 1 / n_classes)
         p_y = torch.as_tensor(uniform if class_probs is None else class_probs, dtype=torch.float64)
-        if p_y.shape != (n_classes,) or not (p_y > 0).all():
+        if p_y.shape != (n_classes,) or not (p_y > 0).all() or not p_y.sum().isfinite():
             raise ValueError(f"class_probs must be {n_classes} positive numbers")
         log_p_y = (p_y / p_y.sum()).log().to(torch.get_default_dtype())
         self.register_buffer("log_p_y", log_p_y)  # (K,)
@@ -100,20 +104,21 @@ class SemiConditionalFlow(nn.Module):
         large where x is improbable, above all in model pyramid, where each pixel's error changes
         what finer ones are given: of the first layer of mnist-best it is 70 for the first test
         image, and 4e7 for the worst of 1,000. pretrained/README.md has the largest
-        |decode(encode(x)) - x| of all shipped weights; model.double() makes it smaller.
+        |decode(encode(x)) - x| of all shipped weights; model.double() makes it smaller. Where
+        float32 overflows, x is NaN.
         """
         self._check("z", z, (self.dim,))
         return self.f_w.inverse(z)
 
     def split_latent(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """z (B, D) -> z_aux (B, D - ssl_dim), z_f (B, ssl_dim)."""
-        check_shape("z", z, (self.dim,))
+        self._check("z", z, (self.dim,), values=False)
         z_aux, z_f = z.split([self.dim - self.ssl_dim, self.ssl_dim], 1)
         return z_aux, z_f
 
     def log_zf_joint(self, z_f: Tensor) -> Tensor:
         """log p(z_f, y) for each of the K classes, in nats: z_f (B, ssl_dim) -> (B, K)."""
-        check_shape("z_f", z_f, (self.ssl_dim,))
+        self._check("z_f", z_f, (self.ssl_dim,), values=False)
         k = self.n_classes
         y = torch.arange(k, device=z_f.device).repeat(len(z_f))  # (B * K,)
         z_h, ldj = self.h_phi(z_f.repeat_interleave(k, 0), y)    # (B * K, ssl_dim), (B * K,)
@@ -158,6 +163,7 @@ class SemiConditionalFlow(nn.Module):
             dtype, device = self.log_p_y.dtype, self.log_p_y.device
             eps = torch.randn(len(y), self.dim, dtype=dtype, device=device)
         self._check("eps", eps, (self.dim,))
+        check_same_length(eps, y)
         eps_aux, eps_h = self.split_latent(eps)
         z_f = self.h_phi.inverse(self.base_h.sample(eps_h), y)
         x = self.f_w.inverse(torch.cat((self.base_aux.sample(eps_aux), z_f), 1))
@@ -171,7 +177,7 @@ class SemiConditionalFlow(nn.Module):
             input, in the order of the forward pass; the ActNorms of h_phi see every sample with
             every label
         images: the training images (N, C, H, W), as integer grey levels, for a first layer that is
-            fitted to them
+            fitted to them and has not been
 
         Raises ValueError if such a layer gets no images, or if the examples in x are all equal:
         each channel needs at least two values.
@@ -181,7 +187,7 @@ class SemiConditionalFlow(nn.Module):
             raise ValueError("the model is initialised from two different examples at least, not "
                              f"from {len(x)}{' equal ones' * (len(x) > 1)}")
         for part in self.modules():
-            if isinstance(part, Bijection):
+            if isinstance(part, Bijection) and not part.fitted:
                 part.fit(images)
         hooks = [part.register_forward_pre_hook(lambda act, args: act.initialize(args[0]))
                  for part in self.modules() if isinstance(part, ActNorm) and not part.initialized]
@@ -191,22 +197,28 @@ class SemiConditionalFlow(nn.Module):
             for hook in hooks:
                 hook.remove()
 
-    def _check(self, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-        """Raise ValueError unless x is (B, *shape), of the type of the model, with values that x,
-        z or eps can have."""
+    def _check(self, name: str, x: Tensor, shape: Shape, values: bool = True) -> None:
+        """Raise ValueError unless x is (B, *shape), of the type of the model and, with `values`,
+        has values that x, z or eps can have."""
         check_shape(name, x, shape)
         if x.dtype != self.log_p_y.dtype:
             wanted = ", with values in [0, 1]" * (self.image and name == "x")
             raise ValueError(f"{name} is of type {x.dtype}, and must be of {self.log_p_y.dtype}"
                              f"{wanted}")
-        if self.checks_values:
+        if values and self.checks_values:
             self._check_values(name, x)
 
     @torch.compiler.disable
     def _check_values(self, name: str, x: Tensor) -> None:
         layer: Any = self.f_w.levels[0][0]
         good = layer.in_domain(x) if name == "x" else x.isfinite()
+        is_image = self.image and name == "x"
         if not good.all():
-            wanted = "in [0, 1]" if self.image and name == "x" else "finite"
-            raise ValueError(f"{name} has values from {x.min():.4g} to {x.max():.4g}, and must be "
-                             f"{wanted}")
+            found = f"from {x.min():.8g} to {x.max():.8g}"
+            if n := int(x.isnan().sum()):
+                found = f"that are NaN, {n} of {x.numel()}"
+            raise ValueError(f"{name} has values {found}, and must be "
+                             f"{'in [0, 1]' if is_image else 'finite'}")
+        if is_image and ((x == 0) | (x == 1)).double().mean() > MOST:
+            warnings.warn("most values of x are 0 or 1: log p(x) means nothing of images that are "
+                          "not dequantised, x = (grey level + u) / levels", stacklevel=4)

@@ -373,9 +373,10 @@ def test_edges_of_grey_levels_are_the_same_in_float32_and_float64(make):
 
 
 @pytest.mark.parametrize("images, message", [
-    (torch.rand(5, 2, 4, 4), "integer grey levels of 32 values an image, not to .5, 2, 4, 4. of"),
-    (torch.zeros(5, 1, 4, 4, dtype=torch.long), "integer grey levels of 32 values"),
-    (torch.zeros(0, 2, 4, 4, dtype=torch.long), "integer grey levels of 32 values"),
+    (torch.rand(5, 2, 4, 4), "fitted to images of integer grey levels, not to 5 of torch.float"),
+    (torch.rand(5, 2, 4, 4) > 0.5, "not to 5 of torch.bool"),
+    (torch.zeros(5, 4, 4, 2, dtype=torch.long), r"images has shape .* must have shape .B, 2, 4, 4."),
+    (torch.zeros(0, 2, 4, 4, dtype=torch.long), "not to 0 of torch.int64"),
     (torch.full((5, 2, 4, 4), 17), "grey levels from 17 to 17, and must have them from 0 to 16"),
     (torch.full((5, 2, 4, 4), -1), "from -1 to -1")])
 def test_images_that_marginals_cannot_be_fitted_to(images, message):
@@ -403,6 +404,9 @@ def test_actnorm_initialisation():
     assert act.initialized
     with pytest.raises(ValueError, match="at least two values"):
         ActNorm(3).initialize(torch.randn(1, 3))
+    for bad, message in ((x / 0, "all of them finite"), (x[:, :1], "must have shape .B, 3, 4, 4")):
+        with pytest.raises(ValueError, match=message):
+            ActNorm(3).initialize(bad)
     constant = ActNorm(3)
     constant.initialize(torch.full((16, 3, 4, 4), 0.5))
     torch.testing.assert_close(constant.logs.detach().exp(), torch.full((3,), 1e6))

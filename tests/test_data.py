@@ -85,9 +85,10 @@ def own_data(**changes):
 def test_own_data():
     hidden = torch.where(torch.arange(30) < 6, torch.arange(30) % 3, -1)
     few = torch.tensor([5, 3, 1], dtype=torch.int32)
-    for changes in ({}, {"train_y": hidden}, {"labelled": few}):
+    small = {"train_y": (LABELS % 3).to(torch.uint8), "test_y": LABELS.to(torch.int8)}
+    for changes in ({}, {"train_y": hidden}, {"labelled": few}, small):
         data = own_data(**changes)
-        assert data.n_classes == len(data.class_probs) == 3
+        assert data.n_classes == len(data.class_probs) == 3 and data.test_y.dtype == torch.int64
         x, y, *_ = data.sample_batch(100, generator())
         assert 0 <= x.min() < 0.2 and 0.8 < x.max() <= 1 and set(y.tolist()) == {-1, 0, 1, 2}
     points = own_data(grey_levels=None, **{f"{part}_x": torch.randn(30, 2, 1, 1)
@@ -105,8 +106,14 @@ LABELS, IMAGES = torch.arange(30) % 3, torch.randint(17, (30, 1, 8, 8))
     ({"train_x": IMAGES + 1}, "train_x has grey levels from 1 to 17, and must have them from 0 to"),
     ({"test_x": IMAGES - 1}, "test_x has grey levels from -1 to 15"),
     ({"validation": (IMAGES * 2, LABELS)}, "val_x has grey levels from 0 to 32"),
-    ({"grey_levels": None}, "train_x has no grey_levels, and must be finite floats, not torch.int"),
-    ({"train_x": IMAGES[:, 0]}, r"train_x and train_y have shapes .30, 8, 8."),
+    ({"grey_levels": None}, r"without grey_levels train_x must be points, .N, C, 1, 1., finite"),
+    ({"grey_levels": None, "train_x": IMAGES / 16}, r"not .30, 1, 8, 8. of torch.float32"),
+    ({"grey_levels": None, "augmentation": Augmentation(1, 1, 1)}, "points cannot be augmented"),
+    ({"clf_noise": "no"}, "clf_noise must be true, train or false, not 'no'"),
+    ({"sup_sample_weight": -2}, "sup_sample_weight must be positive or -1, not -2"),
+    ({"sup_sample_weight": math.nan}, "sup_sample_weight must be positive or -1, not nan"),
+    ({"spread_labels": 1}, "spread_labels must be from 0 to 1, not 1"),
+    ({"train_x": IMAGES[:, 0]}, r"shapes .30, 8, 8. and .30,., and must have .N, C, H, W. and"),
     ({"test_x": IMAGES[:, :, 1:]}, r"test_x and test_y have shapes .* must have .N, 1, 8, 8."),
     ({"test_y": LABELS[1:]}, r"shapes .30, 1, 8, 8. and .29,."),
     ({"train_y": LABELS.float()}, "train_y must be integers"),
@@ -132,6 +139,8 @@ def test_images_that_are_no_grey_levels():
     for call in (data.middle_of_levels, lambda x: data.dequantize(x, generator())):
         with pytest.raises(ValueError, match="images must be integers, not of type"):
             call(data.test_x / 16)
+        with pytest.raises(ValueError, match="images has grey levels from 0 to 32, and must have"):
+            call(2 * data.test_x)
 
 
 def test_hidden_labels_are_not_stored():

@@ -1,6 +1,7 @@
 """The semi-conditional flow as a density: log_joint, posterior, samples, initialisation."""
 
 import math
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -192,7 +193,7 @@ def test_x_of_another_kind(kind, method):
              (torch.rand(4, c, h, w + 4), shape), (torch.rand(4, c, h + 4, w), shape),
              (x[0], shape), (x.flatten(1), shape), (x.double(), "is of type torch.float64, and"),
              ((16 * x).to(torch.uint8), "is of type torch.uint8, and must be of torch.float32"),
-             (torch.where(x > 0.5, torch.nan, x), "x has values from nan to nan, and must be"),
+             (torch.where(x > 0.5, torch.nan, x), r"x has values that are NaN, \d+ of \d+, and"),
              (torch.where(x > 0.5, torch.inf, x), "to inf, and must be")]
     if model.image:
         wrong += [(255 * x, r"and must be in \[0, 1\]"),
@@ -216,6 +217,21 @@ def test_latents_and_noise_of_another_kind(kind):
                 call(bad)
     with pytest.raises(ValueError, match=f"z_f has shape .*must have shape .B, {model.ssl_dim}"):
         model.log_zf_joint(z[:, :1])
+    for call in (model.split_latent, lambda z: model.log_zf_joint(model.split_latent(z)[1])):
+        with pytest.raises(ValueError, match=r"is of type torch.int64, and must be of"):
+            call(z.long())
+    none = torch.arange(0)
+    assert model.decode(z[:0]).shape == model.sample(none).shape == (0, *model.data_shape)
+    assert model.log_joint(x[:0]).shape == (0, 10)
+
+
+def test_images_that_are_not_dequantised_are_warned_of():
+    model, x = model_of("marginal")
+    for bad in (torch.zeros(2, 1, 8, 8), (x > 0.9).float(), (x - 0.6).clamp(min=0)):
+        with pytest.warns(UserWarning, match="most values of x are 0 or 1: log p"):
+            model.log_prob(bad)
+    with warnings.catch_warnings(action="error"):
+        model.log_prob(torch.where(x < 0.3, 0.0, x))
 
 
 @pytest.mark.parametrize("ssl_model", ["cond-flow", "cond-shift", "cond-gmm"])
@@ -232,6 +248,14 @@ def test_labels_that_the_model_does_not_have(ssl_model):
             with pytest.raises(ValueError, match=message):
                 call(y)
     assert model.sample(torch.tensor([0, 9], dtype=torch.int32)).shape == (2, 1, 8, 8)
+    y = torch.tensor([3])
+    for call in (lambda: model.sample(y, torch.randn(4, 64)), lambda: model.h_phi(z_f, y),
+                 lambda: model.h_phi.inverse(z_f, y)):
+        with pytest.raises(ValueError, match=r"there are 1 labels for \d rows"):
+            call()
+    for call in (model.h_phi, model.h_phi.inverse):
+        with pytest.raises(ValueError, match=r"has shape .2, 1., and must have shape .B, 16."):
+            call(z_f[:, :1], torch.tensor([0, 1]))
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -306,13 +330,28 @@ def test_settings_may_be_a_mapping_or_a_namespace():
     ({"model": "toy"}, (1, 8, 8), "toy"), ({}, (2, 1, 1), "sides"),
     ({}, (1, 10, 10), "multiples of 4"), ({"conv": "lu"}, (1, 8, 8), "conv: invalid choice"),
     ({"ssl_k": 0}, (1, 8, 8), "ssl_k"),
+    ({"position_bias": "false"}, (1, 8, 8), "position_bias: must be of type bool, not 'false'"),
+    ({"ssl_k": 1.5}, (1, 8, 8), "ssl_k: must be of type int, not 1.5"),
+    ({"ssl_l": True}, (1, 8, 8), "ssl_l: must be of type int, not True"),
+    ({"ssl_std": "1"}, (1, 8, 8), "ssl_std: must be of type float, not '1'"),
+    ({}, (8, 8), r"data_shape must be .C, H, W., not .8, 8."),
+    ({}, (1, 0, 8), "a side of data_shape must be at least 1"),
 ])
 def test_settings_that_do_not_fit(changes, shape, message):
     with pytest.raises(ValueError, match=message):
         build_model({**SMALL, **changes}, shape, 10)
 
 
-@pytest.mark.parametrize("probs", [[0.5] * 3, [0.0] + [0.1] * 9])
+@pytest.mark.parametrize("n_classes, grey_levels, message", [
+    (0, 17, "n_classes must be at least 1"), (2.0, 17, "n_classes must be of type int"),
+    (10, 1, "grey_levels must be at least 2"), (10, 17.0, "grey_levels must be of type int")])
+def test_numbers_of_classes_and_grey_levels_that_do_not_fit(n_classes, grey_levels, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(SMALL, (1, 8, 8), n_classes, grey_levels=grey_levels)
+
+
+@pytest.mark.parametrize("probs", [[0.5] * 3, [0.0] + [0.1] * 9, [math.inf] + [0.1] * 9,
+                                   [1e308] * 10])
 def test_class_probs_that_do_not_fit(probs):
     with pytest.raises(ValueError, match="class_probs"):
         build_model(SMALL, (1, 8, 8), 10, probs)
@@ -330,6 +369,7 @@ def test_pixels_marginal_needs_the_grey_levels_and_the_training_images():
     model.initialize(x, images)
     again = build_model(settings, (1, 8, 8), 10, grey_levels=17)
     again.load_state_dict(model.state_dict())               # the marginals are among the weights
+    again.initialize(x, 16 - images)                        # which are not fitted again
     assert torch.equal(again.log_joint(x), model.log_joint(x))
     assert not torch.allclose(again.encode(x)[0], build_model(
         settings, (1, 8, 8), 10, grey_levels=17).encode(x)[0])

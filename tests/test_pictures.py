@@ -151,8 +151,7 @@ def test_what_the_parts_of_the_latent_space_know(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_cnn_recognises_typical_samples(tmp_path):
     """Of the shipped model of digits, and not those of a far too high temperature."""
-    line = [*SHIPPED, "--samples", "100", "--json", "a.json"]
-    samples.main([*line, "--temperatures", "0.5", "10"])
+    samples.main([*SHIPPED, "--samples", "100", "--json", "a.json", "--temperatures", "0.5", "10"])
     report = json.loads((tmp_path / "a.json").read_text())
     assert report["samples"] == 100 and report["test_accuracy"] > 0.95
     assert set(report["inversion_error"]) == {"test", "0.5"}        # none at 10 is finite
@@ -162,7 +161,7 @@ def test_a_cnn_recognises_typical_samples(tmp_path):
                           (["--temperatures", "-1"], "--temperatures must be from 0"),
                           (["--json", "no/a.json"], "no folder no")):
         with pytest.raises(BadInput, match=message):
-            samples.main([*line, *argv])
+            samples.main([*SHIPPED, *argv])
 
 
 def test_a_sample_that_is_not_finite_is_not_recognised(monkeypatch, capsys):

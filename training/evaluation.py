@@ -58,11 +58,13 @@ def predict(infer: Inference, data: SemiSupervisedData, images: Tensor, batch_si
         process computes alone
 
     Unless data.clf_noise is "true", the x that is classified has no noise, and so needs a pass of
-    its own.
+    its own. Raises ValueError if there are no images.
     """
     rank, size = (processes.rank, processes.size) if processes else (0, 1)
     generator = torch.Generator(data.device).manual_seed(seed)
     n = len(images)
+    if not n:
+        raise ValueError("there are no examples to evaluate")
     n_batches = -(-n // batch_size)
     batch_size = -(-n // n_batches)
     results = infer.log_p_y.new_zeros(n, 1 + len(infer.log_p_y))        # log p(x) and logits

@@ -285,7 +285,7 @@ def _fitting_batch(model: SemiConditionalFlow, dtype: torch.dtype | None) -> int
             largest = max(largest, out.numel() * (dtype or out.dtype).itemsize)
     hook = register_module_forward_hook(record)
     try:
-        model.log_joint(model.log_p_y.new_zeros(1, *model.data_shape))
+        model.log_joint(model.log_p_y.new_full((1, *model.data_shape), 0.5))
     finally:
         hook.remove()
     return 1 << max(MICRO_BATCH_BYTES // largest, 1).bit_length() - 1

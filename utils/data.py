@@ -69,16 +69,25 @@ class SemiSupervisedData:
                  sup_sample_weight: float = 0.5, augmentation: Augmentation | None = None,
                  clf_noise: str = "true", spread_labels: float = 0.0):
         val_x, val_y = validation or (train_x[:0], train_y[:0])
+        if clf_noise not in ("true", "train", "false"):
+            raise ValueError(f"clf_noise must be true, train or false, not {clf_noise!r}")
+        if not (sup_sample_weight == -1 or 0 < sup_sample_weight < math.inf):
+            raise ValueError(f"sup_sample_weight must be positive or -1, not {sup_sample_weight}")
+        if not 0 <= spread_labels < 1:
+            raise ValueError(f"spread_labels must be from 0 to 1, not {spread_labels}")
+        if grey_levels is None and augmentation:
+            raise ValueError("points cannot be augmented")
         for name, x, y in (("train", train_x, train_y), ("test", test_x, test_y),
                            ("val", val_x, val_y)):
             _check_examples(name, x, y, tuple(train_x.shape[1:]), grey_levels)
         _check_indices(labelled, len(train_x))
         self.n_classes = int(torch.cat((train_y, test_y, val_y)).max()) + 1
-        shown = set(train_y[labelled].tolist())
+        shown = set(train_y[labelled.long()].tolist())
         if -1 in shown:
             raise ValueError("a labelled example has class -1")
         if missing := set(range(self.n_classes)) - shown:
             raise ValueError(f"the labelled examples have none of class {min(missing)}")
+        labelled, train_y, test_y, val_y = (t.long() for t in (labelled, train_y, test_y, val_y))
         self.labelled = labelled.to(device)
         self.labelled_ids = labelled if labelled_ids is None else labelled_ids
         is_labelled = torch.zeros(len(train_y), dtype=torch.bool)
@@ -118,11 +127,12 @@ class SemiSupervisedData:
     def dequantize(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """(grey level + u) / grey_levels, with u uniform in [0, 1) from `generator`.
 
-        Points are returned as they are. Raises ValueError for images that are no integers.
+        Points are returned as they are. Raises ValueError for images that are no grey levels; on a
+        GPU, which would have to be waited for, only if they are no integers.
         """
         if self.grey_levels is None:
             return x
-        _check_integers("images", x)
+        self._check_levels(x)
         dtype = torch.get_default_dtype()
         noise = torch.rand(x.shape, generator=generator, dtype=dtype, device=x.device)
         return (x.to(dtype) + noise) / self.grey_levels
@@ -130,11 +140,16 @@ class SemiSupervisedData:
     def middle_of_levels(self, x: Tensor) -> Tensor:
         """(grey level + 1/2) / grey_levels: dequantised without noise.
 
-        Raises ValueError for images that are no integers.
+        Raises ValueError as `dequantize` does.
         """
         assert self.grey_levels is not None, "points have no grey levels"
-        _check_integers("images", x)
+        self._check_levels(x)
         return (x.to(torch.get_default_dtype()) + 0.5) / self.grey_levels
+
+    def _check_levels(self, x: Tensor) -> None:
+        _check_integers("images", x)
+        if not x.is_cuda and self.grey_levels is not None:
+            _check_range("images", x, self.grey_levels)
 
     def sample_batch(self, batch_size: int, generator: torch.Generator,
                      augmented: bool = True) -> Batch:
@@ -182,22 +197,26 @@ def _check_examples(name: str, x: Tensor, y: Tensor, shape: tuple[int, ...],
                     grey_levels: int | None) -> None:
     """Raise ValueError unless x (N, *shape) and y (N,) are examples as in SemiSupervisedData."""
     if x.dim() != 4 or tuple(x.shape[1:]) != shape or y.shape != x.shape[:1]:
+        wanted = ", ".join(map(str, shape)) if len(shape) == 3 else "C, H, W"
         raise ValueError(f"{name}_x and {name}_y have shapes {tuple(x.shape)} and "
-                         f"{tuple(y.shape)}, and must have (N, {', '.join(map(str, shape))}) and "
-                         "(N,)")
+                         f"{tuple(y.shape)}, and must have (N, {wanted}) and (N,)")
     _check_integers(f"{name}_y", y)
     lowest = -1 if name == "train" else 0
     if len(y) and int(y.min()) < lowest:
         raise ValueError(f"{name}_y has class {int(y.min())}, and classes start at {lowest}")
     if grey_levels is None:
-        if not (x.is_floating_point() and x.isfinite().all()):
-            raise ValueError(f"{name}_x has no grey_levels, and must be finite floats, not "
-                             f"{x.dtype}")
+        if not (x.is_floating_point() and shape[1:] == (1, 1) and x.isfinite().all()):
+            raise ValueError(f"without grey_levels {name}_x must be points, (N, C, 1, 1), finite "
+                             f"floats, not {tuple(x.shape)} of {x.dtype}")
         return
     _check_integers(f"{name}_x, grey levels from 0 to {grey_levels - 1},", x)
-    if len(x) and not 0 <= int(x.min()) <= int(x.max()) < grey_levels:
-        raise ValueError(f"{name}_x has grey levels from {int(x.min())} to {int(x.max())}, and "
-                         f"must have them from 0 to {grey_levels - 1}")
+    _check_range(f"{name}_x", x, grey_levels)
+
+
+def _check_range(name: str, x: Tensor, grey_levels: int) -> None:
+    if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < grey_levels:
+        raise ValueError(f"{name} has grey levels from {int(x.min())} to {int(x.max())}, and must "
+                         f"have them from 0 to {grey_levels - 1}")
 
 
 def _check_indices(labelled: Tensor, n: int) -> None:
