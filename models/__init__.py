@@ -73,12 +73,13 @@ def build_model(settings: Mapping[str, Any] | SimpleNamespace | argparse.Namespa
     Raises ValueError if a value is not of an option's type, among its choices and in its range, or
     if these do not fit together.
     """
-    for name, number, least in (*(("a side of data_shape", side, 1) for side in data_shape),
-                                ("n_classes", n_classes, 1), ("grey_levels", grey_levels or 2, 2)):
-        if problem := Option(name, int, least, "", low=least).problem(number):
-            raise ValueError(f"{name} {problem}")
     if len(data_shape) != 3:
         raise ValueError(f"data_shape must be (C, H, W), not {tuple(data_shape)}")
+    for name, number, least in (*(("a side of data_shape", side, 1) for side in data_shape),
+                                ("n_classes", n_classes, 1), ("grey_levels", grey_levels, 2)):
+        problem = Option(name, int, least, "", low=least).problem(number)
+        if number is not None and problem:
+            raise ValueError(f"{name} {problem}")
     given = settings if isinstance(settings, Mapping) else vars(settings)
     options = SimpleNamespace(grey_levels=grey_levels)
     for option in (option for group in MODEL_OPTIONS.values() for option in group):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .checks import check_shape
 from .kernels import beside
 
 Shape = tuple[int, ...]
@@ -32,13 +33,6 @@ def per_channel(v: Tensor, x: Tensor) -> Tensor:
 def sum_per_sample(v: Tensor) -> Tensor:
     """Sum v (B, ...) over all dimensions but the first: (B,)."""
     return v.flatten(1).sum(1)
-
-
-def check_shape(name: str, x: Tensor, shape: Shape) -> None:
-    """Raise ValueError if x, called `name`, is not of shape (B, *shape)."""
-    if tuple(x.shape[1:]) != shape:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, and must have shape "
-                         f"(B, {', '.join(map(str, shape))})")
 
 
 class Bijection(nn.Module):

@@ -18,28 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .bijections import ActNorm, ChannelCoupling, MultiScale, Split, check_shape, split_size
+from .bijections import ActNorm, ChannelCoupling, MultiScale, Split, split_size
+from .checks import check_labels, check_same_length, check_shape
 from .conv1x1 import invertible_conv
 from .networks import resnet1x1
 
 EMBEDDING_DIM = 10    # of a label
-
-
-@torch.compiler.disable
-def check_labels(y: Tensor, n_classes: int) -> None:
-    """Raise ValueError if y is not (B,) with integers from 0 to n_classes - 1."""
-    if y.dim() != 1 or y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
-        raise ValueError(f"labels have shape {tuple(y.shape)} and type {y.dtype}, and must be "
-                         "integers of shape (B,)")
-    if ((y < 0) | (y >= n_classes)).any():
-        raise ValueError(f"labels are from {int(y.min())} to {int(y.max())}, and must be from 0 to "
-                         f"{n_classes - 1}")
-
-
-def check_same_length(z: Tensor, y: Tensor) -> None:
-    """Raise ValueError if there is not a label for each row of z."""
-    if len(z) != len(y):
-        raise ValueError(f"there are {len(y)} labels for {len(z)} rows")
 
 
 def embed(embedding: nn.Embedding, y: Tensor) -> Tensor:
@@ -118,7 +102,7 @@ class ConditionalShift(nn.Module):
         return z_h + self.means("z_h", z_h, y)
 
     def means(self, name: str, z: Tensor, y: Tensor) -> Tensor:
-        """mu of each label, (B, ssl_dim). Raises ValueError if z, called `name`, is not so, too."""
+        """mu of each label: z, called `name`, (B, ssl_dim), y (B,) -> (B, ssl_dim)."""
         check_shape(name, z, tuple(self.mu.weight.shape[1:]))
         check_same_length(z, y)
         return embed(self.mu, y)

@@ -13,7 +13,6 @@ where z_f is the last ssl_dim dimensions of z, and
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,11 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .bijections import ActNorm, Bijection, MultiScale, Shape, check_shape
-from .h_phi import ConditionalFlow, ConditionalShift, check_labels, check_same_length
-
-
-MOST = 0.5      # the share of values 0 and 1 in images that can hardly be dequantised
+from .bijections import ActNorm, Bijection, MultiScale, Shape
+from .checks import check_labels, check_same_length, check_shape, check_type, check_values
+from .h_phi import ConditionalFlow, ConditionalShift
 
 
 class DiagonalGaussian(nn.Module):
@@ -200,25 +197,9 @@ class SemiConditionalFlow(nn.Module):
     def _check(self, name: str, x: Tensor, shape: Shape, values: bool = True) -> None:
         """Raise ValueError unless x is (B, *shape), of the type of the model and, with `values`,
         has values that x, z or eps can have."""
+        is_x, is_image = name == "x", name == "x" and self.image
         check_shape(name, x, shape)
-        if x.dtype != self.log_p_y.dtype:
-            wanted = ", with values in [0, 1]" * (self.image and name == "x")
-            raise ValueError(f"{name} is of type {x.dtype}, and must be of {self.log_p_y.dtype}"
-                             f"{wanted}")
+        check_type(name, x, self.log_p_y.dtype, is_image)
         if values and self.checks_values:
-            self._check_values(name, x)
-
-    @torch.compiler.disable
-    def _check_values(self, name: str, x: Tensor) -> None:
-        layer: Any = self.f_w.levels[0][0]
-        good = layer.in_domain(x) if name == "x" else x.isfinite()
-        is_image = self.image and name == "x"
-        if not good.all():
-            found = f"from {x.min():.8g} to {x.max():.8g}"
-            if n := int(x.isnan().sum()):
-                found = f"that are NaN, {n} of {x.numel()}"
-            raise ValueError(f"{name} has values {found}, and must be "
-                             f"{'in [0, 1]' if is_image else 'finite'}")
-        if is_image and ((x == 0) | (x == 1)).double().mean() > MOST:
-            warnings.warn("most values of x are 0 or 1: log p(x) means nothing of images that are "
-                          "not dequantised, x = (grey level + u) / levels", stacklevel=4)
+            first: Any = self.f_w.levels[0][0]
+            check_values(name, x, first.in_domain(x) if is_x else x.isfinite(), is_image)

@@ -373,11 +373,11 @@ def test_edges_of_grey_levels_are_the_same_in_float32_and_float64(make):
 
 
 @pytest.mark.parametrize("images, message", [
-    (torch.rand(5, 2, 4, 4), "fitted to images of integer grey levels, not to 5 of torch.floa"),
-    (torch.rand(5, 2, 4, 4) > 0.5, "not to 5 of torch.bool"),
-    (torch.zeros(5, 4, 4, 2, dtype=torch.long), r"images has shape .*have shape .B, 2, 4, 4."),
-    (torch.zeros(0, 2, 4, 4, dtype=torch.long), "not to 0 of torch.int64"),
-    (torch.full((5, 2, 4, 4), 17), "grey levels from 17 to 17, and must have them from 0 to 16"),
+    (torch.rand(5, 2, 4, 4), "images must be integers, not of type torch.float"),
+    (torch.rand(5, 2, 4, 4) > 0.5, "images must be integers, not of type torch.bool"),
+    (torch.zeros(5, 4, 4, 2, dtype=torch.long), r"images has shape .* .B, 2, 4, 4."),
+    (torch.zeros(0, 2, 4, 4, dtype=torch.long), "fitted to the training images: give them"),
+    (torch.full((5, 2, 4, 4), 17), "images has grey levels from 17 to 17, and must"),
     (torch.full((5, 2, 4, 4), -1), "from -1 to -1")])
 def test_images_that_marginals_cannot_be_fitted_to(images, message):
     with pytest.raises(ValueError, match=message):

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.checks import check_grey_levels, check_integers
+
 from .label_spreading import orientation_histograms, spread_labels
 
 Examples = tuple[Tensor, Tensor]        # x (N, C, H, W), y (N,)
@@ -132,7 +134,7 @@ class SemiSupervisedData:
         """
         if self.grey_levels is None:
             return x
-        self._check_levels(x)
+        _check_levels(x, self.grey_levels)
         dtype = torch.get_default_dtype()
         noise = torch.rand(x.shape, generator=generator, dtype=dtype, device=x.device)
         return (x.to(dtype) + noise) / self.grey_levels
@@ -143,13 +145,8 @@ class SemiSupervisedData:
         Raises ValueError as `dequantize` does.
         """
         assert self.grey_levels is not None, "points have no grey levels"
-        self._check_levels(x)
+        _check_levels(x, self.grey_levels)
         return (x.to(torch.get_default_dtype()) + 0.5) / self.grey_levels
-
-    def _check_levels(self, x: Tensor) -> None:
-        _check_integers("images", x)
-        if not x.is_cuda and self.grey_levels is not None:
-            _check_range("images", x, self.grey_levels)
 
     def sample_batch(self, batch_size: int, generator: torch.Generator,
                      augmented: bool = True) -> Batch:
@@ -188,9 +185,11 @@ class SemiSupervisedData:
         return math.log2(self.grey_levels) - log_p / (math.prod(self.shape) * math.log(2))
 
 
-def _check_integers(name: str, values: Tensor) -> None:
-    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-        raise ValueError(f"{name} must be integers, not of type {values.dtype}")
+def _check_levels(x: Tensor, grey_levels: int) -> None:
+    if x.is_cuda:
+        check_integers("images", x)
+    else:
+        check_grey_levels("images", x, grey_levels)
 
 
 def _check_examples(name: str, x: Tensor, y: Tensor, shape: tuple[int, ...],
@@ -200,7 +199,7 @@ def _check_examples(name: str, x: Tensor, y: Tensor, shape: tuple[int, ...],
         wanted = ", ".join(map(str, shape)) if len(shape) == 3 else "C, H, W"
         raise ValueError(f"{name}_x and {name}_y have shapes {tuple(x.shape)} and "
                          f"{tuple(y.shape)}, and must have (N, {wanted}) and (N,)")
-    _check_integers(f"{name}_y", y)
+    check_integers(f"{name}_y", y)
     lowest = -1 if name == "train" else 0
     if len(y) and int(y.min()) < lowest:
         raise ValueError(f"{name}_y has class {int(y.min())}, and classes start at {lowest}")
@@ -209,21 +208,14 @@ def _check_examples(name: str, x: Tensor, y: Tensor, shape: tuple[int, ...],
             raise ValueError(f"without grey_levels {name}_x must be points, (N, C, 1, 1), finite "
                              f"floats, not {tuple(x.shape)} of {x.dtype}")
         return
-    _check_integers(f"{name}_x, grey levels from 0 to {grey_levels - 1},", x)
-    _check_range(f"{name}_x", x, grey_levels)
-
-
-def _check_range(name: str, x: Tensor, grey_levels: int) -> None:
-    if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < grey_levels:
-        raise ValueError(f"{name} has grey levels from {int(x.min())} to {int(x.max())}, and must "
-                         f"have them from 0 to {grey_levels - 1}")
+    check_grey_levels(f"{name}_x", x, grey_levels)
 
 
 def _check_indices(labelled: Tensor, n: int) -> None:
     """Raise ValueError unless `labelled` are different indices of n examples."""
     if labelled.dtype == torch.bool:
         raise ValueError("labelled is a mask, and must be indices: labelled.nonzero()[:, 0]")
-    _check_integers("labelled", labelled)
+    check_integers("labelled", labelled)
     if labelled.dim() != 1 or not len(labelled) or len(labelled.unique()) < len(labelled):
         raise ValueError(f"labelled has shape {tuple(labelled.shape)}, and must be different "
                          "indices")

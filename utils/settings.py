@@ -242,7 +242,7 @@ class SettingsParser(RunParser):
                 self.error(f"{option} has an empty value")
         # argparse would keep the last value, and ConfigArgParse read the last file only.
         if (twice := given_twice(argv)) == "--config":
-            self.error(f"--config is given twice: a file {EXTENDS} another one")
+            self.error(f"--config is given twice: write `{EXTENDS}: FILE` into one of the files")
         if twice:
             self.error(f"{twice} is given twice")
         s = self._parse(argv)

@@ -1,0 +1,73 @@
+"""What arguments have to be: each check raises ValueError that says what came and what is wanted.
+
+Checks of values wait for a GPU, and torch.compile divides its graph at them.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+MOST = 0.5      # the share of values 0 and 1 in images that can hardly be dequantised
+
+
+def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    """x, called `name`, has to be of shape (B, *shape)."""
+    if tuple(x.shape[1:]) != shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, and must have shape "
+                         f"(B, {', '.join(map(str, shape))})")
+
+
+def check_type(name: str, x: Tensor, dtype: torch.dtype, is_image: bool) -> None:
+    """x, called `name`, has to be of type `dtype`."""
+    if x.dtype != dtype:
+        raise ValueError(f"{name} is of type {x.dtype}, and must be of {dtype}"
+                         f"{', with values in [0, 1]' * is_image}")
+
+
+@torch.compiler.disable
+def check_values(name: str, x: Tensor, good: Tensor, is_image: bool) -> None:
+    """`good`, of the shape of x, has to be true everywhere.
+
+    Images most of whose values are 0 or 1 give a warning: some are legitimate, such as a black one.
+    """
+    if not good.all():
+        found = f"from {x.min():.8g} to {x.max():.8g}"
+        if n := int(x.isnan().sum()):
+            found = f"that are NaN, {n} of {x.numel()}"
+        raise ValueError(f"{name} has values {found}, and must be "
+                         f"{'in [0, 1]' if is_image else 'finite'}")
+    if is_image and ((x == 0) | (x == 1)).double().mean() > MOST:
+        warnings.warn("most values of x are 0 or 1: log p(x) means nothing for images that are not "
+                      "dequantised, x = (grey level + u) / levels", stacklevel=5)
+
+
+def check_same_length(z: Tensor, y: Tensor) -> None:
+    """There has to be a label in y for each row of z."""
+    if len(z) != len(y):
+        raise ValueError(f"there are {len(y)} labels for {len(z)} rows")
+
+
+@torch.compiler.disable
+def check_labels(y: Tensor, n_classes: int) -> None:
+    """y has to be (B,), integers from 0 to n_classes - 1."""
+    if y.dim() != 1 or y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
+        raise ValueError(f"labels have shape {tuple(y.shape)} and type {y.dtype}, and must be "
+                         "integers of shape (B,)")
+    if ((y < 0) | (y >= n_classes)).any():
+        raise ValueError(f"labels are from {int(y.min())} to {int(y.max())}, and must be from 0 to "
+                         f"{n_classes - 1}")
+
+
+def check_grey_levels(name: str, x: Tensor, grey_levels: int) -> None:
+    """x, called `name`, has to be integers from 0 to grey_levels - 1."""
+    check_integers(name, x)
+    if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < grey_levels:
+        raise ValueError(f"{name} has grey levels from {int(x.min())} to {int(x.max())}, and must "
+                         f"have them from 0 to {grey_levels - 1}")
+
+
+def check_integers(name: str, x: Tensor) -> None:
+    """x, called `name`, has to be integers."""
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, not of type {x.dtype}")
