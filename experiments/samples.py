@@ -6,8 +6,9 @@
 
 The CNN of fixmatch.py is trained on the training images with all their labels. Its accuracy on
 samples is GAN-test of Shmelkov et al. 2018 (arXiv 1807.09499). A sample that is not finite counts
-as not recognised. The inversion error is the largest |decode(encode(x)) - x| of the finite samples,
-and of as many test images with dequantisation noise. Prints these figures, which --json writes too.
+as not recognised. The inversion error is the largest |decode(encode(x)) - x| of the samples, if all
+are finite, and of as many test images with dequantisation noise. Prints these figures, which --json
+writes too.
 """
 
 import json
@@ -67,7 +68,7 @@ def main(argv=None):
         report["sample_accuracy"][f"{temperature:g}"] = share
         line = (f"temperature {temperature:g}: {share:.1%} of {len(y):,} samples recognised, "
                 f"{int((~finite).sum())} not finite")
-        if finite.any():
+        if finite.all():
             error = inversion_error(model, x[finite], settings.test_bs)
             report["inversion_error"][f"{temperature:g}"] = error
             line += f"; inversion error {error:.1e}"

@@ -42,7 +42,7 @@ class Bijection(nn.Module):
     fitted = True           # whether `fit` has been called, if it does anything
 
     def in_domain(self, x: Tensor) -> Tensor:
-        """For which values of x forward is defined, of its shape: by default the finite ones."""
+        """Where forward is defined: booleans of x's shape, by default true where x is finite."""
         return x.isfinite()
 
     def fit(self, images: Tensor | None) -> None:
@@ -148,7 +148,7 @@ class CheckerboardCoupling(Bijection):
     The mask m alternates over the pixels like a checkerboard and is 1 where x passes unchanged
     (Dinh et al. 2017, section 3.4). As in the authors' code, t is added after scaling and s has no
     offset, while ChannelCoupling adds t before scaling and 1e-6 to s. Where s is too small for the
-    type of x, x cannot be had back from z: the inverse is then finite, but not x.
+    type of x, x cannot be recovered from forward's z: the inverse then returns other finite values.
 
     net: maps C channels to 2C, first raw, then t
     size: (H, W) of x

@@ -11,8 +11,15 @@ from torch import Tensor
 MOST = 0.5      # the share of values 0 and 1 in images that can hardly be dequantised
 
 
+def check_tensor(name: str, x: object) -> None:
+    """x, called `name`, has to be a tensor."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} is a {type(x).__name__}, and must be a tensor")
+
+
 def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    """x, called `name`, has to be of shape (B, *shape)."""
+    """x, called `name`, has to be a tensor of shape (B, *shape)."""
+    check_tensor(name, x)
     if tuple(x.shape[1:]) != shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, and must have shape "
                          f"(B, {', '.join(map(str, shape))})")
@@ -39,11 +46,12 @@ def check_values(name: str, x: Tensor, good: Tensor, is_image: bool) -> None:
                          f"{'in [0, 1]' if is_image else 'finite'}")
     if is_image and ((x == 0) | (x == 1)).double().mean() > MOST:
         warnings.warn("most values of x are 0 or 1: log p(x) means nothing for images that are not "
-                      "dequantised, x = (grey level + u) / levels", stacklevel=5)
+                      "dequantised, x = (grey level + u) / levels", stacklevel=1)
 
 
 def check_same_length(z: Tensor, y: Tensor) -> None:
-    """There has to be a label in y for each row of z."""
+    """There has to be a label in the tensor y for each row of z."""
+    check_tensor("y", y)
     if len(z) != len(y):
         raise ValueError(f"there are {len(y)} labels for {len(z)} rows")
 
@@ -51,6 +59,7 @@ def check_same_length(z: Tensor, y: Tensor) -> None:
 @torch.compiler.disable
 def check_labels(y: Tensor, n_classes: int) -> None:
     """y has to be (B,), integers from 0 to n_classes - 1."""
+    check_tensor("y", y)
     if y.dim() != 1 or y.dtype == torch.bool or y.is_floating_point() or y.is_complex():
         raise ValueError(f"labels have shape {tuple(y.shape)} and type {y.dtype}, and must be "
                          "integers of shape (B,)")
@@ -63,7 +72,7 @@ def check_grey_levels(name: str, x: Tensor, grey_levels: int) -> None:
     """x, called `name`, has to be integers from 0 to grey_levels - 1."""
     check_integers(name, x)
     if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < grey_levels:
-        raise ValueError(f"{name} has grey levels from {int(x.min())} to {int(x.max())}, and must "
+        raise ValueError(f"{name} have grey levels from {int(x.min())} to {int(x.max())}, and must "
                          f"have them from 0 to {grey_levels - 1}")
 
 

@@ -6,8 +6,8 @@ The paper has two kinds, ConditionalFlow (SCNF-GLOW) and ConditionalShift (SCNF-
     forward(z_f, y) -> (z_h, ldj)       z_f, z_h: (B, ssl_dim); y: labels (B,); ldj: (B,), in nats
     inverse(z_h, y) -> z_f
 
-They raise ValueError for labels that are not integers from 0 to K - 1, but not when compiled, nor
-on a GPU, which would have to be waited for.
+They raise ValueError for labels that are not integers from 0 to K - 1, except when compiled or on a
+GPU, where the check would wait for the device.
 """
 
 from collections import OrderedDict

@@ -61,7 +61,7 @@ class MarginalGaussian(Bijection):
         EVEN_SHARE of them spread evenly and the others distributed as in all pixels together. No
         level has more than LARGEST_SHARE, or float32 could not resolve the others.
 
-        Raises ValueError without images, or for others than described.
+        Raises ValueError without images, or if they are not as described.
         """
         if images is None or not len(images):
             raise ValueError("pixels marginal is fitted to the training images: give them")

@@ -72,7 +72,8 @@ def test_calibration_error_by_bins():
 def test_area_under_roc():
     a, b = torch.tensor([1.0, 3.0]), torch.tensor([0.0, 2.0])
     assert area_under_roc(a, b) == 0.75 and area_under_roc(b, a) == 0.25
-    for value in (-torch.inf, torch.nan):
+    assert area_under_roc(a, torch.tensor([-torch.inf, 2.0])) == 0.75
+    for value in (torch.inf, torch.nan):
         assert math.isnan(area_under_roc(a, torch.tensor([value, 0.0])))
 
 

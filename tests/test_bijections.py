@@ -377,7 +377,7 @@ def test_edges_of_grey_levels_are_the_same_in_float32_and_float64(make):
     (torch.rand(5, 2, 4, 4) > 0.5, "images must be integers, not of type torch.bool"),
     (torch.zeros(5, 4, 4, 2, dtype=torch.long), r"images has shape .* .B, 2, 4, 4."),
     (torch.zeros(0, 2, 4, 4, dtype=torch.long), "fitted to the training images: give them"),
-    (torch.full((5, 2, 4, 4), 17), "images has grey levels from 17 to 17, and must"),
+    (torch.full((5, 2, 4, 4), 17), "images have grey levels from 17 to 17, and must"),
     (torch.full((5, 2, 4, 4), -1), "from -1 to -1")])
 def test_images_that_marginals_cannot_be_fitted_to(images, message):
     with pytest.raises(ValueError, match=message):

@@ -103,9 +103,9 @@ LABELS, IMAGES = torch.arange(30) % 3, torch.randint(17, (30, 1, 8, 8))
     ({"train_x": IMAGES / 16}, "train_x must be integers, not of type"),
     ({"test_x": IMAGES.double()}, "test_x must be integers"),
     ({"train_x": IMAGES > 8}, "must be integers, not of type torch.bool"),
-    ({"train_x": IMAGES + 1}, "train_x has grey levels from 1 to 17, and must have them from 0 to"),
-    ({"test_x": IMAGES - 1}, "test_x has grey levels from -1 to 15"),
-    ({"validation": (IMAGES * 2, LABELS)}, "val_x has grey levels from 0 to 32"),
+    ({"train_x": IMAGES + 1}, "train_x have grey levels from 1 to 17, and must have them from 0"),
+    ({"test_x": IMAGES - 1}, "test_x have grey levels from -1 to 15"),
+    ({"validation": (IMAGES * 2, LABELS)}, "val_x have grey levels from 0 to 32"),
     ({"grey_levels": None}, r"without grey_levels train_x must be points, .N, C, 1, 1., finite"),
     ({"grey_levels": None, "train_x": IMAGES / 16}, r"not .30, 1, 8, 8. of torch.float32"),
     ({"grey_levels": None, "augmentation": Augmentation(1, 1, 1)}, "points cannot be augmented"),
@@ -122,8 +122,8 @@ LABELS, IMAGES = torch.arange(30) % 3, torch.randint(17, (30, 1, 8, 8))
     ({"train_y": LABELS - 1}, "a labelled example has class -1"),
     ({"labelled": torch.arange(30) < 6}, "labelled is a mask, and must be indices"),
     ({"labelled": torch.arange(6.0)}, "labelled must be integers"),
-    ({"labelled": torch.tensor([0, 1, 2, 1])}, "must be different indices"),
-    ({"labelled": torch.arange(0)}, "must be different indices"),
+    ({"labelled": torch.tensor([0, 1, 2, 1])}, "it must be different indices"),
+    ({"labelled": torch.arange(0)}, "it must be different indices"),
     ({"labelled": torch.tensor([0, 1, 30])}, "indices from 0 to 30, and must have them from 0"),
     ({"labelled": torch.tensor([0, 1, -1])}, "indices from -1 to 1"),
     ({"labelled": torch.tensor([0, 1])}, "the labelled examples have none of class 2"),
@@ -139,7 +139,7 @@ def test_images_that_are_no_grey_levels():
     for call in (data.middle_of_levels, lambda x: data.dequantize(x, generator())):
         with pytest.raises(ValueError, match="images must be integers, not of type"):
             call(data.test_x / 16)
-        with pytest.raises(ValueError, match="images has grey levels from 0 to 32, and must have"):
+        with pytest.raises(ValueError, match="images have grey levels from 0 to 32, and must have"):
             call(2 * data.test_x)
 
 

@@ -191,7 +191,9 @@ def test_x_of_another_kind(kind, method):
     shape = r"and must have shape .B, " + f"{c}, {h}, {w}"
     wrong = [(x.expand(-1, 3 * c, -1, -1) if c == 1 else torch.rand(4, 3, 1, 1), shape),
              (torch.rand(4, c, h, w + 4), shape), (torch.rand(4, c, h + 4, w), shape),
-             (x[0], shape), (x.flatten(1), shape), (x.double(), "is of type torch.float64, and"),
+             (x[0], shape), (x.flatten(1), shape), (x.tolist(), "x is a list, and must be a"),
+             (x.numpy(), "x is a ndarray, and must be a tensor"),
+             (x.double(), "is of type torch.float64, and"),
              ((16 * x).to(torch.uint8), "is of type torch.uint8, and must be of torch.float32"),
              (torch.where(x > 0.5, torch.nan, x), r"x has values that are NaN, \d+ of \d+, and"),
              (torch.where(x > 0.5, torch.inf, x), "to inf, and must be")]
@@ -241,6 +243,7 @@ def test_labels_that_the_model_does_not_have(ssl_model):
     for y, message in (
             (torch.tensor([0, 10]), "labels are from 0 to 10, and must be from 0 to 9"),
             (torch.tensor([-1, 3]), "labels are from -1 to 3"),
+            ([0, 1], "y is a list, and must be a tensor"),
             (torch.tensor([0.0, 1.0]), "must be integers"), (torch.tensor([True, False]), "bool"),
             (torch.eye(10, dtype=torch.long)[:2], "must be integers of shape .B,")):
         for call in (model.sample, lambda y: model.h_phi(z_f, y),
@@ -281,10 +284,11 @@ def test_values_are_not_checked_in_training():
     x = torch.rand(4, 1, 8, 8)
     x[0, 0, 0, 0] = torch.nan
     assert Accelerated(model).log_joint(x).isnan().any()
-    assert model.checks_values
-    with pytest.raises(ValueError, match="x has shape"):
-        Accelerated(model).log_joint(torch.rand(4, 3, 8, 8))
-    assert model.checks_values
+    for checks in (True, False):
+        model.checks_values = checks
+        with pytest.raises(ValueError, match="x has shape"):
+            Accelerated(model).log_joint(torch.rand(4, 3, 8, 8))
+        assert model.checks_values == checks
 
 
 def test_more_than_ten_classes_start_apart(float64):

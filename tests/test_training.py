@@ -544,6 +544,8 @@ def test_a_run_starts_from_given_weights(tmp_path, monkeypatch):
     assert_same(*weights_of(first, second))
     (first / "model.torch").unlink()                    # a resumed run has its own
     assert run_script(["--resume", str(second), "--epochs", "2"]) == 0
+    settings = ["--config", str(second / "params.yaml")]
+    assert run_script([*settings, "--pretrained", str(second / "model.torch")]) == 0
 
 
 def test_resume_takes_changes_that_keep_the_run(tmp_path, monkeypatch, capsys):
@@ -580,7 +582,7 @@ def test_non_finite_values_end_the_run_and_keep_the_last_good_checkpoint(
     checkpoint = torch.load(failed / "checkpoint.pt")
     assert checkpoint["epoch"] == 1
     assert all(value.isfinite().all() for value in checkpoint["model"].values())
-    assert "Failed" in (failed / "traceback.txt").read_text()
+    assert "utils.errors.Failed: " in (failed / "traceback.txt").read_text()
     assert run_script(["--resume", str(failed)]) == 0
 
 

@@ -43,7 +43,7 @@ class Assessment:
     predicted: Tensor           # the class with the largest p(y | x) of each example, (N,)
     confidence: Tensor          # that p(y | x), (N,)
     auroc: dict[str, float]     # of images, {kind: the probability that p(x) of a test image
-                                # exceeds that of an image of that kind}; NaN if one is not finite
+                                # exceeds that of an image of that kind}; NaN if one is NaN
 
     def lines(self) -> list[str]:
         """What the terminal shows beyond error and likelihood."""
@@ -140,10 +140,11 @@ def calibration_error(confidence: Tensor, correct: Tensor) -> float:
 
 def area_under_roc(positive: Tensor, negative: Tensor) -> float:
     """The probability that a score in `positive`, (N,), exceeds one in `negative`, (M,); NaN if one
-    is not finite."""
+    is NaN or inf."""
     scores = torch.cat((positive, negative)).cpu()
-    if not scores.isfinite().all():
+    if (scores.isnan() | (scores == torch.inf)).any():
         return float("nan")
+    scores = scores.clamp(min=-1e30)            # scikit-learn refuses -inf
     labels = [1] * len(positive) + [0] * len(negative)
     return float(roc_auc_score(labels, scores.numpy()))
 

@@ -29,7 +29,7 @@ CHECKPOINT_FORMAT = 5
 # What DataParallel and DistributedDataParallel, and torch.compile, put into the names of weights,
 # and the entry that AveragedModel adds.
 WRAPPERS, NOT_WEIGHTS = ("module", "_orig_mod"), "n_averaged"
-LOG_SUM = 0.01      # of probabilities in half precision
+LOG_SUM = 0.01      # the largest |log sum p(y)|, of log p(y) in half precision
 CHECKPOINT_KEYS = {"format", "model", "average", "optimizer", "epoch", "step", "sums", "seconds",
                    "generator", "rng", "settings"}
 
@@ -46,16 +46,16 @@ def load_weights(model: SemiConditionalFlow, path: str | Path, averaged: bool = 
     """
     content = load_file(path)
     state = without_wrappers(as_state_dict(content.get("model", content), path, content), path)
-    average, which = content.get("average", {}), ""
-    if not isinstance(average, dict) or average:
-        average, which = without_wrappers(as_state_dict(average, path), path), "last"
+    average = content.get("average", {})
+    if average != {}:
+        average = without_wrappers(as_state_dict(average, path), path)
+    which = "averaged" if averaged else "last" if average else ""
     if averaged:
-        which = "averaged"
         if not average:
             raise BadInput(f"{path} has no averaged weights: they are in the checkpoint.pt of a "
                            "run with ema")
         if lacking := [name for name, _ in model.named_parameters() if name not in average]:
-            raise BadInput(f"{path} has no averaged {lacking[0]}")
+            raise BadInput(f"{path} has averaged weights that lack {lacking[0]}")
         state = {**state, **average}
     if is_published(state):
         with value_errors_as_bad_input():
@@ -194,7 +194,7 @@ def as_state_dict(state: Any, path: str | Path, content: Any = None) -> dict[str
     """
     if not is_state_dict(state):
         entries = entries_with_weights(content)[:3]
-        hint = f", as in its {' and '.join(entries)}: save one alone" if entries else ""
+        hint = f", as {' and '.join(entries)} has: save that alone" if entries else ""
         raise BadInput(f"{path} holds no weights: expected a mapping of names to tensors{hint}")
     return state
 
@@ -213,6 +213,7 @@ def entries_with_weights(content: Any, name: str = "") -> list[str]:
         return [name]
     parts = content.items() if isinstance(content, dict) else ()
     return [entry for key, part in parts
+            if isinstance(key, str)             # an optimiser's state has numbers
             for entry in entries_with_weights(part, f"{name}[{key!r}]")]
 
 
@@ -228,7 +229,8 @@ def without_wrappers(state: dict[str, Tensor], path: str | Path) -> dict[str, Te
         names = {key: parts[1:] for key, parts in names.items()}
     renamed = {".".join(parts): state[key] for key, parts in names.items()}
     if len(renamed) < len(names):
-        raise BadInput(f"{path} has entries that differ in {' and '.join(WRAPPERS)} alone")
+        raise BadInput(f"{path} has two entries for one weight, with and without "
+                       f"{' or '.join(WRAPPERS)} in their names")
     return renamed
 
 

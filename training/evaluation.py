@@ -151,9 +151,9 @@ class RunEvaluation:
             except Failed as failure:
                 failures.append(failure)
         if failures and not row:
-            raise failures[0]
+            raise Failed("; ".join(map(str, failures)))
         if failures:
-            print(failures[0])
+            print(f"{failures[0]}; the others are kept")
         if self.settings.test and (epoch == self.settings.epochs or not has_validation):
             with optimizer.averaged(average_is_better(row)):
                 row.update(self._evaluate("test", f"epoch {epoch}"))

@@ -103,7 +103,7 @@ def report_run(evaluation: RunEvaluation, rows: list[Row], run_dir: Path) -> Non
     run_dir: the directory
 
     A failure is reported, and does not end the run: its weights are worth more than its report.
-    Only predictions that are not finite do: Failed.
+    Raises Failed if predictions are not finite.
     """
     data, settings = evaluation.data, evaluation.settings
     name, examples = assessed_examples(data, settings)

@@ -221,11 +221,11 @@ class Accelerated(nn.Module):
         """The networks compute in the precision chosen, and no values of arguments are checked."""
         for network in self.networks:
             network.dtype = self.dtype
-        self.model.checks_values = False
+        checks, self.model.checks_values = self.model.checks_values, False
         try:
             yield
         finally:
-            self.model.checks_values = True
+            self.model.checks_values = checks
             for network in self.networks:
                 network.dtype = None
 

@@ -129,8 +129,8 @@ class SemiSupervisedData:
     def dequantize(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """(grey level + u) / grey_levels, with u uniform in [0, 1) from `generator`.
 
-        Points are returned as they are. Raises ValueError for images that are no grey levels; on a
-        GPU, which would have to be waited for, only if they are no integers.
+        Points are returned as they are. Raises ValueError for images that are not grey levels;
+        on a GPU, where that would wait for the device, only if they are not integers.
         """
         if self.grey_levels is None:
             return x
@@ -217,8 +217,8 @@ def _check_indices(labelled: Tensor, n: int) -> None:
         raise ValueError("labelled is a mask, and must be indices: labelled.nonzero()[:, 0]")
     check_integers("labelled", labelled)
     if labelled.dim() != 1 or not len(labelled) or len(labelled.unique()) < len(labelled):
-        raise ValueError(f"labelled has shape {tuple(labelled.shape)}, and must be different "
-                         "indices")
+        raise ValueError(f"labelled has shape {tuple(labelled.shape)} and {len(labelled.unique())} "
+                         "values: it must be different indices, of shape (n,)")
     if not 0 <= int(labelled.min()) <= int(labelled.max()) < n:
         raise ValueError(f"labelled has indices from {int(labelled.min())} to "
                          f"{int(labelled.max())}, and must have them from 0 to {n - 1}")

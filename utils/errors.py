@@ -17,7 +17,7 @@ class BadInput(ValueError):
 
 
 class Failed(RuntimeError):
-    """There is no result, whatever the input: a number is not finite, or a disk is full.
+    """A command has no result although its input is valid: a number is not finite, for example.
 
     A command prints the message, one line, to stderr and exits with code 1.
 
@@ -91,8 +91,8 @@ def check_output(path: Path) -> None:
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Run `main`; if it raises BadInput or an OSError, such as that of a full disk, print the
-    message and exit with code 2, and of Failed with 1; after Ctrl-C exit with 130."""
+    """Run `main`, and print the message of BadInput, Failed, or an OSError, such as that of a full
+    disk. Exit code: 1 for Failed, 2 for the others, 130 after Ctrl-C."""
     try:
         main()
     except (BadInput, Failed, OSError) as error:

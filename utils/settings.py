@@ -165,13 +165,13 @@ def read_settings(argv: Sequence[str] | None = None, fixed: Sequence[str] = ()
     settings is a namespace with every option. Nothing is written except exman's empty folders.
 
     argv: the command line; None: sys.argv[1:].
-    fixed: more of it, by a program that wants these options so.
+    fixed: options that the calling program sets; argv must not contain them.
     Raises BadInput if a value is wrong, by itself or beside others.
     """
     parser = SettingsParser()
     argv = sys.argv[1:] if argv is None else argv
     if both := sorted(set(names_of_options(argv)) & set(names_of_options(fixed))):
-        raise BadInput(f"{both[0]} cannot be given here: this program sets it")
+        raise BadInput(f"{both[0]} cannot be given here: {' '.join(fixed)} is set already")
     return parser, parser.read([*argv, *fixed])
 
 
@@ -265,10 +265,7 @@ class SettingsParser(RunParser):
                  "ema needs validation examples, to choose between the last and the averaged "
                  "weights: --validation N"),
                 (s.weights == "averaged" and not s.pretrained,
-                 "weights averaged is for --pretrained RUN_DIR/checkpoint.pt"),
-                (s.draws > 1 and not s.pretrained, "draws is for --pretrained"),
-                (s.initial_weights and s.pretrained,
-                 "initial_weights is for training, and not for --pretrained")):
+                 "weights averaged is for --pretrained RUN_DIR/checkpoint.pt")):
             if is_wrong:
                 self.error(message)
         return s
@@ -356,7 +353,9 @@ class _ConfigFile(configargparse.YAMLConfigFileParser):
             content = yaml.load(stream, Loader=_WithoutDuplicates)
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
             raise BadInput(f"{stream.name} is not YAML: {' '.join(str(e).split())}") from None
-        if not isinstance(content, dict) or not content:
+        if not content:
+            raise BadInput(f"{stream.name} has no settings")
+        if not isinstance(content, dict):
             raise BadInput(f"{stream.name} is not a YAML mapping of settings to values")
         known = [action.dest for action in self.parser._actions if action.dest != "help"]
         settings = {}
