@@ -83,13 +83,9 @@ class SemiSupervisedData:
                            ("val", val_x, val_y)):
             _check_examples(name, x, y, tuple(train_x.shape[1:]), grey_levels)
         _check_indices(labelled, len(train_x))
-        self.n_classes = int(torch.cat((train_y, test_y, val_y)).max()) + 1
-        shown = set(train_y[labelled.long()].tolist())
-        if -1 in shown:
-            raise ValueError("a labelled example has class -1")
-        if missing := set(range(self.n_classes)) - shown:
-            raise ValueError(f"the labelled examples have none of class {min(missing)}")
         labelled, train_y, test_y, val_y = (t.long() for t in (labelled, train_y, test_y, val_y))
+        self.n_classes = int(torch.cat((train_y, test_y, val_y)).max()) + 1
+        _check_classes(train_y[labelled], self.n_classes)
         self.labelled = labelled.to(device)
         self.labelled_ids = labelled if labelled_ids is None else labelled_ids
         is_labelled = torch.zeros(len(train_y), dtype=torch.bool)
@@ -222,6 +218,15 @@ def _check_indices(labelled: Tensor, n: int) -> None:
     if not 0 <= int(labelled.min()) <= int(labelled.max()) < n:
         raise ValueError(f"labelled has indices from {int(labelled.min())} to "
                          f"{int(labelled.max())}, and must have them from 0 to {n - 1}")
+
+
+def _check_classes(y: Tensor, n_classes: int) -> None:
+    """Raise ValueError unless the labelled examples' classes y have each class."""
+    shown = set(y.tolist())
+    if -1 in shown:
+        raise ValueError("a labelled example has class -1")
+    if missing := set(range(n_classes)) - shown:
+        raise ValueError(f"the labelled examples have none of class {min(missing)}")
 
 
 def augment(images: Tensor, largest: Augmentation, generator: torch.Generator) -> Tensor:
