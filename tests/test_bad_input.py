@@ -107,8 +107,8 @@ CASES = [
     *(({"pretrained": f"{name}.torch"}, f"{name}.torch holds no weights")
       for name in ("wrong", "numbered", "complex", "sparse")),
     ({"pretrained": "lightning.torch"},
-     "holds no weights: expected a mapping of names to tensors, as ['state_dict'] and "
-     "['ema']['shadow'] has: save that alone"),
+     "holds no weights: expected a mapping of names to tensors, such as its ['state_dict'] or "
+     "['ema']['shadow']: save that alone"),
     ({"pretrained": "both.torch"}, "two entries for one weight, with and without module or _orig"),
     ({"pretrained": "large.torch"}, "not finite: base_h.logsigma"),
     ({"pretrained": "integers.torch"}, "has base_h.logsigma of type torch.int32, and the model of"),

@@ -194,7 +194,7 @@ def as_state_dict(state: Any, path: str | Path, content: Any = None) -> dict[str
     """
     if not is_state_dict(state):
         entries = entries_with_weights(content)[:3]
-        hint = f", as {' and '.join(entries)} has: save that alone" if entries else ""
+        hint = f", such as its {' or '.join(entries)}: save that alone" if entries else ""
         raise BadInput(f"{path} holds no weights: expected a mapping of names to tensors{hint}")
     return state
 
