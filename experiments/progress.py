@@ -153,8 +153,8 @@ def progress(run, which, epoch_seconds=None):
     """
     rows = read_metrics(run / "metrics.csv")
     kept = ["test"] * len(rows) if which == "test" else names_of_kept(rows)
-    if (("test" in kept) != (which == "test")
-            or all(math.isnan(row[f"{key}_bpd"]) for row, key in zip(rows, kept))):
+    missing = [math.isnan(row[f"{key}_bpd"]) for row, key in zip(rows, kept)]
+    if ("test" in kept) != (which == "test") or all(missing) or (which == "test" and missing[0]):
         raise BadInput(f"{run} is not the directory of a run on images that was evaluated on "
                        f"{which} images after each logged epoch")
     epochs = [row["epoch"] for row in rows]

@@ -6,8 +6,8 @@ The paper has two kinds, ConditionalFlow (SCNF-GLOW) and ConditionalShift (SCNF-
     forward(z_f, y) -> (z_h, ldj)       z_f, z_h: (B, ssl_dim); y: labels (B,); ldj: (B,), in nats
     inverse(z_h, y) -> z_f
 
-They raise ValueError for labels that are not integers from 0 to K - 1, except when compiled or on a
-GPU, where the check would wait for the device.
+They raise ValueError for arguments of other shapes, and for labels that are not integers from 0 to
+K - 1.
 """
 
 from collections import OrderedDict
@@ -32,12 +32,27 @@ def embed(embedding: nn.Embedding, y: Tensor) -> Tensor:
     The gradient is then a matrix product, deterministic on a GPU, unlike the gradient of a lookup.
     """
     weight = embedding.weight
-    if not (y.is_cuda or torch.compiler.is_compiling()):
-        check_labels(y, len(weight))
     return (y[:, None] == torch.arange(len(weight), device=y.device)).to(weight.dtype) @ weight
 
 
-class ConditionalFlow(nn.Module):
+class Conditional(nn.Module):
+    """Base class of the kinds of h_phi."""
+
+    checks_values = True    # see SemiConditionalFlow
+
+    def __init__(self, dim: int, n_classes: int):
+        super().__init__()
+        self.dim, self.n_classes = dim, n_classes
+
+    def check(self, name: str, z: Tensor, y: Tensor) -> None:
+        """Raise ValueError unless z, called `name`, is (B, ssl_dim) and y (B,) are labels."""
+        check_shape(name, z, (self.dim,))
+        check_same_length(z, y)
+        if self.checks_values:
+            check_labels(y, self.n_classes)
+
+
+class ConditionalFlow(Conditional):
     """h_phi of SCNF-GLOW: `ssl_l` scales of `ssl_k` conditional flow steps, separated by splits.
 
     A flow step is an ActNorm, an invertible 1x1 convolution, and a channel coupling whose networks
@@ -48,7 +63,7 @@ class ConditionalFlow(nn.Module):
     """
 
     def __init__(self, dim: int, n_classes: int, options: SimpleNamespace):
-        super().__init__()
+        super().__init__(dim, n_classes)
         self.embedding = nn.Embedding(n_classes, EMBEDDING_DIM)
         nn.init.eye_(self.embedding.weight)
         if n_classes > EMBEDDING_DIM:           # the other classes would all start at zero
@@ -68,11 +83,11 @@ class ConditionalFlow(nn.Module):
         self.flow = MultiScale((dim,), layers)
 
     def forward(self, z_f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        check_same_length(z_f, y)
+        self.check("z_f", z_f, y)
         return self.flow(z_f, embed(self.embedding, y))
 
     def inverse(self, z_h: Tensor, y: Tensor) -> Tensor:
-        check_same_length(z_h, y)
+        self.check("z_h", z_h, y)
         return self.flow.inverse(z_h, embed(self.embedding, y))
 
 
@@ -84,28 +99,24 @@ def _flow_step(c: int, options: SimpleNamespace) -> nn.Sequential:
         coupling=ChannelCoupling(*nets)))
 
 
-class ConditionalShift(nn.Module):
+class ConditionalShift(Conditional):
     """h_phi of SCNF-GMM: z_h = z_f - mu_y, hence z_f given y is Gaussian with mean mu_y.
 
     mu, an embedding (K, ssl_dim), is normal at the start, with standard deviation `ssl_std`.
     """
 
     def __init__(self, dim: int, n_classes: int, options: SimpleNamespace):
-        super().__init__()
+        super().__init__(dim, n_classes)
         self.mu = nn.Embedding(n_classes, dim)
         self.mu.weight.data *= options.ssl_std
 
     def forward(self, z_f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return z_f - self.means("z_f", z_f, y), z_f.new_zeros(len(z_f))
+        self.check("z_f", z_f, y)
+        return z_f - embed(self.mu, y), z_f.new_zeros(len(z_f))
 
     def inverse(self, z_h: Tensor, y: Tensor) -> Tensor:
-        return z_h + self.means("z_h", z_h, y)
-
-    def means(self, name: str, z: Tensor, y: Tensor) -> Tensor:
-        """mu of each label: z, called `name`, (B, ssl_dim), y (B,) -> (B, ssl_dim)."""
-        check_shape(name, z, tuple(self.mu.weight.shape[1:]))
-        check_same_length(z, y)
-        return embed(self.mu, y)
+        self.check("z_h", z_h, y)
+        return z_h + embed(self.mu, y)
 
 
 class ConditionalGaussian(ConditionalShift):
@@ -127,8 +138,8 @@ class ConditionalGaussian(ConditionalShift):
         return shifted * (-log_sigma).exp(), -log_sigma.sum(1)
 
     def inverse(self, z_h: Tensor, y: Tensor) -> Tensor:
-        mu = self.means("z_h", z_h, y)
-        return z_h * embed(self.log_sigma, y).exp() + mu
+        self.check("z_h", z_h, y)
+        return super().inverse(z_h * embed(self.log_sigma, y).exp(), y)
 
 
 HEADS: dict[str, Callable[[int, int, SimpleNamespace], ConditionalFlow | ConditionalShift]] = {

@@ -65,7 +65,6 @@ class SemiConditionalFlow(nn.Module):
     that are not finite or, of images, not in [0, 1]; the logit takes 0.026 more on both sides.
     """
 
-    checks_values = True    # False: nothing waits for a GPU or breaks the graph of torch.compile
     cheap_logits = False    # whether `logits` computes less than `log_joint`
     log_p_y: Tensor
 
@@ -85,6 +84,15 @@ class SemiConditionalFlow(nn.Module):
             raise ValueError(f"class_probs must be {n_classes} positive numbers")
         log_p_y = (p_y / p_y.sum()).log().to(torch.get_default_dtype())
         self.register_buffer("log_p_y", log_p_y)  # (K,)
+
+    @property
+    def checks_values(self) -> bool:
+        """Whether methods check values, which waits for a GPU and breaks torch.compile's graph."""
+        return self.h_phi.checks_values
+
+    @checks_values.setter
+    def checks_values(self, value: bool) -> None:
+        self.h_phi.checks_values = value
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """f_w: x (B, C, H, W) -> z (B, D) = (z_aux, z_f), ldj (B,)."""

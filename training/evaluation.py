@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.compiler import set_stance
 
+from models.checks import check_grey_levels
 from utils import Settings
 from utils.data import Examples, SemiSupervisedData
 from utils.errors import Failed
@@ -58,13 +59,15 @@ def predict(infer: Inference, data: SemiSupervisedData, images: Tensor, batch_si
         process computes alone
 
     Unless data.clf_noise is "true", the x that is classified has no noise, and so needs a pass of
-    its own. Raises ValueError if there are no images.
+    its own. Raises ValueError if there are no images, or for others than described.
     """
     rank, size = (processes.rank, processes.size) if processes else (0, 1)
     generator = torch.Generator(data.device).manual_seed(seed)
     n = len(images)
     if not n:
         raise ValueError("there are no examples to evaluate")
+    if data.grey_levels is not None:
+        check_grey_levels("images", images, data.grey_levels)
     n_batches = -(-n // batch_size)
     batch_size = -(-n // n_batches)
     results = infer.log_p_y.new_zeros(n, 1 + len(infer.log_p_y))        # log p(x) and logits

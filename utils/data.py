@@ -125,12 +125,11 @@ class SemiSupervisedData:
     def dequantize(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """(grey level + u) / grey_levels, with u uniform in [0, 1) from `generator`.
 
-        Points are returned as they are. Raises ValueError for images that are not grey levels;
-        on a GPU, where that would wait for the device, only if they are not integers.
+        Points are returned as they are. Raises ValueError for images that are not integers.
         """
         if self.grey_levels is None:
             return x
-        _check_levels(x, self.grey_levels)
+        check_integers("images", x)
         dtype = torch.get_default_dtype()
         noise = torch.rand(x.shape, generator=generator, dtype=dtype, device=x.device)
         return (x.to(dtype) + noise) / self.grey_levels
@@ -141,7 +140,7 @@ class SemiSupervisedData:
         Raises ValueError as `dequantize` does.
         """
         assert self.grey_levels is not None, "points have no grey levels"
-        _check_levels(x, self.grey_levels)
+        check_integers("images", x)
         return (x.to(torch.get_default_dtype()) + 0.5) / self.grey_levels
 
     def sample_batch(self, batch_size: int, generator: torch.Generator,
@@ -179,13 +178,6 @@ class SemiSupervisedData:
         if self.grey_levels is None:
             return math.nan
         return math.log2(self.grey_levels) - log_p / (math.prod(self.shape) * math.log(2))
-
-
-def _check_levels(x: Tensor, grey_levels: int) -> None:
-    if x.is_cuda:
-        check_integers("images", x)
-    else:
-        check_grey_levels("images", x, grey_levels)
 
 
 def _check_examples(name: str, x: Tensor, y: Tensor, shape: tuple[int, ...],
