@@ -69,7 +69,7 @@ def main(argv=None):
         line = (f"temperature {temperature:g}: {share:.1%} of {len(y):,} samples recognised, "
                 f"{int((~finite).sum())} not finite")
         if finite.all():
-            error = inversion_error(model, x[finite], settings.test_bs)
+            error = inversion_error(model, x, settings.test_bs)
             report["inversion_error"][f"{temperature:g}"] = error
             line += f"; inversion error {error:.1e}"
         print(line)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .bijections import ActNorm, Bijection, MultiScale, Shape
-from .checks import check_labels, check_same_length, check_shape, check_type, check_values
+from .checks import check_labels, check_shape, check_type, check_values
 from .h_phi import ConditionalFlow, ConditionalShift
 
 
@@ -165,7 +165,6 @@ class SemiConditionalFlow(nn.Module):
             dtype, device = self.log_p_y.dtype, self.log_p_y.device
             eps = torch.randn(len(y), self.dim, dtype=dtype, device=device)
         self._check("eps", eps, (self.dim,))
-        check_same_length(eps, y)
         eps_aux, eps_h = self.split_latent(eps)
         z_f = self.h_phi.inverse(self.base_h.sample(eps_h), y)
         x = self.f_w.inverse(torch.cat((self.base_aux.sample(eps_aux), z_f), 1))
