@@ -18,9 +18,18 @@ is labelled: of the 60,000 rows of an epoch on MNIST, 20,000 come from the 100 l
 """
 
 import contextlib
+import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":          # the imports take seconds, and Ctrl-C ends them silently
+    HEEDS_CTRL_C = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if HEEDS_CTRL_C:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.stderr.isatty():
+        print("Loading PyTorch", end="\r", file=sys.stderr, flush=True)
 
 import torch
 
@@ -29,18 +38,20 @@ from training.assessment import print_evaluation
 from training.beyond import Beyond
 from training.checkpoint import (CheckpointWriter, load_checkpoint, load_pretrained, load_weights,
                                  restore, state_of_run)
+from training.device import choose_speed, device_name, measure_cpu, set_up_torch
 from training.distributed import Processes
 from training.evaluation import RunEvaluation
 from training.objective import objective
 from training.optim import Optimizer, learning_rate
 from training.progress import Limits, Progress
 from training.report import RunFiles
-from training.speed import Accelerated, Captured, choose_speed, device_name, set_up_torch
+from training.speed import Accelerated, Captured
 from utils.data import Batch
 from utils.datasets import load_data
 from utils.errors import BadInput, Failed, one_line, value_errors_as_bad_input
 from utils.runs import Run
-from utils.settings import read_settings
+from utils.settings import differences, read_settings
+from utils.terminal import say
 
 
 def main(processes):
@@ -48,7 +59,6 @@ def main(processes):
     parser, settings = read_settings()
     limits = Limits(settings.time_limit)
     device = set_up_torch(settings, processes)
-    speed = choose_speed(settings, device, processes)
     if settings.train_bs % processes.size and not settings.pretrained:
         raise BadInput(f"train_bs {settings.train_bs} is not a multiple of the {processes.size} "
                        "processes")
@@ -60,8 +70,11 @@ def main(processes):
         model = build_model(settings, data.shape, data.n_classes, data.class_probs,
                             data.grey_levels).to(device)
 
+    if device.type == "cpu" and not settings.pretrained:
+        measure_cpu(settings, model, processes)
+    speed = choose_speed(settings, device, processes)
     if settings.pretrained:
-        print(f"Weights      {load_pretrained(model, settings)}")
+        say("Weights", load_pretrained(model, settings))
         print_evaluation(Accelerated(model, *speed), data, settings, processes)
         return
 
@@ -80,7 +93,7 @@ def main(processes):
             run_dir = run and run.run
             stopped = train(model, data, settings, speed, processes, limits, run_dir, checkpoint)
             if stopped and processes.is_main:
-                print(f"Stopped {stopped}; to continue: {run.resume_command}")
+                print(f"Stopped {stopped}; to continue:\n{run.resume_command}")
             processes.barrier()                     # no process leaves while the main one writes
     except (Failed, OSError) as error:      # an OSError is, for example, a full disk
         last_good = run and run.run / "checkpoint.pt"
@@ -89,7 +102,7 @@ def main(processes):
         raise Failed(f"{one_line(error)}{hint}", of_all) from None
     except KeyboardInterrupt:
         if run and (run.run / "checkpoint.pt").exists():
-            print(f"\nInterrupted; to continue: {run.resume_command}", file=sys.stderr)
+            print(f"\nInterrupted; to continue:\n{run.resume_command}", file=sys.stderr)
         raise
 
 
@@ -129,28 +142,32 @@ def train(model, data, settings, speed, processes, limits, run_dir, checkpoint):
     run_dir: of the run, which the main process fills; None on the others. Raises Failed.
     """
     generator = torch.Generator(data.device).manual_seed(settings.seed)
+    steps_per_epoch = -(-len(data.train_x) // settings.train_bs)
+    others = f" and {processes.size - 1} more" if processes.size > 1 else ""
+    say("Run", os.path.relpath(run_dir) if run_dir else "")
+    say("Settings", f"{differences(settings)} (all are in params.yaml)")
+    say("Data", f"{len(data.labelled):,} of {len(data.train_x):,} training examples are labelled; "
+                f"{len(data.val_x):,} for validation, {len(data.test_x):,} for the test")
+    say("Training", f"{settings.epochs} epochs of {steps_per_epoch} steps; "
+                    f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    say("PyTorch", f"{torch.__version__} on {device_name(data.device)}{others}, {speed.precision}"
+                   f"{', compiled' * speed.compile}")
+    if data.spread_labels:
+        say("Labels", f"spread over {len(data.train_x):,} images before the first step")
+    data.prepare()
     if not checkpoint and not settings.initial_weights:
         batch = data.sample_batch(settings.train_bs, generator, augmented=False)
         model.initialize(batch.x, data.train_x)
     accelerated = Accelerated(model, *speed)
     training_step, optimizer = make_training_step(accelerated, settings, processes)
-    steps_per_epoch = -(-len(data.train_x) // settings.train_bs)
     progress = Progress(steps_per_epoch, settings, optimizer.parameters, processes, limits)
     evaluation = RunEvaluation(accelerated, data, settings, processes)
     if checkpoint:
         restore(checkpoint, model, optimizer, progress, generator)
-        print(f"Continuing after {progress}")
+        say("Continuing", f"after {progress}")
         if settings.lr_schedule != "no" and settings.epochs != checkpoint["settings"]["epochs"]:
-            print(f"The learning rate now follows the schedule of {settings.epochs} epochs, not of "
-                  f"{checkpoint['settings']['epochs']}")
-    others = f" and {processes.size - 1} more" if processes.size > 1 else ""
-    print(f"PyTorch {torch.__version__} on {device_name(data.device)}{others}; "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters; "
-          f"{len(data.labelled)} labelled of {len(data.train_x)} examples; "
-          f"{steps_per_epoch} training steps per epoch; "
-          f"{speed.precision}{', compiled' * speed.compile}")
-    if data.spread_labels:
-        print(f"Before the first step: label spreading over {len(data.train_x):,} images")
+            say("Schedule", f"the learning rate now follows that of {settings.epochs} epochs, not "
+                            f"of {checkpoint['settings']['epochs']}")
 
     state = partial(state_of_run, model, optimizer, progress, generator)
     with CheckpointWriter(run_dir and run_dir / "checkpoint.pt", settings, state) as checkpoints:
@@ -201,4 +218,6 @@ def cli():
 
 
 if __name__ == "__main__":
+    if HEEDS_CTRL_C:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(cli())

@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import build_model
 from training.distributed import Processes
-from training.speed import WARM_UP_CALLS, Speed, device_name, set_up_torch
+from training.device import device_name, set_up_torch
+from training.speed import WARM_UP_CALLS, Speed
 from utils.data import SemiSupervisedData
 from utils.datasets import DATASETS
 from utils.errors import BadInput, OneLineParser, check_output, value_errors_as_bad_input
@@ -239,7 +240,7 @@ def measure_limits(precisions, batch, device):
 
 @contextlib.contextmanager
 def convolutions_in(precision):
-    """Set cuDNN's TF32 as a run of that precision does (training/speed.py)."""
+    """Set cuDNN's TF32 as a run of that precision does (training/device.py)."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     try:

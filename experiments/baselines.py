@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.fixmatch import fit_fixmatch
 from experiments.m1_m2 import fit_m1_m2
 from training.distributed import Processes
-from training.speed import set_up_torch
+from training.device import set_up_torch
 from utils.datasets import load_data
 from utils.errors import BadInput, OneLineParser, check_output, run_command
 from utils.files import atomic_write

@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import build_model
 from training.assessment import assess, assessed_examples
 from training.checkpoint import load_pretrained
-from training.evaluation import Inference
+from training.device import set_up_torch
 from training.distributed import Processes
-from training.speed import Accelerated, set_up_torch
+from training.evaluation import Inference
+from training.speed import Accelerated
 from utils.datasets import load_data
 from utils.errors import (BadInput, OneLineParser, check_output, names_of_options, run_command,
                           value_errors_as_bad_input)

@@ -6,7 +6,7 @@ Checks of values wait for a GPU, and torch.compile divides its graph at them.
 import warnings
 
 import torch
-from torch import Tensor
+from torch import Tensor, _disable_dynamo   # torch.compiler.disable imports Dynamo, for a second
 
 MOST = 0.5      # the share of values 0 and 1 in images that can hardly be dequantised
 
@@ -32,7 +32,7 @@ def check_type(name: str, x: Tensor, dtype: torch.dtype, is_image: bool) -> None
                          f"{', with values in [0, 1]' * is_image}")
 
 
-@torch.compiler.disable
+@_disable_dynamo
 def check_values(name: str, x: Tensor, good: Tensor, is_image: bool) -> None:
     """`good`, of the shape of x, has to be true everywhere.
 
@@ -56,7 +56,7 @@ def check_same_length(z: Tensor, y: Tensor) -> None:
         raise ValueError(f"there are {len(y)} labels for {len(z)} rows")
 
 
-@torch.compiler.disable
+@_disable_dynamo
 def check_labels(y: Tensor, n_classes: int) -> None:
     """y has to be (B,), integers from 0 to n_classes - 1."""
     check_tensor("y", y)

@@ -293,7 +293,7 @@ def test_damaged_checkpoint(folder, refusal):
 
 
 def test_compilation_needs_a_compiler(refusal, monkeypatch):
-    monkeypatch.setattr("training.speed.shutil.which", lambda name: None)
+    monkeypatch.setattr("training.device.shutil.which", lambda name: None)
     assert "needs a C++ compiler" in refusal(options(compile="on"))
 
 

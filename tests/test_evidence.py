@@ -21,7 +21,8 @@ from models import build_model
 from training import checkpoint
 from training.distributed import Processes
 from training.evaluation import Inference, evaluate
-from training.speed import Accelerated, choose_speed
+from training.device import choose_speed
+from training.speed import Accelerated
 from utils.datasets import load_data
 from utils.errors import BadInput
 from utils.files import sha256

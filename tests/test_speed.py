@@ -27,8 +27,8 @@ from training.evaluation import Inference
 from training.objective import objective
 from training.optim import learning_rate
 from training.progress import Limits, Progress
-from training.speed import (MICRO_BATCH_BYTES, WARM_UP_CALLS, Accelerated, Captured,
-                            choose_speed)
+from training.device import choose_speed
+from training.speed import MICRO_BATCH_BYTES, WARM_UP_CALLS, Accelerated, Captured
 from utils.datasets import load_data
 from utils.metrics import read_metrics
 from utils.settings import read_settings
@@ -373,7 +373,7 @@ def test_points_are_not_rounded(monkeypatch):
 
 
 def test_a_gpu_without_a_compiler_says_so(monkeypatch, capsys):
-    monkeypatch.setattr("training.speed._can_compile", lambda: False)
+    monkeypatch.setattr("training.device._can_compile", lambda: False)
     settings = SimpleNamespace(data="digits", precision="fp32", compile="auto", cuda_graph="off",
                                pretrained="", micro_bs=0)
     assert not choose_speed(settings, torch.device("cuda"), Processes()).compile
@@ -387,7 +387,7 @@ def test_a_cpu_that_emulates_bfloat16_says_so(monkeypatch, capsys):
     settings = SimpleNamespace(data="digits", precision="bf16", compile="auto", cuda_graph="off",
                                pretrained="", micro_bs=0)
     for emulates in (True, False):
-        monkeypatch.setattr("training.speed._emulates_bf16", lambda e=emulates: e)
+        monkeypatch.setattr("training.device._emulates_bf16", lambda e=emulates: e)
         choose_speed(settings, torch.device("cpu"), Processes())
         assert ("has no instructions for bf16" in capsys.readouterr().out) == emulates
 

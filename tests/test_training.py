@@ -20,7 +20,8 @@ from training.evaluation import Inference, evaluate, predict, summary
 from training.objective import objective
 from training.optim import OPTIMIZERS, learning_rate
 from training.progress import Limits, Progress
-from training.speed import Accelerated, choose_speed
+from training.device import choose_speed
+from training.speed import Accelerated
 from utils import metrics
 from utils.data import Batch, SemiSupervisedData
 from utils.datasets import load_data

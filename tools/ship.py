@@ -30,8 +30,9 @@ from models import build_model
 from models.networks import ResNet
 from training.checkpoint import copy_to_cpu, load_weights, save_atomically
 from training.evaluation import Inference, evaluate
+from training.device import choose_speed, device_name, set_up_torch
 from training.distributed import Processes
-from training.speed import Accelerated, choose_speed, device_name, set_up_torch
+from training.speed import Accelerated
 from utils.datasets import load_data
 from utils.errors import BadInput, OneLineParser, run_command, value_errors_as_bad_input
 from utils.files import PROJECT, atomic_write, sha256

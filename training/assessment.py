@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,9 +18,10 @@ from utils.data import Examples, SemiSupervisedData
 from utils.datasets import DATASETS
 from utils.figures import plot_mistakes
 
+from .device import device_name
 from .distributed import Processes
 from .evaluation import Inference, predict, summary
-from .speed import Accelerated, device_name
+from .speed import Accelerated
 
 BINS = 15           # of the confidence, in the calibration error
 N_OTHERS = 200      # images of each other kind
@@ -144,6 +144,8 @@ def area_under_roc(positive: Tensor, negative: Tensor) -> float:
     scores = torch.cat((positive, negative)).cpu()
     if (scores.isnan() | (scores == torch.inf)).any():
         return float("nan")
+    from sklearn.metrics import roc_auc_score   # imported here because it takes a second
+
     scores = scores.clamp(min=-1e30)            # scikit-learn refuses -inf
     labels = [1] * len(positive) + [0] * len(negative)
     return float(roc_auc_score(labels, scores.numpy()))

@@ -12,6 +12,7 @@ from utils import Settings
 from utils.data import Examples, SemiSupervisedData
 from utils.errors import Failed
 from utils.metrics import average_is_better
+from utils.terminal import bar, say
 
 from .distributed import Processes
 from .optim import Optimizer
@@ -71,7 +72,7 @@ def predict(infer: Inference, data: SemiSupervisedData, images: Tensor, batch_si
     n_batches = -(-n // batch_size)
     batch_size = -(-n // n_batches)
     results = infer.log_p_y.new_zeros(n, 1 + len(infer.log_p_y))        # log p(x) and logits
-    for i in range(n_batches):
+    for i in bar(range(n_batches), f"evaluating {n:,} examples", unit=" batches"):
         first = i * batch_size
         rows = torch.arange(first, first + batch_size, device=data.device)
         rows = rows.clamp(max=n - 1)        # the last batch is filled up
@@ -156,7 +157,7 @@ class RunEvaluation:
         if failures and not row:
             raise Failed("; ".join(map(str, failures)))
         if failures:
-            print(f"{failures[0]}; the others are kept")
+            say("Kept", f"are the others. {failures[0]}")
         if self.settings.test and (epoch == self.settings.epochs or not has_validation):
             with optimizer.averaged(average_is_better(row)):
                 row.update(self._evaluate("test", f"epoch {epoch}"))

@@ -10,15 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from utils import Settings
 from utils.errors import Failed
+from utils.terminal import bar, duration, say
 
 from .distributed import Processes
 from .objective import Terms
 
 MEANS = ("loss", "log_likelihood", "cl_loss", "cons_loss", "vat_loss", "confident")  # of an epoch
+ESTIMATE_SECONDS = 5        # of training steps, after the first ones, that give the run's duration
+# How much longer than the fastest one an epoch takes, and how long at least, that is called slow.
+SLOW, SLOW_SECONDS = 2, 1
 
 
 class Limits:
@@ -77,6 +80,8 @@ class Progress:
         self.row_started = time.perf_counter()      # the next one of metrics.csv
         self.sums: Terms = {}
         self.n_finite = torch.zeros((), dtype=torch.long, device=parameters[0].device)
+        self.timed_from: tuple[int, float] | None = None    # a training step of the run, its time
+        self.estimated, self.fastest, self.was_slow = False, float("inf"), False
         self.stopped: str | None = None
 
     def __str__(self) -> str:
@@ -88,30 +93,34 @@ class Progress:
         """The remaining training steps of this epoch, counted from 1, each to end with `add`.
 
         Fewer if the run has to stop, which `stopped` then tells. During the epoch nothing is read
-        from the device, except once a second if the progress bar is shown on a terminal. Raises
-        Failed, which names the training step, if a loss or a weight is not finite.
+        from the device, except once a second if the progress bar, which is that of the whole run,
+        is shown on a terminal. Raises Failed, which names the training step, if a loss or a weight
+        is not finite.
         """
         first, train_bs = self.steps_done + 1, self.settings.train_bs
         self.n_finite.zero_()
-        bar = tqdm(total=self.steps_per_epoch * train_bs, initial=self.steps_done * train_bs,
-                   unit="img", unit_scale=True, leave=False,
-                   desc=f"epoch {self.epoch + 1}/{self.settings.epochs}",
-                   disable=None if self.processes.is_main else True)
+        images = bar(None, f"epoch {self.epoch + 1}/{self.settings.epochs}", unit="img",
+                     total=self.settings.epochs * self.steps_per_epoch * train_bs,
+                     initial=self._steps_of_run * train_bs, unit_scale=True)
         # Of several processes, none may fail alone.
-        reads_device = not bar.disable and self.processes.size == 1
-        last_read = time.perf_counter()
-        with bar:
+        reads_device = not images.disable and self.processes.size == 1
+        started = last_read = time.perf_counter()
+        with images:
             while self.steps_done < self.steps_per_epoch and not self.stopped:
                 yield self.steps_done + 1
                 if self.processes.any(self.limits.reason is not None):
                     self.stopped = self.processes.first(self.limits.reason)
-                if reads_device and time.perf_counter() - last_read > 1:
+                if time.perf_counter() - last_read > 1 and (reads_device or not self.on_gpu):
                     last_read = time.perf_counter()
-                    self._check_losses(first, self.n_finite)
-                    bar.update(self.steps_done * train_bs - bar.n)
-                    bar.set_postfix(loss=f"{float(self.sums['loss']) / self.steps_done:.3f}",
-                                    refresh=False)
+                    if reads_device:
+                        self._check_losses(first, self.n_finite)
+                        images.set_postfix_str(
+                            f"loss {float(self.sums['loss']) / self.steps_done:.3f}", refresh=False)
+                        images.update(self._steps_of_run * train_bs - images.n)
+                    self._estimate(last_read)
         self._check_losses(first, self.processes.min(self.n_finite))
+        if first == 1 and not self.stopped:
+            self._compare(time.perf_counter() - started)
         if not torch.stack([p.isfinite().all() for p in self.parameters]).all():
             raise Failed(f"A weight is not finite after {self}")
 
@@ -130,12 +139,45 @@ class Progress:
             raise Failed(f"The loss is not finite at step {first + int(n_finite)} of "
                          f"{self.steps_per_epoch} in epoch {self.epoch + 1}")
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether training steps only queue their work."""
+        return self.parameters[0].is_cuda
+
+    @property
+    def _steps_of_run(self) -> int:
+        return self.epoch * self.steps_per_epoch + self.steps_done
+
+    def _estimate(self, now: float) -> None:
+        """Print, once, how long the run will take. now: when `steps_done` were done."""
+        if self.timed_from is None:
+            self.timed_from = self._steps_of_run, now
+            return
+        steps, seconds = self._steps_of_run - self.timed_from[0], now - self.timed_from[1]
+        if not self.estimated and steps and seconds > ESTIMATE_SECONDS:
+            left = self.settings.epochs * self.steps_per_epoch - self._steps_of_run
+            say("Duration", f"{duration(left * seconds / steps)} to the end of epoch "
+                            f"{self.settings.epochs}, evaluations aside")
+            self.estimated = True
+
+    def _compare(self, seconds: float) -> None:
+        """Print, once, if an epoch of so many seconds is slow. On a GPU other programs matter less.
+        """
+        self.fastest = min(self.fastest, seconds)
+        if (seconds > max(SLOW * self.fastest, SLOW_SECONDS) and not (self.on_gpu or self.was_slow)
+                and torch.get_num_threads() > 1):
+            say("Slow", f"epoch {self.epoch + 1} took {seconds / self.fastest:.1f} times as long "
+                        "as the fastest. Another program may be using the cores: one could stop, "
+                        "and continue with --resume RUN_DIR --threads 1")
+            self.was_slow = True
+
     def finish_epoch(self) -> dict[str, float]:
         """Move on to the next epoch -> the metrics of this one's batches, those of all processes,
         keyed as in MetricsLog."""
         sums = dict(zip(self.sums, self._stacked_sums().tolist()))      # read from the device once
         means = {name: sums.get(name, 0.0) / self.steps_per_epoch for name in MEANS}
         self.epoch, self.steps_done, self.sums = self.epoch + 1, 0, {}
+        self._estimate(time.perf_counter())
         return {"epoch": self.epoch, "train_loss": means.pop("loss"), **means,
                 "labelled_acc": sums["correct"] / max(sums["labelled"], 1)}
 

@@ -17,12 +17,13 @@ from utils.data import SemiSupervisedData
 from utils.errors import Failed
 from utils.figures import plot_run, save
 from utils.files import atomic_write
-from utils.metrics import MetricsLog, Row, average_is_better, result, terminal_line
+from utils.metrics import MetricsLog, Row, average_is_better
+from utils.terminal import epoch_line, result, say
 
 from .assessment import Assessment, assess, assessed_examples
 from .checkpoint import copy_to_cpu, save_atomically
+from .device import device_name
 from .evaluation import Inference, RunEvaluation
-from .speed import device_name
 
 SECONDS_BETWEEN_PLOTS = 300     # during training
 PICTURES = {"curves.png": "Training", "samples.png": "Samples from p(x | y)",
@@ -61,12 +62,16 @@ class RunFiles:
             self.weights.rename(run_dir / f"model-epoch{epoch}.torch")
         if not (run_dir / "labelled.txt").exists():
             np.savetxt(run_dir / "labelled.txt", data.labelled_ids, "%d")
+        validated = ("val", "ema_val")[:bool(settings.validation) * (1 + bool(settings.ema))]
+        self.shown = ((*validated, *("test",) * settings.test),
+                      "log_p" if data.grey_levels is None else "bpd")
+        print(epoch_line(None, *self.shown))
 
     def log(self, row: Row) -> None:
         """Add a row to metrics.csv, and print it."""
         if self.run_dir is not None:
             self.metrics.append(row)
-            print(terminal_line(self.metrics.rows[-1]))
+            print(epoch_line(self.metrics.rows[-1], *self.shown))
 
     def draw(self) -> None:
         """Draw the pictures again if some minutes have passed."""
@@ -89,8 +94,8 @@ class RunFiles:
         save_atomically(copy_to_cpu(self.model.state_dict()), self.weights)
         plot_run(self.model, self.data, rows, self.run_dir, self.settings.seed)
         report_run(evaluation, rows, self.run_dir)
-        print(f"{result(rows[-1])}; weights, pictures and a report are in "
-              f"{os.path.relpath(self.run_dir)}")
+        say(*result(rows[-1]))
+        say("Files", f"report.html, model.torch and more in {os.path.relpath(self.run_dir)}")
 
 
 def report_run(evaluation: RunEvaluation, rows: list[Row], run_dir: Path) -> None:

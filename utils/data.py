@@ -122,6 +122,11 @@ class SemiSupervisedData:
         ratio = ((w * s + (1 - w) * self.class_probs) / self.class_probs).log()
         return ratio.to(torch.get_default_dtype()).to(self.device)
 
+    def prepare(self) -> None:
+        """Compute what batches need that takes a minute: label spreading, if there is any."""
+        if self.spread_labels:
+            _ = self.log_prior_ratio
+
     def dequantize(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """(grey level + u) / grey_levels, with u uniform in [0, 1) from `generator`.
 

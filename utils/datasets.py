@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits, make_circles, make_moons
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from . import Settings
@@ -72,6 +70,8 @@ def _split(y: Tensor, n: int, dataset: "Dataset") -> tuple[np.ndarray, np.ndarra
     if not dataset.n_classes <= n <= len(y) - dataset.n_classes:
         raise BadInput(f"validation must be at least one for each of the {dataset.n_classes} "
                        f"classes, and leave as many of the {len(y)} training examples, not {n}")
+    from sklearn.model_selection import train_test_split    # imported here as it takes a second
+
     parts = train_test_split(np.arange(len(y)), test_size=n, stratify=y, random_state=0)
     return np.sort(parts[0]), np.sort(parts[1])
 
@@ -149,6 +149,9 @@ def _download_mnist(root: Path, raw: Path, names: list[str]) -> None:
 
 def _load_digits(settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """scikit-learn's handwritten digits; the test images are the same ones whatever the seeds."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     digits, n_test = load_digits(), DATASETS["digits"].n_test
     train_x, test_x, train_y, test_y = train_test_split(
         digits.images, digits.target, test_size=n_test, stratify=digits.target, random_state=0)
@@ -160,6 +163,8 @@ def _load_digits(settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _load_points(settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Two moons or two circles, generated from data_seed; those for validation come on top."""
+    from sklearn.datasets import make_circles, make_moons
+
     def make(n: int, seed: int) -> Examples:
         if settings.data == "moons":
             x, y = make_moons(n, noise=MOONS_NOISE, random_state=seed)

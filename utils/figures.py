@@ -22,6 +22,7 @@ from .data import SemiSupervisedData
 from .errors import Failed
 from .files import atomic_write
 from .metrics import Row, names_of_kept
+from .terminal import bar
 
 # Colours that colour-blind people can tell apart: of Okabe and Ito, and for ten classes Paul Tol's
 # muted ones with black.
@@ -40,7 +41,6 @@ IMAGES_PER_CLASS, POINTS_PER_CLASS = 10, 1000
 PADDING = 0.5                       # the grey between images
 
 
-@torch.compiler.set_stance("force_eager")     # compiling would take longer than it saves
 def plot_run(model: SemiConditionalFlow, data: SemiSupervisedData, rows: list[Row],
              run_dir: Path, seed: int) -> None:
     """Write the pictures of a run to its directory.
@@ -53,11 +53,14 @@ def plot_run(model: SemiConditionalFlow, data: SemiSupervisedData, rows: list[Ro
 
     A failure is reported, and does not end the run: its weights are worth more than its pictures.
     """
+    pictures = {"curves.png": lambda: plot_curves(rows),
+                "samples.png": lambda: plot_samples(model, seed)}
+    if not model.image:
+        pictures["density.png"] = lambda: plot_density(model, data)
     try:
-        save(plot_curves(rows), run_dir / "curves.png")
-        save(plot_samples(model, seed), run_dir / "samples.png")
-        if not model.image:
-            save(plot_density(model, data), run_dir / "density.png")
+        with torch.compiler.set_stance("force_eager"):  # compiling would take longer than it saves
+            for name, draw in bar(pictures.items(), "drawing pictures"):
+                save(draw(), run_dir / name)
     except Exception as error:
         traceback.print_exc()
         print(f"The pictures could not be drawn ({type(error).__name__}); the run goes on")

@@ -6,14 +6,15 @@ import math
 
 import numpy as np
 import torch
-from sklearn.neighbors import kneighbors_graph
-from sklearn.semi_supervised import LabelSpreading
 from torch import Tensor
 from torch.nn import functional as F
+
+from .terminal import bar
 
 SIDE = 28               # pixels, of the images that are compared
 ORIENTATIONS, CELL = 8, 4
 NEIGHBOURS = 7
+PARTS = 20              # of the search for them, in the progress bar
 ALPHA = 0.99            # share of an image's distribution that its neighbours decide, at each step
 SHARPNESS = 2
 
@@ -30,10 +31,24 @@ def spread_labels(histograms: Tensor, y: Tensor) -> Tensor:
     % of the images whose largest value is between 0.5 and 0.6 are of that class. It is therefore
     squared and normalised. It is uniform where no label can be reached.
     """
-    graph = kneighbors_graph(histograms.numpy(), min(NEIGHBOURS, len(histograms) - 1))
-    graph = graph.maximum(graph.T)
-    spreading = LabelSpreading(kernel=lambda *_: graph, alpha=ALPHA, max_iter=1000)
-    spreading.fit(np.zeros((len(histograms), 1)), y.cpu().numpy())
+    # Imported here because it takes a second.
+    from scipy.sparse import tril, triu, vstack
+    from sklearn.neighbors import NearestNeighbors
+    from sklearn.semi_supervised import LabelSpreading
+
+    n = len(histograms)
+    with bar(None, "label spreading: neighbours", total=n, unit="img") as images:
+        # Each image is one of its own neighbours.
+        search = NearestNeighbors(n_neighbors=min(NEIGHBOURS + 1, n)).fit(histograms.numpy())
+        graphs = []
+        for part in histograms.split(-(-n // PARTS)):
+            graphs.append(search.kneighbors_graph(part.numpy()))
+            images.update(len(part))
+        graph = vstack(graphs, "csr")
+        graph = tril(graph, -1) + triu(graph, 1)
+        graph = graph.maximum(graph.T)
+        spreading = LabelSpreading(kernel=lambda *_: graph, alpha=ALPHA, max_iter=1000)
+        spreading.fit(np.zeros((n, 1)), y.cpu().numpy())
     s = torch.from_numpy(spreading.label_distributions_) ** SHARPNESS
     total = s.sum(1, keepdim=True)
     return torch.where(total > 0, s / total, 1 / s.shape[1])
@@ -47,7 +62,8 @@ def orientation_histograms(images: Tensor) -> Tensor:
     pixels and sheared upright. The gradient of each pixel is shared by the two orientations next
     to its own, and each orientation is averaged over overlapping cells, 4 pixels apart.
     """
-    return torch.cat([_histograms(part.float()) for part in images.cpu().split(1000)])
+    parts = bar(images.cpu().split(1000), "label spreading: edges", unit=" thousand img")
+    return torch.cat([_histograms(part.float()) for part in parts])
 
 
 def _histograms(images: Tensor) -> Tensor:

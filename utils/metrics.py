@@ -1,4 +1,4 @@
-"""The metrics of a run: for each logged epoch, a line on the terminal and a row of metrics.csv."""
+"""The metrics of a run: for each logged epoch, a row of metrics.csv."""
 
 import csv
 import itertools
@@ -83,29 +83,3 @@ def names_of_kept(rows: Sequence[Row]) -> list[str]:
     if all(math.isnan(row["val_log_p"]) and math.isnan(row["ema_val_log_p"]) for row in rows):
         return ["test"] * len(rows)
     return ["ema_val" if average_is_better(row) else "val" for row in rows]
-
-
-def terminal_line(row: Row) -> str:
-    """The terminal's line for a row."""
-    parts = [f"epoch {row['epoch']:4.0f}  loss {row['train_loss']:9.3f}  "
-             f"log-lik {row['log_likelihood']:9.3f}  "
-             f"L_clf {row['cl_loss']:.4f}  acc {row['labelled_acc']:7.2%}"]
-    for name, key in (("val", "val"), ("averaged: val", "ema_val"), ("test", "test")):
-        if not math.isnan(row[f"{key}_log_p"]):
-            bpd = row[f"{key}_bpd"]
-            parts.append(f"{name} log p {row[f'{key}_log_p']:9.3f}"
-                         + ("" if math.isnan(bpd) else f"  bits/dim {bpd:.4f}")
-                         + f"  acc {row[f'{key}_acc']:7.2%}")
-    return " | ".join([*parts, f"lr {row['lr']:.2e}  {row['seconds']:.1f} s"])
-
-
-def result(row: Row) -> str:
-    """The error of the weights that a run keeps, from its last row, in words."""
-    averaged, which = average_is_better(row), ""
-    if not math.isnan(row["ema_val_log_p"]):
-        which = (f" of the {'averaged' if averaged else 'last'} weights, which have the "
-                 f"{'only finite' if math.isnan(row['val_log_p']) else 'higher'} validation "
-                 "likelihood")
-    if math.isnan(row["test_acc"]):
-        return f"Validation error{which}: {1 - row['ema_val_acc' if averaged else 'val_acc']:.2%}"
-    return f"Test error{which}: {1 - row['test_acc']:.2%}"

@@ -56,7 +56,8 @@ class RunParser(exman.ExParser):
         """
         self._checked = argparse.Namespace(**vars(settings))
         try:
-            return Run(self.root, super().parse_args().root)
+            with contextlib.redirect_stdout(None):      # exman would print all of them
+                return Run(self.root, super().parse_args().root)
         finally:
             self._checked = None
 

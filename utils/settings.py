@@ -21,6 +21,7 @@ from models.options import Option
 from .datasets import DATASETS
 from .errors import BadInput, given_twice, names_of_options
 from .runs import RunParser, relative_to, started_in
+from .terminal import NO_BREAK
 
 SHIPPED = "shipped"     # the value of a bare --pretrained
 
@@ -309,6 +310,15 @@ class SettingsParser(RunParser):
             raise BadInput(f"a resumed run keeps its {changed[0]} ({base[changed[0]]!r}, not "
                            f"{getattr(settings, changed[0])!r}): start a new run to change it")
         return settings
+
+
+def differences(settings: argparse.Namespace) -> str:
+    """The settings that are not the defaults, in the order of config.yaml, as words."""
+    values = vars(settings)
+    forms: dict[type, Callable[[Any], str]] = {bool: lambda v: str(v).lower(), float: "{:g}".format}
+    shown = [f"{name}{NO_BREAK}{forms.get(type(values[name]), str)(values[name])}"
+             for name, option in OPTIONS.items() if values[name] != option.default]
+    return ", ".join(shown) or "the defaults"
 
 
 def _unknown_key(key: str) -> str:

@@ -1,0 +1,177 @@
+"""What a run computes with: device, threads, precision, compilation, chosen or measured."""
+
+import os
+import platform
+import shutil
+import statistics
+import sysconfig
+import time
+import warnings
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models import SemiConditionalFlow
+from utils import Settings
+from utils.datasets import DATASETS
+from utils.errors import BadInput
+from utils.terminal import bar, say
+
+from .distributed import Processes
+from .speed import Accelerated, Speed
+
+MEASURE_SECONDS = 0.5   # for which two ways of computing are compared, and at least once
+BF16_TIME = 0.9         # of the time in float32: what bfloat16 may take to be chosen on a CPU
+
+
+def set_up_torch(settings: Settings, processes: Processes) -> torch.device:
+    """Set the number of threads -> the device that settings.device names. Raises BadInput."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    n_gpus = torch.cuda.device_count()
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and processes.size > 1:
+        if name != "cuda" or processes.local_size > n_gpus:
+            raise BadInput(f"{processes.local_size} processes on this machine need a GPU each, and "
+                           f"PyTorch sees {n_gpus}: start at most so many, with device cuda, or "
+                           "use device cpu")
+        name = f"cuda:{processes.local_rank}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda") or name.startswith("cpu:"):
+        raise BadInput(f"device must be auto, cpu, cuda or cuda:N, not {name}")
+    if device.type == "cuda":
+        if (device.index or 0) >= n_gpus:
+            raise BadInput(f"no device {name}: PyTorch {torch.__version__} sees {n_gpus} GPUs")
+        torch.cuda.set_device(device.index or 0)    # it refuses a device without an index
+        torch.backends.cudnn.benchmark = True
+        # MAGMA's LU waits for the device. The option is experimental, and warns of that.
+        with warnings.catch_warnings(action="ignore"):
+            torch.backends.cuda.preferred_linalg_library("cusolver")
+    return device
+
+
+def choose_speed(settings: Settings, device: torch.device, processes: Processes) -> Speed:
+    """The precision, compile, cuda_graph and micro_bs of `settings`, with `auto` decided.
+
+    On a CPU auto is fp32, unless `measure_cpu` has replaced it. Also sets whether cuDNN uses TF32.
+    Raises BadInput if one of them is impossible on this machine.
+    """
+    gpu = device.type == "cuda"
+    precision = settings.precision
+    images = DATASETS[settings.data].grey_levels is not None
+    if precision == "auto":
+        supported = gpu and images and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if supported else "fp32"
+    if precision == "bf16" and not images:
+        raise BadInput(f"precision bf16 is for images, and {settings.data} has points: use fp32")
+    if precision == "tf32" and not gpu:
+        raise BadInput("precision tf32 needs a GPU: use fp32 or bf16 on a CPU")
+    if precision == "bf16" and not gpu and _emulates_bf16():
+        say("Slow", "this CPU has no instructions for bf16: --precision fp32 is faster")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    can_compile = _can_compile()
+    needs = "a C++ compiler (g++ or clang++) and Python's header files"
+    if settings.compile == "on" and not can_compile:
+        raise BadInput(f"compile on needs {needs}: install them, or use compile off")
+    if settings.cuda_graph == "on" and not (gpu and processes.size == 1):
+        raise BadInput("cuda_graph on needs a GPU and a run of one process: use cuda_graph off")
+    pays_off = gpu and not settings.pretrained  # a single evaluation is faster than compiling
+    compiled = settings.compile == "on" or (
+        settings.compile == "auto" and pays_off and can_compile)
+    if settings.compile == "auto" and pays_off and not can_compile:
+        say("Slow", f"not compiled: torch.compile needs {needs}")
+    if compiled:
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # off on purpose
+    cuda_graph = settings.cuda_graph == "on" or (
+        settings.cuda_graph == "auto" and pays_off and processes.size == 1)
+    return Speed(precision, compiled, cuda_graph, settings.micro_bs)
+
+
+def measure_cpu(settings: Settings, model: SemiConditionalFlow, processes: Processes) -> None:
+    """For training on a CPU: replace precision auto and threads 0 in `settings` by what is fastest.
+
+    Compares forward and backward passes of a micro-batch: float32 with bfloat16, which a model of
+    images in float32 can use on a CPU that has it, then one thread with PyTorch's number of them,
+    which another program on the same cores makes the slower choice. Prints the times. Of several
+    processes all measure, and the main one decides.
+    """
+    n_threads = torch.get_num_threads()
+    if (settings.precision == "auto" and model.image and model.log_p_y.dtype == torch.float32
+            and not _emulates_bf16()):
+        times = _times(model, settings, {name: (name, n_threads) for name in ("fp32", "bf16")})
+        faster = times["bf16"] < BF16_TIME * times["fp32"]
+        settings.precision = processes.first("bf16" if faster else "fp32")
+        say("Precision", _choice(settings.precision, times))
+    if not settings.threads and n_threads > 1:
+        precision = settings.precision if settings.precision == "bf16" else "fp32"
+        times = _times(model, settings, {n: (precision, n) for n in (n_threads, 1)})
+        settings.threads = processes.first(min(times, key=times.__getitem__))
+        torch.set_num_threads(settings.threads)
+        say("Threads", _choice(settings.threads, times))
+
+
+def _choice(chosen: Hashable, times: dict[Any, float]) -> str:
+    others = ", ".join(f"{name}: {ms:.3g} ms" for name, ms in times.items() if name != chosen)
+    return f"{chosen}: {times[chosen]:.3g} ms an image, measured ({others})"
+
+
+def _times(model: SemiConditionalFlow, settings: Settings,
+           ways: dict[Any, tuple[str, int]]) -> dict[Any, float]:
+    """The median times of passes of a micro-batch, ms an image, in turns.
+
+    ways: {name: (precision, number of threads)}
+    """
+    accelerated = {name: Accelerated(model, precision, micro_bs=settings.micro_bs)
+                   for name, (precision, _) in ways.items()}
+    parameters = list(model.parameters())
+
+    def one_pass(name: Any) -> float:
+        n = min(accelerated[name].micro_batch_size, settings.train_bs)
+        x = torch.linspace(0.01, 0.99, n * model.dim).view(n, *model.data_shape)
+        torch.set_num_threads(ways[name][1])
+        start = time.perf_counter()
+        log_p = accelerated[name].log_joint(x.to(model.log_p_y.dtype)).logsumexp(1)
+        torch.autograd.grad(log_p.sum(), parameters, allow_unused=True)
+        return 1e3 * (time.perf_counter() - start) / n
+    n_threads = torch.get_num_threads()
+    times: dict[Any, list[float]] = {name: [] for name in ways}
+    start, rounds = time.perf_counter(), 0
+    with bar(None, "measuring what is fastest on this CPU", bar_format="{desc} [{elapsed}]") as b:
+        while not all(times.values()) or time.perf_counter() - start < MEASURE_SECONDS:
+            for name in ways:
+                one = one_pass(name)
+                # The first of the passes is slower, which matters only if they are short.
+                if rounds or time.perf_counter() - start > MEASURE_SECONDS:
+                    times[name].append(one)
+                b.update()
+            rounds += 1
+    torch.set_num_threads(n_threads)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _emulates_bf16() -> bool:
+    """Whether this is an x86 CPU without arithmetic in bfloat16."""
+    has_it = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    return platform.machine().lower() in ("x86_64", "amd64") and not has_it()
+
+
+def _can_compile() -> bool:
+    """Whether the tools that torch.compile calls are installed."""
+    compilers = (os.environ.get("CXX"), "g++", "clang++", "gcc", "clang")
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return any(name and shutil.which(name) for name in compilers) and headers.is_file()
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, or the number of CPU threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"the CPU, {threads} thread{'s' * (threads > 1)}"

@@ -1,0 +1,74 @@
+"""What the terminal shows, in 80 columns: labelled lines, progress bars, the table of epochs."""
+
+import math
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from .metrics import Row, average_is_better
+
+WIDTH, LABEL = 79, 13       # characters of a line, and of the label at its beginning
+NO_BREAK = "\xa0"           # a space at which `say` does not break a line
+HEADERS = {"val": "val err", "ema_val": "avg err", "test": "test err"}     # of the table's errors
+QUANTITIES = {"bpd": ("bits/dim", 4), "log_p": ("log p(x)", 3)}     # header, digits
+UNITS = (("day", 86_400), ("hour", 3600), ("minute", 60), ("second", 1))
+
+
+def say(label: str, text: str) -> None:
+    """Print `text`, wrapped, beside `label`. A progress bar on the terminal stays below."""
+    lines = [line.replace(NO_BREAK, " ") for line in textwrap.wrap(
+        text, WIDTH - LABEL, break_long_words=False, break_on_hyphens=False)]
+    heads = [label, *[""] * len(lines)]
+    if sys.stdout:                  # of several processes only the main one has it
+        tqdm.write("\n".join(f"{head:{LABEL}}{line}" for head, line in zip(heads, lines)),
+                   file=sys.stdout)
+
+
+def bar(items: Iterable[Any] | None, what: str, **options: Any) -> "tqdm[Any]":
+    """A progress bar over `items`, shown after a second, on a terminal only, and then removed.
+
+    what: what is being done, in words
+    options: as for tqdm
+    """
+    return tqdm(items, what, **{"leave": False, "delay": 1, "dynamic_ncols": True,
+                                "disable": None if sys.stdout else True, **options})
+
+
+def duration(seconds: float) -> str:
+    """A time in words, to two digits: "about 3 hours"."""
+    name, unit = next(((name, unit) for name, unit in UNITS if seconds >= 1.5 * unit), UNITS[-1])
+    number = max(float(f"{seconds / unit:.2g}"), 1)
+    return f"about {number:g} {name}{'s' * (number > 1)}"
+
+
+def epoch_line(row: Row | None, sets: Sequence[str], quantity: str) -> str:
+    """The terminal's line for a row of metrics.csv; for None, the header of such lines.
+
+    sets: the examples that the run evaluates, of HEADERS; errors are in %
+    quantity: the likelihood that is shown, of QUANTITIES
+    """
+    name, digits = QUANTITIES[quantity]
+    if row is None:
+        return (f"epoch{'loss':>11}" + "".join(f"{HEADERS[s]:>9}{name:>9}" for s in sets)
+                + f"{'seconds':>8}")
+
+    def cell(value: float, form: str) -> str:
+        return " " * 9 if math.isnan(value) else f"{value:{form}}"
+    return (f"{row['epoch']:5.0f}{row['train_loss']:11.3f}" + "".join(
+        cell(1 - row[f"{s}_acc"], "9.2%") + cell(row[f"{s}_{quantity}"], f"9.{digits}f")
+        for s in sets) + f"{row['seconds']:8.1f}")
+
+
+def result(row: Row) -> tuple[str, str]:
+    """The error of the weights that a run keeps, from its last row: a label and words."""
+    averaged, which = average_is_better(row), ""
+    if not math.isnan(row["ema_val_log_p"]):
+        which = (f", of the {'averaged' if averaged else 'last'} weights, which have the "
+                 f"{'only finite' if math.isnan(row['val_log_p']) else 'higher'} validation "
+                 "likelihood")
+    if math.isnan(row["test_acc"]):
+        return "Val. error", f"{1 - row['ema_val_acc' if averaged else 'val_acc']:.2%}{which}"
+    return "Test error", f"{1 - row['test_acc']:.2%}{which}"
