@@ -43,6 +43,7 @@ from utils.errors import BadInput, OneLineParser, check_output, run_command
 from utils.files import atomic_write
 from utils.label_spreading import NEIGHBOURS, orientation_histograms, spread_labels
 from utils.settings import read_settings
+from utils.terminal import bar
 
 # Unlabelled examples of methods whose memory or time grows as the square of the examples. RBF label
 # spreading has a matrix of all pairs; self-training fits the SVM up to sixty times.
@@ -140,13 +141,14 @@ def main(argv=None):
     results = {name: {"title": METHODS[name].title, "runs": []} for name in args.methods}
     for seed, settings in zip(args.seeds, runs):
         data = load_data(settings, device)
-        for name in list(results):
+        methods = bar(list(results), f"seed {seed}", unit=" methods")
+        for name in methods:
             if reason := why_not(METHODS[name], data):
-                print(f"{name} is left out: {reason}", file=sys.stderr)
+                methods.write(f"{name} is left out: {reason}", file=sys.stderr)
                 del results[name]
                 continue
             results[name]["runs"].append(run := evaluate(METHODS[name], data, seed))
-            print(f"seed {seed}: {describe(name, run)}", file=sys.stderr, flush=True)
+            methods.write(f"seed {seed}: {describe(name, run)}", file=sys.stderr)
     if not results:
         raise BadInput(f"none of the methods works on these examples of {settings.data}")
     report = {

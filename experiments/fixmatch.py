@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from utils.data import Augmentation, SemiSupervisedData, augment
 from utils.errors import Failed
+from utils.terminal import bar
 
 Predict = Callable[[Tensor], Tensor]
 
@@ -171,7 +172,7 @@ def cosine_steps(network: nn.Module, optimizer: torch.optim.Optimizer, n_steps: 
         optimizer.step()
         schedule.step()
     network.train()
-    for _ in range(n_steps):
+    for _ in bar(range(n_steps), "training a network", unit=" steps"):
         yield step
     network.eval()
 

@@ -1,7 +1,7 @@
 """What the parts of the latent space know about the class: z_f, z_h and z_aux of a trained model.
 
-    python experiments/obfuscation.py --config configs/digits.yaml --pretrained [FILE]
-    python experiments/obfuscation.py --run RUN_DIR
+    python experiments/obfuscation.py --config configs/digits.yaml --pretrained
+    python experiments/obfuscation.py --pretrained RUN_DIR
         [--picture FILE.png] [--save FILE.npz] [--json FILE.json] [options of train-flow-ssl.py]
 
 With a flow that models p(z_f | y) well, z_h = h_phi(z_f; y) follows the same distribution whatever
@@ -29,15 +29,15 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments.fixmatch import classify
-from experiments.pictures import add_run, load
+from experiments.pictures import load
 from utils.errors import OneLineParser, check_output, run_command
-from utils.figures import CLASS_COLOURS, save
+from utils.figures import CLASS_COLOURS, FORMATS, TITLE, save
 from utils.files import atomic_write
+from utils.terminal import bar
 
 PARTS = ("z_f", "z_h", "z_aux")
 WIDTH, DROPOUT, EPOCHS, BATCH = 256, 0.3, 100, 256      # of the authors' classifier
@@ -50,14 +50,14 @@ def main(argv=None):
     parser = OneLineParser(description="What z_f, z_h and z_aux know about the class.",
                            allow_abbrev=False,
                            epilog="All other options are those of train-flow-ssl.py.")
-    add_run(parser)
     parser.add_argument("--picture", type=Path, metavar="FILE.png")
     parser.add_argument("--save", type=Path, metavar="FILE.npz")
     parser.add_argument("--json", type=Path, metavar="FILE.json")
     args, rest = parser.parse_known_args(argv)
-    for path in filter(None, (args.picture, args.save, args.json)):
-        check_output(path)
-    model, data, settings = load(rest, args.run, ["--supervised", "-1"])     # all labels
+    for path, suffixes in ((args.picture, FORMATS), (args.save, (".npz",)), (args.json, ())):
+        if path:
+            check_output(path, suffixes)
+    model, data, settings = load(rest, ["--supervised", "-1"])      # all labels
     noise = torch.Generator(data.device).manual_seed(settings.seed)
     train, test = (latents(model, data.dequantize(x, noise), y, settings.test_bs)
                    for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)))
@@ -67,7 +67,7 @@ def main(argv=None):
                    "classifier": accuracy_of_classifier(train[part], y, test[part], test_y,
                                                         settings.seed),
                    "linear": accuracy_of_linear_probe(train[part], y, test[part], test_y)}
-            for part in PARTS if train[part].shape[1]}
+            for part in bar(PARTS, "probing", unit=" parts") if train[part].shape[1]}
     report = {"weights": settings.pretrained, "config": settings.config_file,
               "train": len(y), "test": len(test_y), "chance": chance, "parts": rows}
     show(report)
@@ -110,7 +110,7 @@ def accuracy_of_classifier(x, y, test_x, test_y, seed):
               for layer in (nn.Linear(a, b), nn.LeakyReLU())]
     net = nn.Sequential(*hidden[:2], nn.Dropout(DROPOUT), *hidden[2:], nn.Linear(WIDTH, k)).to(x)
     optimizer = torch.optim.Adam(net.parameters(), LEARNING_RATE)
-    for epoch in tqdm(range(EPOCHS), unit="epoch", leave=False, disable=None):
+    for epoch in bar(range(EPOCHS), "training a classifier", unit=" epochs"):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - epoch / EPOCHS)
         for rows in torch.randperm(len(x), device=x.device).split(BATCH):
             optimizer.zero_grad()
@@ -141,20 +141,19 @@ def plot_latents(z, y, seed):
 
     z: what `latents` returns; y: the labels, (N,).
     """
-    figure = Figure(figsize=(11.6, 5), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     panels = figure.subplots(1, 2)
     classes = y[:IN_PICTURE].cpu().numpy()
-    for axes, part, title in zip(panels, ("z_f", "z_h"), ("z_f", "z_h, given the class")):
+    parts = (("z_f", "z_f"), ("z_h", "z_h, given the class"))
+    for axes, (part, title) in zip(panels, bar(parts, "t-SNE", unit=" parts")):
         plane = TSNE(random_state=seed, init="pca").fit_transform(
             z[part][:IN_PICTURE].cpu().numpy())
-        for k in range(classes.max() + 1):      # its digit too, for those who cannot tell colours
+        for k in range(classes.max() + 1):      # the mark is its digit
             axes.scatter(*plane[classes == k].T, s=MARKER_SIZE, marker=f"${k}$", linewidths=0,
-                         color=CLASS_COLOURS[k], label=str(k))
-        axes.set_title(f"{title}, of {len(classes):,} test images")
+                         color=CLASS_COLOURS[k])
+        axes.set_title(f"{title}, of {len(classes):,} test images", fontsize=TITLE)
         axes.set_xticks([])
         axes.set_yticks([])
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center",
-                  title="class", markerscale=2, frameon=False)
     return figure
 
 

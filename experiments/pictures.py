@@ -1,7 +1,8 @@
 """Pictures of what a trained model does.
 
-    python experiments/pictures.py samples --config configs/digits.yaml --pretrained [FILE] \
+    python experiments/pictures.py samples --config configs/digits.yaml --pretrained \
         --save FILE.png [--temperature T] [options of train-flow-ssl.py]
+    python experiments/pictures.py samples --pretrained RUN_DIR --save FILE.png
     python experiments/pictures.py redrawn ...        test images, each with every other label
     python experiments/pictures.py interpolation ...  between two test images of each class
     python experiments/pictures.py mistakes ...       the most confident ones, on test images
@@ -9,8 +10,8 @@
     python experiments/pictures.py density ...        for points: log p(x) and p(y | x)
     python experiments/pictures.py curves RUN_DIR [RUN_DIR ...] --save FILE.png
 
---run RUN_DIR takes the config and the weights of a run. Each picture is also a function in
-utils/figures.py that returns a Figure. The first test images of each class are taken.
+FILE can also be a .pdf or .svg. Each picture is also a function in utils/figures.py that returns a
+Figure. The first test images of each class are taken.
 """
 
 import sys
@@ -28,9 +29,9 @@ from training.distributed import Processes
 from training.evaluation import Inference
 from training.speed import Accelerated
 from utils.datasets import load_data
-from utils.errors import (BadInput, OneLineParser, check_output, names_of_options, run_command,
+from utils.errors import (BadInput, OneLineParser, check_output, run_command,
                           value_errors_as_bad_input)
-from utils.figures import (plot_curves_of_runs, plot_density, plot_interpolation,
+from utils.figures import (FORMATS, plot_curves_of_runs, plot_density, plot_interpolation,
                            plot_latent_space, plot_redrawn, plot_samples, save)
 from utils.metrics import read_metrics
 from utils.settings import read_settings
@@ -51,14 +52,13 @@ def main(argv=None):
         if name == "curves":
             command.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR")
         else:
-            add_run(command)
             command.epilog = "All other options are those of train-flow-ssl.py."
     args, rest = parser.parse_known_args(argv)
-    check_output(args.save)
+    check_output(args.save, FORMATS)
     if args.command == "curves":
         figure = curves(args.runs, rest)
     else:
-        figure = picture(args, *load(rest, args.run))
+        figure = picture(args, *load(rest))
     save(figure, args.save)
 
 
@@ -105,22 +105,13 @@ def picture(args, model, data, settings):
     return plot_interpolation(model, x[first], x[second], y)
 
 
-def add_run(parser):
-    """Add the option --run to an ArgumentParser."""
-    parser.add_argument("--run", type=Path, metavar="RUN_DIR",
-                        help="a run, in place of --config and --pretrained")
-
-
-def load(argv, run=None, fixed=()):
-    """The model with the weights, the data and the settings of a command line, which are those of
-    the directory `run` if that is given. `fixed` is as in read_settings. Raises BadInput."""
-    if run:
-        fixed = ["--config", str(run / "params.yaml"), *fixed]
-        if "--pretrained" not in names_of_options(argv):
-            fixed = ["--pretrained", str(run / "model.torch"), *fixed]
+def load(argv, fixed=()):
+    """The model with the weights, the data and the settings of a command line. `fixed` is as in
+    read_settings. Raises BadInput."""
     _, settings = read_settings(argv, fixed)
     if not settings.pretrained:
-        raise BadInput("name the weights: --pretrained FILE, or --pretrained for those that ship")
+        raise BadInput("name the weights: --pretrained RUN_DIR or FILE, or --pretrained for those "
+                       "that ship")
     device = set_up_torch(settings, Processes())
     data = load_data(settings, device)
     with value_errors_as_bad_input():

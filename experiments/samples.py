@@ -1,7 +1,7 @@
 """Samples from p(x | y): whether they look like their class, and how exactly they are inverted.
 
-    python experiments/samples.py --config configs/mnist-best.yaml --pretrained [FILE]
-    python experiments/samples.py --run RUN_DIR
+    python experiments/samples.py --config configs/mnist-best.yaml --pretrained
+    python experiments/samples.py --pretrained RUN_DIR
         [--temperatures 1 0.7] [--samples 1000] [--json FILE.json] [options of train-flow-ssl.py]
 
 The CNN of fixmatch.py is trained on the training images with all their labels. Its accuracy on
@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments.fixmatch import fit_fixmatch
-from experiments.pictures import MAX_TEMPERATURE, add_run, load
+from experiments.pictures import MAX_TEMPERATURE, load
 from utils.errors import BadInput, Failed, OneLineParser, check_output, run_command
 from utils.files import atomic_write
 
@@ -29,7 +29,6 @@ def main(argv=None):
     parser = OneLineParser(description="Samples from p(x | y), recognised and inverted.",
                            allow_abbrev=False,
                            epilog="All other options are those of train-flow-ssl.py.")
-    add_run(parser)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.7], metavar="T",
                         help="standard deviations of the noise (1 0.7)")
     parser.add_argument("--samples", type=int, default=1000, metavar="N",
@@ -41,7 +40,7 @@ def main(argv=None):
         check_output(args.json)
     if not all(0 <= t <= MAX_TEMPERATURE for t in args.temperatures):
         raise BadInput(f"--temperatures must be from 0 to {MAX_TEMPERATURE}")
-    model, data, settings = load(rest, args.run, ["--supervised", "-1"])     # all labels
+    model, data, settings = load(rest, ["--supervised", "-1"])      # all labels
     if not model.image:
         raise BadInput(f"samples are classified as images, unlike {settings.data}")
     if args.samples < 1 or args.samples % data.n_classes:

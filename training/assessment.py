@@ -17,6 +17,7 @@ from utils import Settings
 from utils.data import Examples, SemiSupervisedData
 from utils.datasets import DATASETS
 from utils.figures import plot_mistakes
+from utils.terminal import NO_BREAK, say
 
 from .device import device_name
 from .distributed import Processes
@@ -26,6 +27,7 @@ from .speed import Accelerated
 BINS = 15           # of the confidence, in the calibration error
 N_OTHERS = 200      # images of each other kind
 N_MISTAKES = 25
+TITLES = {"test": "Test", "validation": "Val."}
 
 
 @dataclass(frozen=True)
@@ -45,22 +47,32 @@ class Assessment:
     auroc: dict[str, float]     # of images, {kind: the probability that p(x) of a test image
                                 # exceeds that of an image of that kind}; NaN if one is NaN
 
-    def lines(self) -> list[str]:
-        """What the terminal shows beyond error and likelihood."""
+    def show(self) -> None:
+        """Print what there is beyond error and likelihood."""
+        say("-log p(y|x)", f"{self.nll:.4f} nats")
+        say("Calibration", f"{self.calibration_error:.2%} expected calibration error")
+        if self.auroc:
+            kinds = ", ".join(f"{kind} {shown}".replace(" ", NO_BREAK)
+                              for kind, shown in self.shown_auroc(3).items())
+            say("AUROC", f"of log p(x), {self.name} images against images of other kinds: {kinds}. "
+                         f"{self.meaning_of_auroc}")
         counts = self.confusion.sum(1)
         errors = 1 - self.confusion.diagonal() / counts         # NaN of a class without examples
-        lines = [f"-log p(y|x)  {self.nll:.4f} nats",
-                 f"Calibration  {self.calibration_error:.2%} expected calibration error"]
-        if self.auroc:
-            kinds = ", ".join(f"{kind} {shown}" for kind, shown in self.shown_auroc(3).items())
-            lines.append(f"Outliers     AUROC of p(x) against images of other kinds: {kinds}")
+        say("Confusion", "row: the true class; column: the predicted one")
         width = max(len(str(int(counts.max()))), 2) + 2
-        lines.append("Class taken for" + "".join(f"{j:{width}}" for j in range(len(counts)))
-                     + "   error")
+        print("class" + "".join(f"{j:{width}}" for j in range(len(counts))) + "    error")
         for i, (row, error) in enumerate(zip(self.confusion.tolist(), errors.tolist())):
             shown = "-" if np.isnan(error) else f"{error:.2%}"
-            lines.append(f"{i:15}" + "".join(f"{n or '.':>{width}}" for n in row) + f"{shown:>9}")
-        return lines
+            print(f"{i:5}" + "".join(f"{n or '.':>{width}}" for n in row) + f"{shown:>9}")
+
+    @property
+    def meaning_of_auroc(self) -> str:
+        """Which values are good and, if some are not, why (Serrà et al. 2020, arXiv 1909.11480)."""
+        meaning = f"1: log p(x) of the {self.name} images is always higher"
+        if min(self.auroc.values()) < 0.5:
+            meaning += ("; 0: never. The easier an image is to predict, the higher its log p(x): a "
+                        "black one is the easiest")
+        return f"{meaning}."
 
     def shown_auroc(self, digits: int) -> dict[str, str]:
         """{kind: its AUROC in words}."""
@@ -194,16 +206,14 @@ def print_evaluation(accelerated: Accelerated, data: SemiSupervisedData,
     def mean(values: np.ndarray, digits: int, unit: str = "") -> str:
         each = f" ({', '.join(f'{v:.{digits}f}' for v in values)})" if len(values) > 1 else ""
         return f"{np.mean(values):.{digits}f}{unit}{each}"
-    title = name.capitalize()
-    print(f"{title + ' set':12} {len(y)} examples of {settings.data}, {seconds:.1f} s on "
-          f"{device_name(data.device)}")
-    print(f"{title + ' error':12} {mean(100 * (1 - accuracy), 2, '%')}")
-    print(f"log p(x)     {mean(log_p, 3, ' nats')}")
+    title = TITLES[name]
+    say(f"{title} set", f"{len(y):,} examples of {settings.data}, {seconds:.1f} s on "
+                        f"{device_name(data.device)}")
+    say(f"{title} error", mean(100 * (1 - accuracy), 2, "%"))
+    say("log p(x)", mean(log_p, 3, " nats"))
     if data.grey_levels:
-        print(f"bits/dim     {mean(data.bits_per_dim(log_p), 4)}")
+        say("bits/dim", mean(data.bits_per_dim(log_p), 4))
     if processes.is_main:
         if settings.draws > 1:
-            print("With the first sample of the noise:")
-        assessment = assess(infer, Inference(accelerated), data, (images, y), name, settings,
-                            draws[0])
-        print("\n".join(assessment.lines()))
+            say("The rest", "is of the first sample of the noise")
+        assess(infer, Inference(accelerated), data, (images, y), name, settings, draws[0]).show()

@@ -117,7 +117,7 @@ def report_run(evaluation: RunEvaluation, rows: list[Row], run_dir: Path) -> Non
         assessment = assess(infer, Inference(evaluation.accelerated, compiled=False), data,
                             examples, name, settings,
                             infer.predictions if settings.test else None)
-        print("\n".join(assessment.lines()))
+        assessment.show()
         picture = run_dir / "mistakes.png"
         if data.grey_levels is not None and len(assessment.mistakes):
             save(assessment.plot_mistakes(examples), picture)

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import io
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from . import Settings
 from .data import Augmentation, Examples, SemiSupervisedData
 from .errors import BadInput
+from .terminal import say
 
 MOONS_NOISE, CIRCLES_NOISE, CIRCLES_FACTOR = 0.1, 0.05, 0.5
 
@@ -105,16 +107,19 @@ def _load_mnist(settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
     root, mnist = Path(settings.data_root), DATASETS["mnist"]
-    raw = root / "MNIST" / "raw"
     names = [f"{part}-{kind}-ubyte" for part in ("train", "t10k")
              for kind in ("images-idx3", "labels-idx1")]
-    def missing() -> list[str]:
-        return [name for name in names if not os.path.isfile(raw / name)]
-    if missing():
+
+    def missing(folder: Path) -> list[str]:
+        return [name for name in names if not os.path.isfile(folder / name)]
+    # data_root may also be MNIST's own folder, or that of its files.
+    own = root / "MNIST" / "raw"
+    raw = next((folder for folder in (own, root / "raw", root) if not missing(folder)), own)
+    if missing(raw):
         _download_mnist(root, raw, names)
-    if missing():       # torchvision downloads nothing where files of its older versions lie
-        raise BadInput(f"{raw} lacks {', '.join(missing())}: put the four files there, or remove "
-                       f"{raw.parent} to have them downloaded")
+    if missing(raw):    # torchvision downloads nothing where files of its older versions lie
+        raise BadInput(f"{raw} lacks {', '.join(missing(raw))}: put the four files there, or "
+                       f"remove {raw.parent} to have them downloaded")
     arrays = []
     for name in names:
         n = mnist.n_train if name.startswith("train") else mnist.n_test
@@ -137,8 +142,10 @@ def _load_mnist(settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _download_mnist(root: Path, raw: Path, names: list[str]) -> None:
     from torchvision.datasets import MNIST
 
+    say("Download", f"of MNIST, 12 MB, to {raw}")
+    stderr = sys.stderr if sys.stderr.isatty() else io.StringIO()   # it shows progress bars
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
             MNIST(root, download=True)
     except (RuntimeError, OSError, EOFError, http.client.HTTPException) as e:
         raise BadInput(

@@ -14,6 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from torch import Tensor
 
 from models import SemiConditionalFlow
@@ -24,10 +25,10 @@ from .files import atomic_write
 from .metrics import Row, names_of_kept
 from .terminal import bar
 
-# Colours that colour-blind people can tell apart: of Okabe and Ito, and for ten classes Paul Tol's
-# muted ones with black.
+# Colours that colour-blind people can tell apart: of Okabe and Ito, and for ten classes, which are
+# marked by their digits too, dark ones.
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
-CLASS_COLOURS = ("#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677",
+CLASS_COLOURS = ("#332288", "#0077bb", "#009988", "#117733", "#808000", "#cc6600", "#cc3311",
                  "#882255", "#aa4499", "#000000")
 POINT_COLOURS = ListedColormap(["#0072b2", "#d55e00"])      # of both classes of points
 POSTERIOR = LinearSegmentedColormap.from_list("posterior", ["#a6d8f4", "white", "#f7cf8a"])
@@ -39,6 +40,9 @@ CURVES = {"train": ("training", "0.5"), "labelled": ("training, labelled", "0.5"
 LEGEND = 150                        # characters that fit below three panels
 IMAGES_PER_CLASS, POINTS_PER_CLASS = 10, 1000
 PADDING = 0.5                       # the grey between images
+TEMPERATURE = 0.7                   # of a run's second picture of samples
+TITLE = 11                          # points
+FORMATS = (".png", ".pdf", ".svg")
 
 
 def plot_run(model: SemiConditionalFlow, data: SemiSupervisedData, rows: list[Row],
@@ -55,7 +59,9 @@ def plot_run(model: SemiConditionalFlow, data: SemiSupervisedData, rows: list[Ro
     """
     pictures = {"curves.png": lambda: plot_curves(rows),
                 "samples.png": lambda: plot_samples(model, seed)}
-    if not model.image:
+    if model.image:
+        pictures[f"samples-{TEMPERATURE}.png"] = lambda: plot_samples(model, seed, TEMPERATURE)
+    else:
         pictures["density.png"] = lambda: plot_density(model, data)
     try:
         with torch.compiler.set_stance("force_eager"):  # compiling would take longer than it saves
@@ -67,15 +73,18 @@ def plot_run(model: SemiConditionalFlow, data: SemiSupervisedData, rows: list[Ro
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write `figure` as a PNG file: the old picture stays whole until the new one is."""
+    """Write `figure` in one of FORMATS: the old picture stays whole until the new one is."""
     with atomic_write(path, "wb") as f:
-        figure.savefig(f, dpi=100, format="png")
+        figure.savefig(f, dpi=100, format=path.suffix[1:])
 
 
-def plot_curves(rows: list[Row]) -> Figure:
-    """Loss, error and likelihood against the epoch, from the rows of a MetricsLog."""
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
-    loss, error, likelihood = figure.subplots(1, 3)
+def plot_curves(rows: list[Row], columns: int = 3) -> Figure:
+    """Loss, error and likelihood against the epoch, from the rows of a MetricsLog.
+
+    columns: of the panels, 3, or 1 for a narrow page
+    """
+    figure = Figure(figsize=(4 * columns, 3.4 * (3 // columns)), layout="constrained")
+    loss, error, likelihood = figure.subplots(3 // columns, columns)
     epoch = [row["epoch"] for row in rows]
 
     def curve(axes: Axes, name: str, quantity: str,
@@ -163,19 +172,18 @@ def plot_samples(model: SemiConditionalFlow, seed: int, temperature: float = 1.0
     x = model.sample(y, noise.repeat_interleave(k, 0).to(device, model.log_p_y.dtype)).cpu()
     x = x.unflatten(0, (rows, k)).float()  # (rows, K, C, H, W)
     if model.image:
-        title = "Samples from p(x | y), a row per noise vector"
-        if temperature != 1:
-            title += f", at temperature {temperature:g}"
-        figure, axes = draw_grid(x, title)
+        figure, axes = draw_grid(x, f"Samples from p(x | y), temperature {temperature:g}")
         axes.set_xticks(*_middles(x, k))
         axes.set_xlabel("class y")
+        axes.set_ylabel("noise vector")
     else:
         figure = Figure(figsize=(4 * k, 4), layout="constrained")
         for j, axes in enumerate(figure.subplots(1, k, sharex=True, sharey=True)):
             points = x[:, j, :, 0, 0]
             finite = points.isfinite().all(1)
             axes.scatter(*points[finite].numpy().T, s=4, color=POINT_COLOURS(j))
-            axes.set_title(f"x ~ p(x | y = {j}){left_out(int((~finite).sum()), rows)}")
+            axes.set_title(f"Samples from p(x | y = {j})"
+                           + left_out(int((~finite).sum()), rows), fontsize=TITLE)
             axes.set_aspect("equal")
     return figure
 
@@ -195,7 +203,7 @@ def draw_grid(x: Tensor, title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(columns * 0.6 + 0.5, rows * 0.6 + 0.8), layout="constrained")
     axes = figure.subplots()
     axes.imshow(grid.permute(1, 2, 0).numpy(), vmin=0, vmax=1, interpolation="nearest")
-    axes.set_title(title)
+    axes.set_title(title, fontsize=TITLE)
     axes.set_xticks([])
     axes.set_yticks([])
     return figure, axes
@@ -228,7 +236,7 @@ def plot_redrawn(model: SemiConditionalFlow, x: Tensor, y: Tensor) -> Figure:
     z = torch.cat((z_aux.repeat_interleave(k, 0), z_f), 1)
     redrawn = model.f_w.inverse(z).unflatten(0, (-1, k))                    # decode refuses some z
     images = torch.cat((x[:, None], redrawn), 1).cpu().float()              # (N, 1 + K, C, H, W)
-    figure, axes = draw_grid(images, "Images re-drawn as every class, with their z_aux and z_h")
+    figure, axes = draw_grid(images, "Test images re-drawn as every class, same z_aux and z_h")
     places, labels = _middles(images, k, first=1)
     axes.set_xticks([0.5 * (images.shape[-1] + 1), *places], ["image", *labels])
     axes.set_xlabel("re-drawn as class")
@@ -252,7 +260,7 @@ def plot_interpolation(model: SemiConditionalFlow, x: Tensor, other: Tensor, y: 
     z_aux, z_h = model.split_latent(z.flatten(0, 1))
     z_f = model.h_phi.inverse(z_h, y.repeat_interleave(steps))
     images = model.f_w.inverse(torch.cat((z_aux, z_f), 1)).unflatten(0, (-1, steps)).cpu().float()
-    figure, axes = draw_grid(images, "From one image to another of its class")
+    figure, axes = draw_grid(images, "From a test image to another of its class")
     axes.set_xticks(_middles(images, steps)[0], [f"{float(s):.3g}" for s in share])
     axes.set_xlabel("share of the second image in z_aux and z_h")
     return figure
@@ -269,14 +277,15 @@ def plot_mistakes(x: Tensor, y: Tensor, predicted: Tensor, confidence: Tensor) -
     columns = 5
     rows = -(-len(x) // columns)
     figure = Figure(figsize=(1.5 * columns, 1.7 * rows + 0.3), layout="constrained")
-    figure.suptitle("The most confident mistakes, with p(y | x) of the class given", fontsize=10)
+    figure.suptitle("The most confident mistakes, with p(y | x) of the predicted class",
+                    fontsize=TITLE)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels:
         axes.axis("off")
     for axes, image, true, taken_for, p in zip(panels, x, y, predicted, confidence):
         axes.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray",
                     interpolation="nearest")
-        axes.set_title(f"{int(true)} taken for {int(taken_for)}: {float(p):.1%}", fontsize=8)
+        axes.set_title(f"{int(true)}, predicted {int(taken_for)}: {float(p):.1%}", fontsize=8)
     return figure
 
 
@@ -289,24 +298,26 @@ def plot_latent_space(model: SemiConditionalFlow, x: Tensor, y: Tensor) -> Figur
     """
     z_f = model.split_latent(model.encode(x)[0])[1]
     z_h, _ = model.h_phi(z_f, y)
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    for axes, z, title in zip(figure.subplots(1, 2), (z_f, z_h), ("z_f", "z_h, given the class")):
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, z, title in zip(figure.subplots(1, 2), (z_f, z_h),
+                              ("z_f of test points", "z_h of test points, given their class")):
         finite = z.isfinite().all(1)
         for k, marker in zip(range(model.n_classes), "ox"):
             axes.scatter(*z[finite & (y == k)].cpu().numpy().T, s=12, marker=marker, linewidths=0.8,
                          color=POINT_COLOURS(k), alpha=0.7, label=f"class {k}")
-        axes.set_title(title + left_out(int((~finite).sum()), len(z)))
+        axes.set_title(title + left_out(int((~finite).sum()), len(z)), fontsize=TITLE)
         axes.set_aspect("equal")
         axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
 
 
 @torch.no_grad()
 def plot_density(model: SemiConditionalFlow, data: SemiSupervisedData, cells: int = 200) -> Figure:
-    """For points: log p(x) with the training points, and p(y = 1 | x) with the test points.
+    """For points: log p(x) with the training points, and p(y = 1 | x) with the test points; both
+    with the labelled training points.
 
-    Both are evaluated on a grid of cells x cells. Raises Failed if none is finite.
+    They are evaluated on a grid of cells x cells. Raises Failed if none is finite.
     """
     points = data.train_x[:, :, 0, 0].cpu().numpy()
     low, high = points.min(0) - 0.4, points.max(0) + 0.4
@@ -322,21 +333,26 @@ def plot_density(model: SemiConditionalFlow, data: SemiSupervisedData, cells: in
     log_p = log_joint.logsumexp(1).view(cells, cells)
     posterior = log_joint.softmax(1)[:, 1].view(cells, cells)
     height = 5 * (top - bottom) / (right - left) + 0.7
-    figure = Figure(figsize=(12, height), layout="constrained")
+    figure = Figure(figsize=(12, height + 0.3), layout="constrained")
     density, regions = figure.subplots(1, 2)
+
+    def colour_bar(image: AxesImage, axes: Axes, label: str) -> None:
+        """As high as the panel, which is lower than its place."""
+        figure.colorbar(image, cax=axes.inset_axes((1.03, 0, 0.04, 1)), label=label)
     lowest = float(log_p[log_p.isfinite()].max()) - 12
     image = density.imshow(log_p.clamp(min=lowest).numpy(), origin="lower", extent=extent,
                            cmap="viridis")
-    figure.colorbar(image, ax=density, label="log p(x), nats")
+    colour_bar(image, density, "log p(x), nats")
     density.scatter(*points.T, s=3, color="white", alpha=0.4, linewidths=0)
-    density.set_title("density and training points, labelled ones large"
-                      + left_out(int((~finite).sum()), len(finite)))
+    density.set_title("Density and training points"
+                      + left_out(int((~finite).sum()), len(finite)), fontsize=TITLE)
     image = regions.imshow(posterior.numpy(), origin="lower", extent=extent, cmap=POSTERIOR,
                            vmin=0, vmax=1)
-    figure.colorbar(image, ax=regions, label="p(y = 1 | x)")
+    colour_bar(image, regions, "p(y = 1 | x)")
     regions.scatter(*data.test_x[:, :, 0, 0].cpu().numpy().T, s=4, c=data.test_y.cpu().numpy(),
                     cmap=POINT_COLOURS)
-    regions.set_title("posterior and test points, labelled ones large")
+    regions.set_title("Posterior and test points", fontsize=TITLE)
+    figure.supxlabel("Large: the labelled training points", fontsize=TITLE)
     labelled, y = data.labelled.cpu().numpy(), data.train_y[data.labelled].cpu().numpy()
     for axes in (density, regions):
         axes.scatter(*points[labelled].T, s=60, c=y, cmap=POINT_COLOURS,

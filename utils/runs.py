@@ -22,6 +22,7 @@ import yaml
 from .errors import BadInput
 from .files import PROJECT, atomic_write
 
+PARAMS_FILE = exman.parser.PARAMS_FILE
 TRACEBACK_FILE, LOCK_FILE = "traceback.txt", ".lock"
 
 
@@ -67,7 +68,7 @@ class RunParser(exman.ExParser):
         run_dir: its directory.
         Raises BadInput if it has none, or lies in no folder of runs.
         """
-        params = Path(run_dir) / exman.parser.PARAMS_FILE
+        params = Path(run_dir) / PARAMS_FILE
         if not os.path.isfile(params):      # False where Path.is_file would raise
             raise BadInput(f"no run to resume in {run_dir}: it has no {params.name}")
         root = Path(run_dir).resolve().parent.parent
@@ -131,8 +132,8 @@ class Run(exman.parser.SafeExperiment):
             (run.run / TRACEBACK_FILE).unlink(missing_ok=True)
             if not settings.tmp:
                 run.symlink.unlink(missing_ok=True)
-                run.symlink.symlink_to(Path("..", "runs", place.name, exman.parser.PARAMS_FILE))
-        path = run.run / exman.parser.PARAMS_FILE
+                run.symlink.symlink_to(Path("..", "runs", place.name, PARAMS_FILE))
+        path = run.run / PARAMS_FILE
         params = yaml.safe_load(path.read_text())
         params.update({key: value for key, value in vars(settings).items()
                        if key not in ("config_file", "resume")})

@@ -20,7 +20,7 @@ from models.options import Option
 
 from .datasets import DATASETS
 from .errors import BadInput, given_twice, names_of_options
-from .runs import RunParser, relative_to, started_in
+from .runs import PARAMS_FILE, RunParser, relative_to, started_in
 from .terminal import NO_BREAK
 
 SHIPPED = "shipped"     # the value of a bare --pretrained
@@ -107,7 +107,8 @@ OPTION_GROUPS: dict[str, tuple[Option, ...]] = {
     ),
     "Evaluation": (
         Option("pretrained", str, "",
-               "evaluate the weights in FILE and stop; without FILE, those shipped for the config"),
+               "evaluate the weights in FILE, or of a run's directory, and stop; without a value, "
+               "those shipped for the config"),
         Option("weights", str, "last", "which weights of a checkpoint.pt to evaluate",
                choices=("last", "averaged"), resumable=True),
         Option("draws", int, 1, "samples of the dequantisation noise over which to average",
@@ -118,14 +119,17 @@ OPTION_GROUPS: dict[str, tuple[Option, ...]] = {
         Option("resume", str, "", "continue the run in this directory", resumable=True),
         Option("device", str, "auto", "auto, cpu, cuda or cuda:N; auto: cuda if available",
                resumable=True),
-        Option("threads", int, 0, "CPU threads; 0: PyTorch's choice",
+        Option("threads", int, 0, "CPU threads; 0: of 1 and PyTorch's number what is "
+               "faster in training, measured; in evaluation PyTorch's number",
                low=0, high=4096, resumable=True),
         Option("time_limit", float, 0.0,
-               "minutes after which to stop with a checkpoint; 0: no limit", low=0, resumable=True),
+               "minutes after which this start ends with a checkpoint; 0: no limit",
+               low=0, resumable=True),
     ),
     "Speed": (
         Option("precision", str, "auto", "of the couplings' networks; auto: bf16 for images on a "
-               "GPU that supports it, else fp32; tf32: of convolutions, on a GPU",
+               "GPU that supports it, or where it is faster in training on this CPU, measured; "
+               "else fp32; tf32: of convolutions, on a GPU",
                choices=("auto", "fp32", "tf32", "bf16"), resumable=True),
         Option("compile", str, "auto", "torch.compile; auto: on a GPU",
                choices=("auto", "off", "on"), resumable=True),
@@ -156,6 +160,24 @@ GONE: dict[str, tuple[float | str, ...]] = {
     "ssl_nclasses": (-1,),      # or the data's number of classes
     "deterministic": ("false", "no", "off", 0)}
 EXMAN_KEYS = ("root", "time", "id", "commit", "dirty")  # what exman adds to a run's params.yaml
+# What other programs call our options.
+COMMON_NAMES = {
+    "seed": ("seed_everything", "random_seed", "manual_seed"),
+    "data": ("dataset",), "data_root": ("data_dir", "data_path", "datadir", "root"),
+    "supervised": ("n_labels", "num_labels", "n_labeled", "num_labeled", "labels"),
+    "optimizer": ("opt", "optim"), "lr": ("learning_rate",), "lr_schedule": ("scheduler", "sched"),
+    "warmup_steps": ("warmup", "num_warmup_steps"), "weight_decay": ("wd", "l2"),
+    "epochs": ("num_epochs", "n_epochs", "max_epochs", "epoch"),
+    "train_bs": ("batch_size", "bs", "train_batch_size"),
+    "test_bs": ("eval_batch_size", "test_batch_size", "val_batch_size"),
+    "ema": ("ema_decay",), "log_each": ("log_interval", "log_every", "eval_every"),
+    "cons_weight": ("lambda_u", "unsup_weight"),
+    "pretrained": ("checkpoint", "ckpt", "load", "eval", "evaluate"),
+    "initial_weights": ("init_from", "finetune"), "resume": ("resume_from", "continue"),
+    "device": ("gpu", "gpus", "cuda", "no_cuda", "accelerator"),
+    "threads": ("num_threads", "n_threads"), "time_limit": ("max_time",),
+    "precision": ("amp", "fp16", "bf16", "dtype"), "micro_bs": ("micro_batch_size",),
+    "config": ("cfg", "config_file", "conf")}
 EXTENDS = "extends"     # the key of a config file that names another one
 
 
@@ -249,6 +271,10 @@ class SettingsParser(RunParser):
         s = self._parse(argv)
         if s.resume:
             s = self._parse_resumed(s.resume, argv)
+        if os.path.isdir(s.pretrained):
+            s = self._parse_evaluated(s.pretrained, argv)
+        if os.path.isdir(s.initial_weights):
+            s.initial_weights = str(weights_of_run(s.initial_weights))
         for is_wrong, message in (
                 (s.epochs == 1 and s.lr_schedule == "linear" and not s.pretrained,
                  "with lr_schedule linear the last epoch has learning rate zero, so a single one "
@@ -274,7 +300,7 @@ class SettingsParser(RunParser):
     def _parse(self, argv: list[str]) -> argparse.Namespace:
         settings, unknown = self.parse_known_args(argv)
         if unknown:
-            self.error(_unknown_key(unknown[0].split("=")[0]))
+            self.error(_unknown_words(unknown))
         values = vars(settings)
         for key in OPTIONS:
             if isinstance(values[key], list):       # what argparse makes of the value --
@@ -299,9 +325,7 @@ class SettingsParser(RunParser):
         """
         base = vars(self._parse(["--config", str(self.params_to_resume(run_dir))]))
         del base["config_file"]             # as a default, it would be read again
-        data_root = relative_to(base["data_root"], started_in(run_dir), Path.cwd())
-        if Path(data_root).exists():            # else the run has moved away from its data
-            base["data_root"] = data_root
+        base.update(data_root=data_root_of_run(base["data_root"], run_dir), time_limit=0.0)
         self.set_defaults(**base)
         settings = self._parse(argv)
         changed = [key for key, value in vars(settings).items()
@@ -310,6 +334,38 @@ class SettingsParser(RunParser):
             raise BadInput(f"a resumed run keeps its {changed[0]} ({base[changed[0]]!r}, not "
                            f"{getattr(settings, changed[0])!r}): start a new run to change it")
         return settings
+
+    def _parse_evaluated(self, run_dir: str, argv: list[str]) -> argparse.Namespace:
+        """The settings in `argv`, or else of the run in `run_dir`, whose weights are evaluated.
+
+        Raises BadInput if it is not the directory of a run, or has no weights.
+        """
+        params = Path(run_dir, PARAMS_FILE)
+        if not params.is_file():
+            self.error(f"{run_dir} is not the directory of a run: it has no {params.name}")
+        names = names_of_options(argv)
+        if "--config" not in names:
+            argv = ["--config", str(params), *argv]
+        settings = self._parse(argv)
+        if not {"--config", "--data_root"} & set(names):
+            settings.data_root = data_root_of_run(settings.data_root, run_dir)
+        settings.pretrained = str(weights_of_run(run_dir, settings.weights == "averaged"))
+        return settings
+
+
+def data_root_of_run(data_root: str, run_dir: str) -> str:
+    """The data_root in the params.yaml of a run as seen from here, unless there is nothing."""
+    seen = relative_to(data_root, started_in(run_dir), Path.cwd())
+    return seen if Path(seen).exists() else data_root   # the run may have moved away from its data
+
+
+def weights_of_run(run_dir: str, averaged: bool = False) -> Path:
+    """The file with the weights of a run: model.torch, which a finished run has, or checkpoint.pt,
+    which alone has averaged ones beside the last. Raises BadInput if there is none."""
+    files = [Path(run_dir, name) for name in ("model.torch", "checkpoint.pt")][averaged:]
+    if found := next((path for path in files if path.is_file()), None):
+        return found
+    raise BadInput(f"{run_dir} has no weights: there is no {' or '.join(f.name for f in files)}")
 
 
 def differences(settings: argparse.Namespace) -> str:
@@ -321,12 +377,29 @@ def differences(settings: argparse.Namespace) -> str:
     return ", ".join(shown) or "the defaults"
 
 
-def _unknown_key(key: str) -> str:
-    """The message for a setting that does not exist, with the closest one that does."""
-    hyphens = "--" if key.startswith("--") else ""
-    names = [hyphens + name for name in (*OPTIONS, "config", "tmp")]
-    close = difflib.get_close_matches(key, names, 1, 0.5)
-    return f"unknown setting {key}" + (f": did you mean {close[0]}?" if close else "")
+def _unknown_keys(keys: Sequence[str]) -> str:
+    """The message for settings that do not exist, with the closest ones that do."""
+    ours = {other: name for name, others in COMMON_NAMES.items() for other in (name, *others)}
+    shown = []
+    for key in keys:
+        hyphens, plain = key[:len(key) - len(key.lstrip("-"))], key.lstrip("-")
+        plain = plain.replace("-", "_").lower()
+        names = [plain] if plain in ours else difflib.get_close_matches(
+            plain, [*OPTIONS, "config", "tmp", *ours], 1, 0.6)
+        close = [f" (did you mean {hyphens}{ours.get(name, name)}?)" for name in names]
+        shown.append(key + "".join(close))
+    return f"unknown setting{'s' * (len(keys) > 1)} {', '.join(shown)}"
+
+
+def _unknown_words(words: Sequence[str]) -> str:
+    """The message for what argparse leaves of a command line: options, their values, others."""
+    first = words[0]
+    if first.startswith("-"):
+        return _unknown_keys([word.partition("=")[0] for word in words if word.startswith("-")])
+    if os.path.isfile(os.path.join(first, PARAMS_FILE)):
+        return f"unexpected {first}: did you mean --resume {first}, or --pretrained {first}?"
+    is_file = first.endswith((".yaml", ".yml")) or os.path.isfile(first)
+    return f"unexpected {first}" + f": did you mean --config {first}?" * is_file
 
 
 class _WithoutDuplicates(yaml.BaseLoader):
@@ -371,11 +444,11 @@ class _ConfigFile(configargparse.YAMLConfigFileParser):
         settings = {}
         if EXTENDS in content:
             settings = self._parse_extended(stream.name, content.pop(EXTENDS), extending)
+        if unknown := [str(key) for key in content if key not in (*known, *EXMAN_KEYS)]:
+            raise BadInput(f"{stream.name}: {_unknown_keys(unknown)}")
         for key, value in content.items():
             if key in EXMAN_KEYS:
                 continue
-            if key not in known:
-                raise BadInput(f"{stream.name}: {_unknown_key(str(key))}")
             if isinstance(value, dict) or (
                     isinstance(value, list) and key not in UNUSED_PUBLISHED_KEYS):
                 raise BadInput(f"{stream.name}: {key} takes one value, not {value}")
