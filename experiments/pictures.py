@@ -48,7 +48,7 @@ def main(argv=None):
         command.add_argument("--save", type=Path, required=True, metavar="FILE.png")
         if name == "samples":
             command.add_argument("--temperature", type=float, default=1.0, metavar="T",
-                             help="standard deviation of the noise (%(default)s)")
+                             help="standard deviation of the noise (default: %(default)s)")
         if name == "curves":
             command.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR")
         else:

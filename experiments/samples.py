@@ -30,10 +30,10 @@ def main(argv=None):
                            allow_abbrev=False,
                            epilog="All other options are those of train-flow-ssl.py.")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.7], metavar="T",
-                        help="standard deviations of the noise (1 0.7)")
+                        help="standard deviations of the noise (default: 1 0.7)")
     parser.add_argument("--samples", type=int, default=1000, metavar="N",
                         help="samples for each temperature, equally many of each class "
-                             "(%(default)s)")
+                             "(default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE.json")
     args, rest = parser.parse_known_args(argv)
     if args.json:

@@ -1,5 +1,6 @@
-"""The paper's table: a row per config, over several seeds, run here and set beside the paper's.
+"""A row per config, over several seeds: the paper's table, run here and set beside the paper's.
 
+    python experiments/table.py configs/digits.yaml --seeds 0 1 2 --to FOLDER
     python experiments/table.py CONFIG [CONFIG ...] [--seeds 0 1 2 3 4] --to FOLDER [--jobs N] \
         [options of train-flow-ssl.py, for all runs]
     python experiments/table.py CONFIG [CONFIG ...] [--seeds ...] --collect FOLDER
@@ -9,8 +10,9 @@ SIGTERM and a closed terminal stop them after the current training step, and the
 continues there: runs that are finished are skipped and those that were stopped are resumed.
 --collect trains nothing. Both print the table and write it to FOLDER/table.md and FOLDER/table.csv:
 error and bits/dim on the test images, as mean ± standard deviation over the seeds, and the paper's
-figures, which are of MNIST with 100 labels. The figures of each run are in FOLDER/runs.csv. A run
-that is not finished is named below the table and takes no part in it; the exit code is then 1.
+figures in the rows of MNIST with 100 labels and the paper's loss. The figures of each run are in
+FOLDER/runs.csv. A run that is not finished is named below the table and takes no part in it; the
+exit code is then 1.
 """
 
 import contextlib
@@ -50,7 +52,7 @@ STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 MODELS = {"cond-flow": "SCNF-GLOW", "cond-shift": "SCNF-GMM",
           "cond-gmm": "SCNF-GMM, trained covariances"}
 ALGORITHMS = {"sgd": "SGD", "em": "EM-SGD"}
-COLUMNS = ["model", "optimisation", "L_clf", "error, % (paper)", "bits/dim (paper)", "error, %",
+COLUMNS = ["model", "optimisation", "L_clf", "data", "epochs", "error, % (paper)", "bits/dim (paper)", "error, %",
            "bits/dim", "n", "config"]
 # What may differ between the settings of a run and those that are asked for.
 MAY_DIFFER = {*RESUMABLE, "name", "tmp"} - {"epochs", "test"}
@@ -83,9 +85,10 @@ def main(argv=None):
     parser = OneLineParser(description="Run and collect the paper's table.", allow_abbrev=False,
                            epilog="All other options are those of train-flow-ssl.py, for all runs.")
     parser.add_argument("configs", type=Path, nargs="+", metavar="CONFIG")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)), metavar="S")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)), metavar="S",
+                        help="each is the seed and the data_seed of a run (default: 0 1 2 3 4)")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="train what is missing in FOLDER")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
     parser.add_argument("--collect", type=Path, metavar="FOLDER", help="train nothing")
     args, options = parser.parse_known_args(argv)
     if (args.to is None) == (args.collect is None):
@@ -237,8 +240,13 @@ def row_of(runs):
     """The row of a config, in the order of COLUMNS, from its finished runs."""
     settings, done = runs[0].settings, [run for run in runs if not run.lacks]
     kind = settings.ssl_model, settings.ssl_alg, settings.cl_weight > 0
+    as_in_the_paper = (settings.data, settings.supervised, settings.num_examples) == (
+        "mnist", 100, -1) and not (settings.cons_weight or settings.vat_weight)
+    published = PUBLISHED.get(kind) if as_in_the_paper else None
+    labels = "all" if settings.supervised == -1 else settings.supervised
     return (MODELS[settings.ssl_model], ALGORITHMS[settings.ssl_alg],
-            "yes" if settings.cl_weight else "no", *PUBLISHED.get(kind, ("-", "-")),
+            "yes" if settings.cl_weight else "no", f"{settings.data}, {labels} labels",
+            settings.epochs, *(published or ("-", "-")),
             spread([run.test_error for run in done], 2),
             spread([run.rows[-1]["test_bpd"] for run in done], 3), len(done), runs[0].config.stem)
 

@@ -29,7 +29,7 @@ MNIST_FOLDERS = [Path(p) for p in (os.environ.get("SCNF_DATA_ROOT"), PROJECT / "
 # A model and a run that take seconds.
 TINY = {"data": "digits", "model": "digits-masked", "ssl_dim": 16, "ssl_l": 2, "ssl_k": 1,
         "ssl_hd": 8, "supervised": 20, "num_examples": 200, "train_bs": 64, "test_bs": 256,
-        "lr_schedule": "no", "log_each": 1, "device": "cpu"}
+        "lr_schedule": "no", "log_each": 1, "device": "cpu", "precision": "fp32"}
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +38,8 @@ def mnist_root():
     for folder in MNIST_FOLDERS:
         if (folder / "MNIST" / "raw" / "t10k-images-idx3-ubyte").is_file():
             return folder
-    pytest.skip("no MNIST in $SCNF_DATA_ROOT or data/ (run config.yaml once to download it)")
+    pytest.skip("no MNIST in $SCNF_DATA_ROOT or data/: `python train-flow-ssl.py --config "
+                "configs/mnist-best.yaml --pretrained` downloads it, in a minute")
 
 
 def pytest_runtest_setup(item):

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import io
 import math
 import os
 import time
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from matplotlib.figure import Figure
 
 from models import SemiConditionalFlow
 from utils import Settings
 from utils.data import SemiSupervisedData
 from utils.errors import Failed
-from utils.figures import plot_run, save
+from utils.figures import TEMPERATURE, plot_curves, plot_run, save
 from utils.files import atomic_write
 from utils.metrics import MetricsLog, Row, average_is_better
 from utils.terminal import epoch_line, result, say
@@ -26,18 +28,23 @@ from .device import device_name
 from .evaluation import Inference, RunEvaluation
 
 SECONDS_BETWEEN_PLOTS = 300     # during training
-PICTURES = {"curves.png": "Training", "samples.png": "Samples from p(x | y)",
-            "density.png": "Density and posterior",
-            "mistakes.png": "The most confident mistakes, and p(y | x)"}
+# {heading: files}; the curves are drawn anew, for wide and for narrow pages.
+PICTURES = {"Samples": ("samples.png", f"samples-{TEMPERATURE}.png"), "Density": ("density.png",),
+            "Mistakes": ("mistakes.png",)}
+NARROW = 700            # pixels
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 70em; margin: 2em auto;
        padding: 0 1em; overflow-wrap: anywhere; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
 table { border-collapse: collapse; } td, th { padding: 0.2em 0.7em; text-align: right; }
 th { font-weight: 600; } td:first-child, th:first-child { text-align: left; }
-tr { border-bottom: 1px solid #ddd; } img { max-width: 100%; display: block; }
+tr { border-bottom: 1px solid #ddd; } img { max-width: 100%; vertical-align: top; margin-bottom: 1em; }
+.scores td:last-child { white-space: nowrap; } details { margin-top: 2em; }
 .wide { overflow-x: auto; white-space: nowrap; overflow-wrap: normal; }
-.wide td { min-width: 2.2em; } details { margin-top: 2em; }
+.wide td { min-width: 2.2em; }
+@media (max-width: 700px) {
+  .wide { font-size: 10px; } .wide td, .wide th { padding: 0.3em; min-width: 0; }
+}
 """
 
 
@@ -142,8 +149,15 @@ def write_report(run_dir: Path, settings: Settings, rows: list[Row], assessment:
     device: the name of the one that it ended on
     """
     title = f"{run_dir.name}: {settings.data}, {settings.model}, {settings.ssl_model}"
-    pictures = [f"<h2>{caption}</h2>\n{_picture(run_dir / name, caption)}"
-               for name, caption in PICTURES.items() if (run_dir / name).is_file()]
+    pictures = ""
+    for heading, names in PICTURES.items():
+        paths = [run_dir / name for name in names if (run_dir / name).is_file()]
+        if paths:
+            images = "\n".join(_image(path.read_bytes(), path.stem) for path in paths)
+            pictures += f"<h2>{heading}</h2>\n{images}\n"
+    wide, narrow = (_png(plot_curves(rows, columns)) for columns in (3, 1))
+    curves = (f'<picture><source media="(max-width: {NARROW}px)" srcset="{_uri(narrow)}">'
+              f'{_image(wide, "curves")}</picture>')
     seconds = sum(row["seconds"] for row in rows)
     params = yaml.safe_load((run_dir / "params.yaml").read_text(encoding="utf-8"))
     commit = f"started at commit {params['commit'][:7]}" if params.get("commit") else "no commit"
@@ -152,6 +166,7 @@ def write_report(run_dir: Path, settings: Settings, rows: list[Row], assessment:
             f"{commit}{changed}, ended on {html.escape(device)}. The figures below are of the "
             f"{assessment.confusion.sum():,} {assessment.name} examples.")
     options = _table([(key, str(value)) for key, value in sorted(vars(settings).items())])
+    auroc = f"<p>AUROC {assessment.meaning_of_auroc}</p>" if assessment.auroc else ""
     page = f"""<!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -159,11 +174,14 @@ def write_report(run_dir: Path, settings: Settings, rows: list[Row], assessment:
 <body>
 <h1>{html.escape(title)}</h1>
 <p>{done}</p>
-{_table(_scores(assessment))}
-<h2>Classes</h2>
-<p>Rows: the class; columns: what the model says.</p>
+<div class="scores">{_table(_scores(assessment))}</div>
+{auroc}
+<h2>Confusion</h2>
+<p>Row: the true class; column: the predicted one.</p>
 {_confusion(assessment.confusion.tolist())}
-{''.join(pictures)}
+<h2>Training</h2>
+{curves}
+{pictures}
 <details><summary>Settings</summary>{options}</details>
 </body>
 </html>
@@ -178,7 +196,7 @@ def _scores(assessment: Assessment) -> list[tuple[str, str]]:
         scores.append(("bits/dim", f"{assessment.bits_per_dim:.4f}"))
     scores += [("-log p(y | x)", f"{assessment.nll:.4f} nats"),
                 ("expected calibration error", f"{assessment.calibration_error:.2%}")]
-    return scores + [(f"AUROC of p(x), against {kind}", shown)
+    return scores + [(f"AUROC of log p(x), against {kind}", shown)
                      for kind, shown in assessment.shown_auroc(4).items()]
 
 
@@ -201,6 +219,15 @@ def _confusion(counts: list[list[int]]) -> str:
             "</div>")
 
 
-def _picture(path: Path, caption: str) -> str:
-    content = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{content}">'
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=100, format="png")
+    return buffer.getvalue()
+
+
+def _uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _image(png: bytes, name: str) -> str:
+    return f'<img alt="{html.escape(name)}" src="{_uri(png)}">'

@@ -332,8 +332,8 @@ def plot_density(model: SemiConditionalFlow, data: SemiSupervisedData, cells: in
     log_joint[~finite] = torch.nan
     log_p = log_joint.logsumexp(1).view(cells, cells)
     posterior = log_joint.softmax(1)[:, 1].view(cells, cells)
-    height = 5 * (top - bottom) / (right - left) + 0.7
-    figure = Figure(figsize=(12, height + 0.3), layout="constrained")
+    height = 4.6 * (top - bottom) / (right - left) + 1.1
+    figure = Figure(figsize=(12, height), layout="constrained")
     density, regions = figure.subplots(1, 2)
 
     def colour_bar(image: AxesImage, axes: Axes, label: str) -> None:
@@ -343,7 +343,7 @@ def plot_density(model: SemiConditionalFlow, data: SemiSupervisedData, cells: in
     image = density.imshow(log_p.clamp(min=lowest).numpy(), origin="lower", extent=extent,
                            cmap="viridis")
     colour_bar(image, density, "log p(x), nats")
-    density.scatter(*points.T, s=3, color="white", alpha=0.4, linewidths=0)
+    density.scatter(*points.T, s=3, color="black", alpha=0.4, linewidths=0)
     density.set_title("Density and training points"
                       + left_out(int((~finite).sum()), len(finite)), fontsize=TITLE)
     image = regions.imshow(posterior.numpy(), origin="lower", extent=extent, cmap=POSTERIOR,
