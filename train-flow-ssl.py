@@ -18,7 +18,6 @@ is labelled: of the 60,000 rows of an epoch on MNIST, 20,000 come from the 100 l
 """
 
 import contextlib
-import os
 import signal
 import sys
 from functools import partial
@@ -38,19 +37,19 @@ from training.assessment import print_evaluation
 from training.beyond import Beyond
 from training.checkpoint import (CheckpointWriter, load_checkpoint, load_pretrained, load_weights,
                                  restore, state_of_run)
-from training.device import choose_speed, device_name, measure_cpu, set_up_torch
+from training.device import choose_speed, measure_cpu, set_up_torch
 from training.distributed import Processes
 from training.evaluation import RunEvaluation
 from training.objective import objective
 from training.optim import Optimizer, learning_rate
 from training.progress import Limits, Progress
-from training.report import RunFiles
+from training.report import RunFiles, announce
 from training.speed import Accelerated, Captured
 from utils.data import Batch
 from utils.datasets import load_data
 from utils.errors import BadInput, Failed, one_line, value_errors_as_bad_input
 from utils.runs import Run
-from utils.settings import differences, read_settings
+from utils.settings import read_settings
 from utils.terminal import say
 
 
@@ -93,7 +92,8 @@ def main(processes):
             run_dir = run and run.run
             stopped = train(model, data, settings, speed, processes, limits, run_dir, checkpoint)
             if stopped and processes.is_main:
-                print(f"Stopped {stopped}; to continue:\n{run.resume_command}")
+                say("Stopped", f"{stopped}; to continue:")
+                print(run.resume_command)
             processes.barrier()                     # no process leaves while the main one writes
     except (Failed, OSError) as error:      # an OSError is, for example, a full disk
         last_good = run and run.run / "checkpoint.pt"
@@ -142,24 +142,14 @@ def train(model, data, settings, speed, processes, limits, run_dir, checkpoint):
     run_dir: of the run, which the main process fills; None on the others. Raises Failed.
     """
     generator = torch.Generator(data.device).manual_seed(settings.seed)
-    steps_per_epoch = -(-len(data.train_x) // settings.train_bs)
-    others = f" and {processes.size - 1} more" if processes.size > 1 else ""
-    say("Run", os.path.relpath(run_dir) if run_dir else "")
-    say("Settings", f"{differences(settings)} (all are in params.yaml)")
-    say("Data", f"{len(data.labelled):,} of {len(data.train_x):,} training examples are labelled; "
-                f"{len(data.val_x):,} for validation, {len(data.test_x):,} for the test")
-    say("Training", f"{settings.epochs} epochs of {steps_per_epoch} steps; "
-                    f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    say("PyTorch", f"{torch.__version__} on {device_name(data.device)}{others}, {speed.precision}"
-                   f"{', compiled' * speed.compile}")
-    if data.spread_labels:
-        say("Labels", f"spread over {len(data.train_x):,} images before the first step")
+    announce(model, data, settings, speed, processes, run_dir)
     data.prepare()
     if not checkpoint and not settings.initial_weights:
         batch = data.sample_batch(settings.train_bs, generator, augmented=False)
         model.initialize(batch.x, data.train_x)
     accelerated = Accelerated(model, *speed)
     training_step, optimizer = make_training_step(accelerated, settings, processes)
+    steps_per_epoch = -(-len(data.train_x) // settings.train_bs)
     progress = Progress(steps_per_epoch, settings, optimizer.parameters, processes, limits)
     evaluation = RunEvaluation(accelerated, data, settings, processes)
     if checkpoint:
@@ -170,7 +160,8 @@ def train(model, data, settings, speed, processes, limits, run_dir, checkpoint):
                             f"of {checkpoint['settings']['epochs']}")
 
     state = partial(state_of_run, model, optimizer, progress, generator)
-    with CheckpointWriter(run_dir and run_dir / "checkpoint.pt", settings, state) as checkpoints:
+    file = run_dir and run_dir / "checkpoint.pt"
+    with CheckpointWriter(file, settings, state) as checkpoints, progress:
         files = RunFiles(run_dir, model, data, settings, progress.epoch)
         if not checkpoint:
             checkpoints.write()

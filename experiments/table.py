@@ -52,8 +52,8 @@ STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 MODELS = {"cond-flow": "SCNF-GLOW", "cond-shift": "SCNF-GMM",
           "cond-gmm": "SCNF-GMM, trained covariances"}
 ALGORITHMS = {"sgd": "SGD", "em": "EM-SGD"}
-COLUMNS = ["model", "optimisation", "L_clf", "data", "epochs", "error, % (paper)", "bits/dim (paper)", "error, %",
-           "bits/dim", "n", "config"]
+COLUMNS = ["model", "optimisation", "L_clf", "data", "epochs", "error, % (paper)",
+           "bits/dim (paper)", "error, %", "bits/dim", "n", "config"]
 # What may differ between the settings of a run and those that are asked for.
 MAY_DIFFER = {*RESUMABLE, "name", "tmp"} - {"epochs", "test"}
 
@@ -88,7 +88,8 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)), metavar="S",
                         help="each is the seed and the data_seed of a run (default: 0 1 2 3 4)")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="train what is missing in FOLDER")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N",
+                        help="runs at a time (default: 1)")
     parser.add_argument("--collect", type=Path, metavar="FOLDER", help="train nothing")
     args, options = parser.parse_known_args(argv)
     if (args.to is None) == (args.collect is None):

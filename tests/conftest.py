@@ -93,6 +93,11 @@ def execute(folder, command, **environment):
                           env={**os.environ, **environment})
 
 
+def words(text):
+    """`text` in one line, however it is wrapped."""
+    return " ".join(text.split())
+
+
 def runs(folder, kind="runs"):
     """The directories of the runs started in `folder`: its runs, fails, tmp or index."""
     return sorted((folder / "logs" / "exman-train-flow-ssl.py" / kind).iterdir())

@@ -1,6 +1,7 @@
 """What a trained model is worth: the Assessment, what --pretrained prints, report.html."""
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -10,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, execute, load_tiny, options, run_script, runs
+from conftest import PROJECT, execute, load_tiny, options, run_script, runs, words
 from PIL import Image
 
 from training import assessment, report
@@ -39,7 +40,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_figures_of_given_predictions():
+def test_the_figures_of_given_predictions(capsys, ):
     _, settings = read_settings(options(test_bs=10))
     data = load_tiny()
     images = data.test_x[:10]
@@ -57,7 +58,16 @@ def test_the_figures_of_given_predictions():
     assert found.mistakes.tolist() == [7, 8]
     kinds = ("noise", "black", "constant", "inverted", "shuffled pixels")
     assert found.auroc == dict.fromkeys(kinds, 1.0)
-    assert found.lines()[-3].split() == ["7", *"........", "1", ".", "100.00%"]
+    found.show()
+    out = capsys.readouterr().out
+    assert out.splitlines()[-3].split() == ["7", *"........", "1", ".", "100.00%"]
+    assert max(map(len, out.splitlines())) < 80
+    assert "1: log p(x) of the test images is always higher." in words(out)
+    dark = dataclasses.replace(found, auroc={"black": 0.0}, confusion=1135 * found.confusion)
+    dark.show()
+    out = capsys.readouterr().out
+    assert "black 0.000" in out and "a black one is the easiest" in words(out)
+    assert max(map(len, out.splitlines())) < 80
 
 
 def test_calibration_error_by_bins():
@@ -108,8 +118,8 @@ def test_what_pretrained_prints(capsys):
     for pattern in (r"Test error   [0-4]\.\d\d% \(\d\.\d\d, \d\.\d\d\)",
                     r"-log p\(y\|x\)  0\.\d{4} nats",
                     r"Calibration  \d\.\d\d% expected", r"\n +8 .* 30 .* 14\.29%\n",
-                    r"AUROC of p\(x\).*: noise 1\.000, black 0\.\d{3}, constant 1\.000"):
-        assert re.search(pattern, out), pattern
+                    r"AUROC of log p\(x\).*: noise 1\.000, black 0\.\d{3}, constant 1\.000"):
+        assert re.search(pattern, out) or re.search(pattern, words(out)), pattern
     assert run_script([*line, "--test", "false"]) == 0
     assert "Validation error" in capsys.readouterr().out
 
@@ -127,7 +137,8 @@ def report_of_a_run(folder, **changes):
 def test_the_report_of_a_run_is_one_file(tmp_path):
     run, page = report_of_a_run(tmp_path, epochs=2, name="a & b <c>")
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert len(pictures) == page.count("<img") == 3             # curves, samples, mistakes
+    # Curves for wide pages, samples of two temperatures, mistakes; the curves for narrow pages.
+    assert len(pictures) == page.count("<img") == 4 and page.count("<source") == 1
     for picture in pictures:
         Image.open(io.BytesIO(base64.b64decode(picture))).load()
     assert not re.search(r"(src|href)=\"(?!data:)|@import|url\(", page)
@@ -157,8 +168,8 @@ def test_a_report_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
-@pytest.mark.parametrize("changes", [{}, POINTS], ids=["images", "points"])
-def test_the_report_in_a_browser(tmp_path, changes):
+@pytest.mark.parametrize("changes, n", [({}, 4), (POINTS, 3)], ids=["images", "points"])
+def test_the_report_in_a_browser(tmp_path, changes, n):
     """In a frame as narrow as a phone every picture is loaded, nothing is wider than the frame,
     each row of the confusion of classes is one line high, and the console has no error."""
     _, page = report_of_a_run(tmp_path, epochs=1, **changes)
@@ -176,5 +187,5 @@ def test_the_report_in_a_browser(tmp_path, changes):
                               f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
                               "--virtual-time-budget=5000", "--dump-dom",
                               f"file://{tmp_path / 'page.html'}"])
-    assert "<title>3,true,true</title>" in done.stdout
+    assert f"<title>{n},true,true</title>" in done.stdout
     assert "CONSOLE" not in done.stderr

@@ -35,6 +35,9 @@ def test_mnist(mnist_root):
     assert data.train_x.dtype == torch.uint8
     assert (len(data.train_x), len(data.test_x)) == (60000, 10000)
     assert torch.bincount(data.train_y[data.labelled]).tolist() == [10] * 10
+    for folder in ("MNIST", "MNIST/raw"):       # its own folders are recognised
+        again = load_tiny(data="mnist", data_root=str(mnist_root / folder), **DIGITS)
+        assert torch.equal(again.test_y, data.test_y)
 
 
 @pytest.mark.parametrize("name", ["moons", "circles"])

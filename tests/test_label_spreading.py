@@ -3,13 +3,14 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import load_tiny
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, kneighbors_graph
 from torch.nn import functional as F
 
-from utils.label_spreading import deskew, orientation_histograms, spread_labels
+from utils.label_spreading import NEIGHBOURS, deskew, orientation_histograms, spread_labels
 
 DIGITS = {"num_examples": -1, "supervised": 100}
 
@@ -41,6 +42,19 @@ def test_labels_spread_further_than_to_the_nearest_images():
     sure = s.amax(1) > 0.95
     assert sure.float().mean() > 0.3 and (s.argmax(1) == hidden)[sure].float().mean() > 0.99
     torch.testing.assert_close(data.log_prior_ratio, (10 * (0.9 * s + 0.01)).log().float())
+
+
+def test_the_graph_joins_each_image_with_its_nearest_neighbours(monkeypatch):
+    """Found in parts, they are those of scikit-learn's own graph."""
+    histograms, graphs = orientation_histograms(load_tiny(**DIGITS).train_x[:500]), []
+
+    def fit(self, x, y):
+        graphs.append(self.kernel())
+        self.label_distributions_ = np.ones((len(y), 1))
+    monkeypatch.setattr("sklearn.semi_supervised.LabelSpreading.fit", fit)
+    spread_labels(histograms, torch.zeros(500))
+    neighbours = kneighbors_graph(histograms.numpy(), NEIGHBOURS)
+    assert (graphs[0] != neighbours.maximum(neighbours.T)).nnz == 0
 
 
 def test_double_precision_changes_nothing(float64):

@@ -74,7 +74,7 @@ def test_an_interpolation_goes_from_one_image_to_the_other(model, drawn):
 def test_temperature_zero_has_one_sample_per_class(model, drawn):
     figure = figures.plot_samples(model.float(), 0, temperature=0.0)
     (grid,) = drawn
-    assert title_of(figure).endswith("a row per noise vector, at temperature 0")
+    assert title_of(figure) == "Samples from p(x | y), temperature 0"
     assert torch.equal(grid, grid[:1].expand_as(grid))
     assert not torch.equal(grid[0, 0], grid[0, 1])
 
@@ -103,25 +103,25 @@ def test_pictures_of_points_and_of_runs(tmp_path):
                                   supervised=10, epochs=2, seed=seed)) == 0
     first, second = runs(tmp_path)
     weights = ["--config", str(first / "params.yaml"), "--pretrained", str(first / "model.torch")]
-    pictures.main(["latent", "--save", "latent.png", "--run", str(first)])
-    pictures.main(["density", "--save", "density.png", "--run", str(first)])
+    pictures.main(["latent", "--save", "latent.png", "--pretrained", str(first)])
+    pictures.main(["density", "--save", "density.png", "--pretrained", str(first)])
     pictures.main(["curves", str(first), str(second), "--save", "curves.png"])
     assert (tmp_path / "density.png").read_bytes() == (first / "density.png").read_bytes()
     for name in ("latent.png", "curves.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.width > 700 and len(picture.convert("RGB").getcolors(2**20)) > 10
+    (tmp_path / "folder.png").mkdir()
     for argv, message in ((["redrawn", "--save", "x.png", *weights], "redrawn is for images"),
                           (["latent", "--save", "x.png", *SHIPPED], "latent is for points in"),
                           (["samples", "--save", "x.png"], "name the weights"),
                           (["samples", "--save", "no/x.png", *SHIPPED], "no folder no"),
-                          (["samples", "--save", "/dev/null", *SHIPPED], "not a file that could"),
+                          (["samples", "--save", "folder.png", *SHIPPED], "not a file that could"),
                           (["curves", str(first), str(PROJECT / "results" / "digits" / "seed0"),
                             "--save", "x.png"], "no likelihood in common"),
                           (["samples", "--temperature", "-1", "--save", "x.png", *SHIPPED],
                            "--temperature must"),
                           (["curves", str(tmp_path), "--save", "x.png"], "not the directory of a"),
-                          (["latent", "--save", "x.png", "--run", str(first), *weights],
-                           "--config cannot be given here: --config .*params.yaml is set already"),
+                          (["latent", "--save", "x.txt", *weights], "x.txt must end in .png"),
                           (["curves", str(first), "--typo", "--save", "x.png"], "option --typo")):
         with pytest.raises(BadInput, match=message):
             pictures.main(argv)
@@ -208,7 +208,8 @@ def test_points_that_are_not_finite_are_counted(monkeypatch):
     model.sample = lambda y, eps: torch.where((torch.arange(len(y)) < 4)[:, None, None, None],
                                               torch.nan, sample(y, eps))
     titles = [axes.get_title() for axes in figures.plot_samples(model, 0).axes]
-    assert titles == [f"x ~ p(x | y = {k})\n2 of 1000 left out: not finite" for k in (0, 1)]
+    assert titles == [f"Samples from p(x | y = {k})\n2 of 1000 left out: not finite"
+                      for k in (0, 1)]
     data, encode = load_tiny(data="moons", num_examples=-1), model.encode
     x, y = data.test_x, data.test_y
     for far, broken in ((0.9, True), (-9, False)):          # to the right of it, z is not finite
@@ -220,7 +221,7 @@ def test_points_that_are_not_finite_are_counted(monkeypatch):
         assert all(title.endswith(f"\n{n} of 1000 left out: not finite") for title in titles)
         if broken:
             title = title_of(figures.plot_density(model, data, 20))
-            assert re.search(r"large\n\d+ of 400 left out: not finite", title)
+            assert re.search(r"points\n\d+ of 400 left out: not finite", title)
         else:
             with pytest.raises(Failed, match=r"Not finite: .* of all points of the picture"):
                 figures.plot_density(model, data, 20)

@@ -210,6 +210,35 @@ def test_a_resumed_run_finds_its_data_from_another_folder(here, monkeypatch, is_
     assert (here / saved()).resolve() == here / "elsewhere" / "other"
 
 
+def test_a_time_limit_is_of_one_start(here):
+    run = start("--time_limit", "5").run
+    assert read("--resume", str(run)).time_limit == 0
+    assert read("--resume", str(run), "--time_limit", "7").time_limit == 7
+
+
+def test_the_directory_of_a_run_gives_its_weights_and_settings(here, monkeypatch):
+    (here / "images").mkdir()
+    run = start("--data_root", "images").run
+    with pytest.raises(BadInput, match=r"no weights: there is no model\.torch or checkpoint\.pt"):
+        read("--pretrained", str(run))
+    (run / "checkpoint.pt").touch()
+    assert read("--pretrained", str(run)).pretrained == str(run / "checkpoint.pt")
+    (run / "model.torch").touch()
+    monkeypatch.chdir(here / "images")
+    found = read("--pretrained", str(run), "--test_bs", "7")
+    assert found.pretrained == str(run / "model.torch") and found.test_bs == 7
+    assert {key: getattr(found, key) for key in TINY if key != "test_bs"} == {
+        key: value for key, value in TINY.items() if key != "test_bs"}
+    assert Path(found.data_root).resolve() == here / "images"
+    averaged = read("--pretrained", str(run), "--weights", "averaged")
+    assert averaged.pretrained == str(run / "checkpoint.pt")
+    given = read("--pretrained", str(run), *options(ssl_hd=64))     # without a config too
+    assert (given.ssl_hd, given.model) == (64, TINY["model"])
+    assert read("--initial_weights", str(run)).initial_weights == str(run / "model.torch")
+    with pytest.raises(BadInput, match="is not the directory of a run: it has no params"):
+        read("--pretrained", str(here))
+
+
 @pytest.mark.parametrize("argv, kind", [([], "runs"), (["--tmp"], "tmp")])
 def test_a_failed_run_goes_back_to_where_it_was(here, argv, kind):
     """A tmp run has no entry in the index; and nothing is overwritten."""

@@ -10,7 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PROJECT, TINY, load_tiny, make_step, options, randomize, run_script, runs
+import yaml
+from conftest import (PROJECT, TINY, load_tiny, make_step, options, randomize, run_script, runs,
+                      words)
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
@@ -22,12 +24,12 @@ from models.kernels import extended, gpu_conv2d, log_abs_dets
 from models.networks import Conv3x3, Network, NetworkNorm, reflect_pad
 from training.beyond import Beyond, virtual_adversarial_loss
 from training.checkpoint import CheckpointWriter, load_weights, save_atomically
+from training.device import choose_speed, measure_cpu
 from training.distributed import Processes
 from training.evaluation import Inference
 from training.objective import objective
 from training.optim import learning_rate
 from training.progress import Limits, Progress
-from training.device import choose_speed
 from training.speed import MICRO_BATCH_BYTES, WARM_UP_CALLS, Accelerated, Captured
 from utils.datasets import load_data
 from utils.metrics import read_metrics
@@ -378,7 +380,7 @@ def test_a_gpu_without_a_compiler_says_so(monkeypatch, capsys):
                                pretrained="", micro_bs=0)
     assert not choose_speed(settings, torch.device("cuda"), Processes()).compile
     out = capsys.readouterr().out
-    assert "Not compiled" in out and "Python's header files" in out and out.count("\n") == 1
+    assert words(out).startswith("Slow not compiled: ") and "Python's header files" in words(out)
     choose_speed(settings, torch.device("cpu"), Processes())
     assert not capsys.readouterr().out
 
@@ -389,7 +391,60 @@ def test_a_cpu_that_emulates_bfloat16_says_so(monkeypatch, capsys):
     for emulates in (True, False):
         monkeypatch.setattr("training.device._emulates_bf16", lambda e=emulates: e)
         choose_speed(settings, torch.device("cpu"), Processes())
-        assert ("has no instructions for bf16" in capsys.readouterr().out) == emulates
+        assert ("this CPU has no instructions for bf16" in capsys.readouterr().out) == emulates
+
+
+@pytest.mark.parametrize("ms, chosen", [
+    ({("fp32", 2): 5, ("bf16", 2): 4, ("bf16", 1): 6}, ("bf16", 2)),
+    ({("fp32", 2): 5, ("bf16", 2): 4.8, ("fp32", 1): 4}, ("fp32", 1)),     # bf16 is hardly faster
+    ({("fp32", 2): 5, ("bf16", 2): 9, ("fp32", 1): 6}, ("fp32", 2))])
+def test_on_a_cpu_training_takes_what_is_fastest(tmp_path, monkeypatch, capsys, ms, chosen):
+    """The choice stays in params.yaml, and a resumed run keeps it. Times are given here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("training.device._emulates_bf16", lambda: False)
+    monkeypatch.setattr("training.device._times", lambda model, settings, ways: {
+        name: ms[way] for name, way in ways.items()})
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert run_script(options(epochs=2, precision="auto", time_limit=1e-4)) == 0
+        out = capsys.readouterr().out
+        run, = runs(tmp_path)
+        params = yaml.safe_load((run / "params.yaml").read_text())
+        assert (params["precision"], params["threads"]) == chosen
+        assert torch.get_num_threads() == chosen[1]
+        assert f"Precision    {chosen[0]}: {ms[chosen[0], 2]:.3g} ms an image, measured (" in out
+        assert f"Threads      {chosen[1]}: {ms[chosen]:.3g} ms an image, measured (" in out
+        monkeypatch.setattr("training.device._times", None)         # would fail if it were called
+        assert run_script(["--resume", str(run)]) == 0
+        assert f", {chosen[0]}\n" in capsys.readouterr().out
+        assert yaml.safe_load((run / "params.yaml").read_text())["precision"] == chosen[0]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_what_is_measured_on_a_cpu(monkeypatch):
+    """Passes of the model, in turns, that change nothing; points are never in bfloat16."""
+    monkeypatch.setattr("training.device._emulates_bf16", lambda: False)
+    threads = torch.get_num_threads()
+    try:
+        for kind, precisions in (("digits, full", ("fp32", "bf16")), ("points", ("auto",))):
+            torch.set_num_threads(2)
+            model = random_model(kind)[0]
+            before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+            settings = SimpleNamespace(precision="auto", threads=0, micro_bs=0, train_bs=64)
+            measure_cpu(settings, model, Processes())
+            assert settings.precision in precisions and settings.threads in (1, 2)
+            assert torch.get_num_threads() == settings.threads
+            assert all(torch.equal(before[key], v) for key, v in model.state_dict().items())
+            assert all(p.grad is None for p in model.parameters())
+            assert torch.equal(torch.get_rng_state(), state)
+        given = SimpleNamespace(precision="fp32", threads=2, micro_bs=0, train_bs=64)
+        monkeypatch.setattr("training.device._times", None)
+        measure_cpu(given, model, Processes())
+        assert (given.precision, given.threads) == ("fp32", 2)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def plain_divergence(model, x, settings):
@@ -620,9 +675,10 @@ def test_nothing_is_read_from_the_device_during_an_epoch(tmp_path, monkeypatch):
         step, optimizer = make_step(settings, model, 64)
         progress = Progress(steps, settings, optimizer.parameters, Processes(), Limits())
         reads.clear()
-        for i in progress.steps():
-            optimizer.set_lr(learning_rate(1, i, steps, settings))
-            progress.add(step(*data.sample_batch(settings.train_bs, generator)))
+        with progress:
+            for i in progress.steps():
+                optimizer.set_lr(learning_rate(1, i, steps, settings))
+                progress.add(step(*data.sample_batch(settings.train_bs, generator)))
         assert progress.stopped is None
         counts.append(len(reads))
     assert counts[0] == counts[1] <= 3, reads
@@ -863,7 +919,7 @@ def test_what_cannot_be_captured_is_called_on_a_gpu(capsys):
     call, x = Captured(add), torch.ones(3, device="cuda")
     outputs = [call(x).tolist() for _ in range(6)]
     assert outputs == [[3.0 * n] * 3 for n in range(1, 7)] and call.graph is None
-    assert capsys.readouterr().out.count("Not captured as a CUDA graph") == 1
+    assert capsys.readouterr().out.count("not captured as a CUDA graph") == 1
 
 
 @pytest.mark.gpu

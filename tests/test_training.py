@@ -10,17 +10,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, TINY, load_tiny, make_step, options, run_script, runs
+from conftest import PROJECT, TINY, load_tiny, make_step, options, run_script, runs, words
 from torch.nn import functional as F
 
 from models import build_model
 from training.beyond import Beyond
+from training.device import choose_speed
 from training.distributed import Processes
 from training.evaluation import Inference, evaluate, predict, summary
 from training.objective import objective
 from training.optim import OPTIMIZERS, learning_rate
 from training.progress import Limits, Progress
-from training.device import choose_speed
 from training.speed import Accelerated
 from utils import metrics
 from utils.data import Batch, SemiSupervisedData
@@ -325,13 +325,13 @@ def test_a_run_stopped_within_an_epoch_continues_from_that_step(tmp_path, monkey
         assert run_script(line) == 0
     whole, stopped = runs(tmp_path)
     out = capsys.readouterr().out
-    assert f"Stopped by the test after step {after} of 4 in epoch 2; to continue: " in out
+    assert f"Stopped by the test after step {after} of 4 in epoch 2; to continue:" in words(out)
     assert f"--resume {stopped.relative_to(tmp_path)}" in out
     assert out.split("Stopped")[1] in (stopped / "log.txt").read_text()
     assert not (stopped / "model.torch").exists() and len(read_metrics(stopped)) == 1
     torch.manual_seed(99)
     assert run_script(["--resume", str(stopped)]) == 0
-    assert f"Continuing after step {after} of 4 in epoch 2" in capsys.readouterr().out
+    assert f"Continuing after step {after} of 4 in epoch 2" in words(capsys.readouterr().out)
     assert_same(*weights_of(whole, stopped))
     assert_same_metrics(whole, stopped)
 
@@ -351,7 +351,7 @@ def test_the_weights_of_a_resumed_run_are_those_of_its_last_figures(tmp_path, mo
         assert "is in epoch 3 already" in err and "3 or more" in err and err.count("\n") == 1
     assert before == {path.name: path.read_bytes() for path in run.iterdir()}
     assert run_script(["--resume", str(run), "--epochs", "3"]) == 0
-    assert "now follows the schedule of 3 epochs, not of 4" in capsys.readouterr().out
+    assert "now follows that of 3 epochs, not of 4" in words(capsys.readouterr().out)
     rows = read_metrics(run)
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert run_script(options(pretrained=str(run / "model.torch"))) == 0
@@ -456,10 +456,10 @@ def test_sigterm_while_the_run_ends_does_not_cut_it_off(tmp_path, monkeypatch, c
 def test_training_in_bfloat16_on_a_cpu(tmp_path, monkeypatch, capsys, changes):
     """It follows float32, and a run continues with the same bits."""
     monkeypatch.chdir(tmp_path)
-    line = options(epochs=3, lr=5e-3, cl_weight=1, **changes)
-    assert run_script(line) == 0
-    assert run_script([*line, "--precision", "bf16"]) == 0
-    assert "training steps per epoch; bf16" in capsys.readouterr().out
+    for precision in ("fp32", "bf16"):
+        line = options(epochs=3, lr=5e-3, cl_weight=1, precision=precision, **changes)
+        assert run_script(line) == 0
+        assert f", {precision}\n" in capsys.readouterr().out
     plain, low = map(read_metrics, runs(tmp_path))
     for key in ("train_loss", "val_log_p" if "ema" in changes else "test_log_p"):
         values = [[row[key] for row in rows] for rows in (plain, low)]
@@ -483,7 +483,7 @@ def test_the_averaged_weights_of_a_checkpoint_can_be_evaluated(tmp_path, monkeyp
         assert run_script(options(pretrained=str(run / "checkpoint.pt"), weights=weights,
                                   validation=100, test="false")) == 0
         out = capsys.readouterr().out
-        assert "Validation set 100 examples" in out and "Test" not in out
+        assert "Validation set 100 examples" in out and "Test set" not in out
         evaluated.append(float(out.split("log p(x)")[1].split()[0]))
     assert evaluated == pytest.approx([row["val_log_p"], row["ema_val_log_p"]], abs=2e-3)
     assert abs(evaluated[0] - evaluated[1]) > 1
@@ -602,7 +602,7 @@ def test_the_weights_with_the_higher_validation_likelihood_are_kept(tmp_path, mo
     monkeypatch.setattr("training.evaluation.evaluate", changed)
     line = options(epochs=1, ema=0.5, validation=100)
     assert run_script(line) == 0
-    assert f"Test error of the {better} weights" in capsys.readouterr().out
+    assert f"%, of the {better} weights" in words(capsys.readouterr().out)
     run, = runs(tmp_path)
     kept, checkpoint = torch.load(run / "model.torch"), torch.load(run / "checkpoint.pt")
     row, last = read_metrics(run)[-1], checkpoint["model"]
@@ -669,7 +669,7 @@ def test_of_last_and_averaged_weights_the_finite_ones_are_kept(tmp_path, monkeyp
         assert code == 1 and of_last in err and not runs(tmp_path)
         return
     lost, prefix = ("last", "") if kept == "averaged" else ("averaged", "ema_")
-    assert code == 0 and of_last.replace("last", lost) in out
+    assert code == 0 and of_last.replace("last", lost) in words(out)
     run, = runs(tmp_path)
     row, = read_metrics(run)
     assert all(math.isnan(row[f"{prefix}val_{key}"]) for key in ("log_p", "acc", "bpd"))
@@ -730,7 +730,7 @@ def test_with_validation_examples_the_test_set_is_evaluated_once(tmp_path, monke
             "val": [changes["validation"] > 0] * 3, "ema_val": ["ema" in changes] * 3,
             "test": [not changes["validation"]] * 2 + ["test" not in changes]}[key]
     name = "Validation" if "test" in changes else "Test"
-    assert f"{name} error" in capsys.readouterr().out.splitlines()[-1]
+    assert f"{name} error" in capsys.readouterr().out.split("report.html")[1]
 
 
 def test_evaluation_is_exact_and_repeatable():
@@ -785,7 +785,7 @@ def test_a_run_on_mnist_end_to_end(tmp_path, monkeypatch, capsys, mnist_root, co
     run, = runs(tmp_path)
     assert "after step 1 of 3 in epoch 1" in capsys.readouterr().out
     assert run_script(["--resume", str(run), "--time_limit", "0"]) == 0
-    assert "Test error of the" in capsys.readouterr().out
+    assert re.search("Test error .*, of the", words(capsys.readouterr().out))
     row, = read_metrics(run)
     # A few steps away from the model that the Gaussian pixels make at the start: independent ones.
     assert all(1.8 < row[key] < 2.3 for key in ("test_bpd", "val_bpd", "ema_val_bpd"))
@@ -823,8 +823,9 @@ def test_the_paper_s_network_trains_and_evaluates(tmp_path, monkeypatch, mnist_r
     low, high = bits_at_the_start
     assert low < data.bits_per_dim(log_p) < high
     progress = Progress(2, settings, optimizer.parameters, processes, Limits())
-    for _ in progress.steps():
-        progress.add(step(*data.sample_batch(settings.train_bs, generator)))
+    with progress:
+        for _ in progress.steps():
+            progress.add(step(*data.sample_batch(settings.train_bs, generator)))
     assert progress.sums["loss"].isfinite()
     assert 0 < progress.sums["labelled"] < 2 * settings.train_bs
     # Weights before a layer that is zero at the start have a gradient from the second step on.

@@ -27,7 +27,6 @@ from .speed import Accelerated
 BINS = 15           # of the confidence, in the calibration error
 N_OTHERS = 200      # images of each other kind
 N_MISTAKES = 25
-TITLES = {"test": "Test", "validation": "Val."}
 
 
 @dataclass(frozen=True)
@@ -206,7 +205,7 @@ def print_evaluation(accelerated: Accelerated, data: SemiSupervisedData,
     def mean(values: np.ndarray, digits: int, unit: str = "") -> str:
         each = f" ({', '.join(f'{v:.{digits}f}' for v in values)})" if len(values) > 1 else ""
         return f"{np.mean(values):.{digits}f}{unit}{each}"
-    title = TITLES[name]
+    title = name.capitalize()
     say(f"{title} set", f"{len(y):,} examples of {settings.data}, {seconds:.1f} s on "
                         f"{device_name(data.device)}")
     say(f"{title} error", mean(100 * (1 - accuracy), 2, "%"))

@@ -60,6 +60,8 @@ class Limits:
 class Progress:
     """The training steps of a run, and the sums of their terms over an epoch.
 
+    A context, which shows a progress bar of the run. `steps` is for use within it.
+
     steps_per_epoch: training steps of an epoch
     settings: train_bs, epochs
     parameters: of the model, which have to stay finite
@@ -84,6 +86,18 @@ class Progress:
         self.estimated, self.fastest, self.was_slow = False, float("inf"), False
         self.stopped: str | None = None
 
+    def __enter__(self) -> "Progress":
+        train_bs = self.settings.train_bs
+        self.last_read = time.perf_counter()
+        self.bar = bar(None, "training", unit="img", unit_scale=True,
+                       total=self.settings.epochs * self.steps_per_epoch * train_bs,
+                       initial=self._steps_of_run * train_bs)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.bar.close()
+
     def __str__(self) -> str:
         if not self.steps_done:
             return f"epoch {self.epoch}"
@@ -93,31 +107,24 @@ class Progress:
         """The remaining training steps of this epoch, counted from 1, each to end with `add`.
 
         Fewer if the run has to stop, which `stopped` then tells. During the epoch nothing is read
-        from the device, except once a second if the progress bar, which is that of the whole run,
-        is shown on a terminal. Raises Failed, which names the training step, if a loss or a weight
-        is not finite.
+        from the device, except once a second if the progress bar is shown on a terminal. Raises
+        Failed, which names the training step, if a loss or a weight is not finite.
         """
-        first, train_bs = self.steps_done + 1, self.settings.train_bs
+        first = self.steps_done + 1
         self.n_finite.zero_()
-        images = bar(None, f"epoch {self.epoch + 1}/{self.settings.epochs}", unit="img",
-                     total=self.settings.epochs * self.steps_per_epoch * train_bs,
-                     initial=self._steps_of_run * train_bs, unit_scale=True)
         # Of several processes, none may fail alone.
-        reads_device = not images.disable and self.processes.size == 1
-        started = last_read = time.perf_counter()
-        with images:
-            while self.steps_done < self.steps_per_epoch and not self.stopped:
-                yield self.steps_done + 1
-                if self.processes.any(self.limits.reason is not None):
-                    self.stopped = self.processes.first(self.limits.reason)
-                if time.perf_counter() - last_read > 1 and (reads_device or not self.on_gpu):
-                    last_read = time.perf_counter()
-                    if reads_device:
-                        self._check_losses(first, self.n_finite)
-                        images.set_postfix_str(
-                            f"loss {float(self.sums['loss']) / self.steps_done:.3f}", refresh=False)
-                        images.update(self._steps_of_run * train_bs - images.n)
-                    self._estimate(last_read)
+        reads_device = not self.bar.disable and self.processes.size == 1
+        started = time.perf_counter()
+        while self.steps_done < self.steps_per_epoch and not self.stopped:
+            yield self.steps_done + 1
+            if self.processes.any(self.limits.reason is not None):
+                self.stopped = self.processes.first(self.limits.reason)
+            if time.perf_counter() - self.last_read > 1 and (reads_device or not self.on_gpu):
+                self.last_read = time.perf_counter()
+                if reads_device:
+                    self._check_losses(first, self.n_finite)
+                    self._show()
+                self._estimate(self.last_read)
         self._check_losses(first, self.processes.min(self.n_finite))
         if first == 1 and not self.stopped:
             self._compare(time.perf_counter() - started)
@@ -147,6 +154,13 @@ class Progress:
     @property
     def _steps_of_run(self) -> int:
         return self.epoch * self.steps_per_epoch + self.steps_done
+
+    def _show(self) -> None:
+        """Bring the progress bar up to date, which reads from the device."""
+        loss = float(self.sums["loss"]) / self.steps_done
+        self.bar.set_description(f"epoch {self.epoch + 1}/{self.settings.epochs}", refresh=False)
+        self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        self.bar.update(self._steps_of_run * self.settings.train_bs - self.bar.n)
 
     def _estimate(self, now: float) -> None:
         """Print, once, how long the run will take. now: when `steps_done` were done."""

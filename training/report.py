@@ -10,6 +10,7 @@ import traceback
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
 from matplotlib.figure import Figure
 
@@ -20,12 +21,15 @@ from utils.errors import Failed
 from utils.figures import TEMPERATURE, plot_curves, plot_run, save
 from utils.files import atomic_write
 from utils.metrics import MetricsLog, Row, average_is_better
-from utils.terminal import epoch_line, result, say
+from utils.settings import differences
+from utils.terminal import epoch_line, result, say, show
 
 from .assessment import Assessment, assess, assessed_examples
 from .checkpoint import copy_to_cpu, save_atomically
 from .device import device_name
+from .distributed import Processes
 from .evaluation import Inference, RunEvaluation
+from .speed import Speed
 
 SECONDS_BETWEEN_PLOTS = 300     # during training
 # {heading: files}; the curves are drawn anew, for wide and for narrow pages.
@@ -38,7 +42,8 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 70em; margi
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
 table { border-collapse: collapse; } td, th { padding: 0.2em 0.7em; text-align: right; }
 th { font-weight: 600; } td:first-child, th:first-child { text-align: left; }
-tr { border-bottom: 1px solid #ddd; } img { max-width: 100%; vertical-align: top; margin-bottom: 1em; }
+tr { border-bottom: 1px solid #ddd; }
+img { max-width: 100%; vertical-align: top; margin-bottom: 1em; }
 .scores td:last-child { white-space: nowrap; } details { margin-top: 2em; }
 .wide { overflow-x: auto; white-space: nowrap; overflow-wrap: normal; }
 .wide td { min-width: 2.2em; }
@@ -46,6 +51,24 @@ tr { border-bottom: 1px solid #ddd; } img { max-width: 100%; vertical-align: top
   .wide { font-size: 10px; } .wide td, .wide th { padding: 0.3em; min-width: 0; }
 }
 """
+
+
+def announce(model: SemiConditionalFlow, data: SemiSupervisedData, settings: Settings, speed: Speed,
+             processes: Processes, run_dir: Path | None) -> None:
+    """Print what a run is going to do. run_dir: None where nothing is printed."""
+    if run_dir is None:
+        return
+    say("Run", os.path.relpath(run_dir))
+    say("Settings", f"{differences(settings)}. The others are as in config.yaml")
+    counts = {"labelled": data.labelled, "unlabelled": data.unlabelled, "validation": data.val_x,
+              "test": data.test_x}
+    say("Data", ", ".join(f"{len(x):,} {name}" for name, x in counts.items() if len(x)))
+    say("Model", f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    others = f" and {processes.size - 1} more" if processes.size > 1 else ""
+    say("PyTorch", f"{torch.__version__} on {device_name(data.device)}{others}, {speed.precision}"
+                   f"{', compiled' * speed.compile}")
+    say("Training", f"{settings.epochs} epochs of {-(-len(data.train_x) // settings.train_bs)} "
+                    f"steps{', after label spreading' * bool(data.spread_labels)}")
 
 
 class RunFiles:
@@ -72,13 +95,13 @@ class RunFiles:
         validated = ("val", "ema_val")[:bool(settings.validation) * (1 + bool(settings.ema))]
         self.shown = ((*validated, *("test",) * settings.test),
                       "log_p" if data.grey_levels is None else "bpd")
-        print(epoch_line(None, *self.shown))
+        show(epoch_line(None, *self.shown))
 
     def log(self, row: Row) -> None:
         """Add a row to metrics.csv, and print it."""
         if self.run_dir is not None:
             self.metrics.append(row)
-            print(epoch_line(self.metrics.rows[-1], *self.shown))
+            show(epoch_line(self.metrics.rows[-1], *self.shown))
 
     def draw(self) -> None:
         """Draw the pictures again if some minutes have passed."""
@@ -101,8 +124,8 @@ class RunFiles:
         save_atomically(copy_to_cpu(self.model.state_dict()), self.weights)
         plot_run(self.model, self.data, rows, self.run_dir, self.settings.seed)
         report_run(evaluation, rows, self.run_dir)
-        say(*result(rows[-1]))
         say("Files", f"report.html, model.torch and more in {os.path.relpath(self.run_dir)}")
+        say(*result(rows[-1]))
 
 
 def report_run(evaluation: RunEvaluation, rows: list[Row], run_dir: Path) -> None:

@@ -236,7 +236,7 @@ def plot_redrawn(model: SemiConditionalFlow, x: Tensor, y: Tensor) -> Figure:
     z = torch.cat((z_aux.repeat_interleave(k, 0), z_f), 1)
     redrawn = model.f_w.inverse(z).unflatten(0, (-1, k))                    # decode refuses some z
     images = torch.cat((x[:, None], redrawn), 1).cpu().float()              # (N, 1 + K, C, H, W)
-    figure, axes = draw_grid(images, "Test images re-drawn as every class, same z_aux and z_h")
+    figure, axes = draw_grid(images, "Images re-drawn as every class, with their z_aux and z_h")
     places, labels = _middles(images, k, first=1)
     axes.set_xticks([0.5 * (images.shape[-1] + 1), *places], ["image", *labels])
     axes.set_xlabel("re-drawn as class")
@@ -260,7 +260,7 @@ def plot_interpolation(model: SemiConditionalFlow, x: Tensor, other: Tensor, y: 
     z_aux, z_h = model.split_latent(z.flatten(0, 1))
     z_f = model.h_phi.inverse(z_h, y.repeat_interleave(steps))
     images = model.f_w.inverse(torch.cat((z_aux, z_f), 1)).unflatten(0, (-1, steps)).cpu().float()
-    figure, axes = draw_grid(images, "From a test image to another of its class")
+    figure, axes = draw_grid(images, "From one image to another of its class")
     axes.set_xticks(_middles(images, steps)[0], [f"{float(s):.3g}" for s in share])
     axes.set_xlabel("share of the second image in z_aux and z_h")
     return figure

@@ -18,6 +18,7 @@ import yaml
 from models import MODEL_OPTIONS
 from models.options import Option
 
+from . import Settings
 from .datasets import DATASETS
 from .errors import BadInput, given_twice, names_of_options
 from .runs import PARAMS_FILE, RunParser, relative_to, started_in
@@ -368,7 +369,7 @@ def weights_of_run(run_dir: str, averaged: bool = False) -> Path:
     raise BadInput(f"{run_dir} has no weights: there is no {' or '.join(f.name for f in files)}")
 
 
-def differences(settings: argparse.Namespace) -> str:
+def differences(settings: Settings) -> str:
     """The settings that are not the defaults, in the order of config.yaml, as words."""
     values = vars(settings)
     forms: dict[type, Callable[[Any], str]] = {bool: lambda v: str(v).lower(), float: "{:g}".format}

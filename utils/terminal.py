@@ -18,13 +18,16 @@ UNITS = (("day", 86_400), ("hour", 3600), ("minute", 60), ("second", 1))
 
 
 def say(label: str, text: str) -> None:
-    """Print `text`, wrapped, beside `label`. A progress bar on the terminal stays below."""
-    lines = [line.replace(NO_BREAK, " ") for line in textwrap.wrap(
-        text, WIDTH - LABEL, break_long_words=False, break_on_hyphens=False)]
-    heads = [label, *[""] * len(lines)]
-    if sys.stdout:                  # of several processes only the main one has it
-        tqdm.write("\n".join(f"{head:{LABEL}}{line}" for head, line in zip(heads, lines)),
-                   file=sys.stdout)
+    """Print `text`, wrapped, beside `label`."""
+    show(textwrap.fill(text, WIDTH, initial_indent=f"{label:{LABEL - 1}} ",
+                       subsequent_indent=" " * LABEL, break_long_words=False,
+                       break_on_hyphens=False).replace(NO_BREAK, " "))
+
+
+def show(text: str) -> None:
+    """Print `text`, above the progress bars. Of several processes only the main one does."""
+    if sys.stdout:
+        tqdm.write(text, sys.stdout)
 
 
 def bar(items: Iterable[Any] | None, what: str, **options: Any) -> "tqdm[Any]":
@@ -70,5 +73,5 @@ def result(row: Row) -> tuple[str, str]:
                  f"{'only finite' if math.isnan(row['val_log_p']) else 'higher'} validation "
                  "likelihood")
     if math.isnan(row["test_acc"]):
-        return "Val. error", f"{1 - row['ema_val_acc' if averaged else 'val_acc']:.2%}{which}"
+        return "Validation error", f"{1 - row['ema_val_acc' if averaged else 'val_acc']:.2%}{which}"
     return "Test error", f"{1 - row['test_acc']:.2%}{which}"
