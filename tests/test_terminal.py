@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from types import SimpleNamespace
 
@@ -123,9 +124,9 @@ def test_a_slow_epoch_is_told_once_if_there_are_several_threads(monkeypatch, cap
 def screen(argv, folder, seconds=120, interrupt_after=None):
     """Run the script on a terminal of 80 columns -> what it writes there, and its exit code."""
     master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (24, 80))
     process = subprocess.Popen([sys.executable, str(SCRIPT), *argv], cwd=folder, stdin=slave,
-                               stdout=slave, stderr=slave, start_new_session=True,
-                               env={**os.environ, "COLUMNS": "80"})
+                               stdout=slave, stderr=slave, start_new_session=True)
     os.close(slave)
     if interrupt_after:
         time.sleep(interrupt_after)

@@ -52,12 +52,12 @@ def read_metrics(path: str | Path) -> list[Row]:
     Accuracy and bits/dim are NaN where log p(x) is not finite: they mean nothing there. Raises
     BadInput if a value is no number, or if epochs do not increase.
     """
-    if not Path(path).exists():
-        return []
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:    # as spreadsheets save it
             rows = [{key: float(row.get(key, math.nan)) for key in COLUMNS}
                     for row in csv.DictReader(f)]
+    except FileNotFoundError:
+        return []
     except (ValueError, TypeError, csv.Error):
         rows = [{"epoch": math.nan}]
     epochs = [row["epoch"] for row in rows]
