@@ -1,40 +1,28 @@
-"""Pictures of error against minutes: of methods, and of runs while they train.
+"""A picture of error and bits/dim against minutes, of runs while they train.
 
-    python experiments/progress.py methods REPORT.json RUN_DIR [RUN_DIR ...] --save FILE.png
-    python experiments/progress.py recipes --runs LABEL RUN_DIR [RUN_DIR ...] [--runs ...] \
-        --save FILE.png
+    python experiments/progress.py --runs LABEL RUN_DIR [RUN_DIR ...] [--runs ...] --save FILE.png
 
-`methods` shows the test errors of a report of `baselines.py --save`, and of runs of the flow on the
-same data with the same data_seeds. A point is the mean over the seeds, its bar goes from the
-smallest error to the largest. A run's seconds are of training and evaluation, without the
-start of the program.
-
-`recipes` shows error and bits/dim, on validation images, of the weights that the run would keep, or
-on the test images with --test. Each --runs is a recipe with its runs, in one colour. An epoch
-counts with the seconds of the run's fastest one, so that pauses and other programs do not matter,
-or with --epoch_seconds: recipes whose runs had different machines can be compared if an epoch of
-each is timed on the same one. Dotted lines show the paper's figures, which are of the test set.
+Shows validation images and the weights that the run would keep, or with --test the test images.
+Each --runs is a recipe with its runs, in one colour. An epoch counts with the seconds of the run's
+fastest one, so that pauses and other programs do not matter, or with --epoch_seconds: recipes whose
+runs had different machines can be compared if an epoch of each is timed on the same one. Dotted
+lines show the paper's figures, which are of the test set.
 """
 
 import itertools
-import json
 import math
 import sys
 from pathlib import Path
-from statistics import fmean
 
-import yaml
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.errors import BadInput, OneLineParser, run_command
-from utils.figures import COLOURS, save
+from utils.errors import BadInput, OneLineParser, check_output, run_command
+from utils.figures import COLOURS, FORMATS, save
 from utils.metrics import names_of_kept, read_metrics
 
-MARKERS = "osD^vP"      # as many as COLOURS; further methods have the same ones, hollow
-SHORTEST = 0.1 / 60     # minutes: what takes less is drawn here
-TICKS = {"0.1 s": 0.1 / 60, "1 s": 1 / 60, "10 s": 1 / 6, "1 min": 1, "10 min": 10, "1 h": 60}
+MARKERS = "osD^vP"      # as many as COLOURS
 PANELS = {"error": "error, %", "bits": "bits/dim"}
 # Labels of axes; of MINUTES, up to the end of the longest run.
 PERCENT, MINUTES = (0.5, 1, 2, 5, 10, 20, 50), (1, 2, 5, 10, 20, 60, 180, 360, 600)
@@ -42,17 +30,8 @@ PERCENT, MINUTES = (0.5, 1, 2, 5, 10, 20, 50), (1, 2, 5, 10, 20, 60, 180, 360, 6
 
 def main(argv=None):
     parser = OneLineParser(description="Plot error against minutes.", allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, parser_class=OneLineParser)
-
-    def add(name, draw):
-        command = commands.add_parser(name, allow_abbrev=False)
-        command.set_defaults(draw=draw)
-        command.add_argument("--save", type=Path, required=True, metavar="FILE.png")
-        return command.add_argument
-    option = add("methods", plot_methods)
-    option("report", type=Path, metavar="REPORT.json")
-    option("runs", type=Path, nargs="+", metavar="RUN_DIR")
-    option = add("recipes", plot_recipes)
+    option = parser.add_argument
+    option("--save", type=Path, required=True, metavar="FILE.png")
     option("--runs", nargs="+", action="append", required=True, metavar=("LABEL", "RUN_DIR"))
     option("--epoch_seconds", type=float, nargs="+", metavar="S",
            help="seconds of an epoch of each --runs; default: of the fastest one")
@@ -62,54 +41,12 @@ def main(argv=None):
     option("--paper", type=float, nargs=2, metavar=("ERROR", "BITS"),
            help="the paper's error, %%, and bits/dim")
     args = parser.parse_args(argv)
-    save(args.draw(args), args.save)
-
-
-def plot_methods(args):
-    """The Figure of the command `methods`. Raises BadInput."""
-    try:
-        report = json.loads(args.report.read_text())
-        points = [(m["title"], [run["test_error"] for run in m["runs"]],
-                   [run["seconds"] for run in m["runs"]]) for m in report["methods"].values()]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise BadInput(f"{args.report} is no report of baselines.py --save") from None
-    seeds, errors, seconds = zip(*map(summary, args.runs))
-    if sorted(seeds) != sorted(report["seeds"]):
-        raise BadInput(f"the runs have data_seed {sorted(seeds)}, and the report {report['seeds']}")
-    n = len(COLOURS)
-    styles = [{"fmt": MARKERS[i % n], "color": COLOURS[i % n], "markersize": 8,
-               "markerfacecolor": COLOURS[i % n] if i < n else "white"} for i in range(len(points))]
-    points.append(("SCNF, this project", errors, seconds))
-    styles.append({"fmt": "*", "color": "black", "markersize": 14})
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.subplots()
-    by_error = sorted(zip(points, styles), key=lambda pair: fmean(pair[0][1]))
-    for (title, errors, seconds), style in by_error:
-        error, minutes = fmean(errors), max(fmean(seconds) / 60, SHORTEST)
-        axes.errorbar(minutes, error, [[error - min(errors)], [max(errors) - error]], **style,
-                      capsize=3, elinewidth=1, label=f"{title}: {error:.2f} %")
-    axes.set(xscale="log", xlabel="time to fit and to classify the test images, on two CPU cores",
-             ylabel="test error, %", title=f"{report['data']}, {report['labelled']} of "
-             f"{report['labelled'] + report['unlabelled']:,} training images labelled")
-    axes.set_ylim(bottom=0)
-    axes.set_xticks(list(TICKS.values()), list(TICKS))
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, title="mean error")
-    return figure
-
-
-def summary(run):
-    """The data_seed, the test error, %, and the seconds of the finished run in a directory."""
-    rows, params = read_metrics(run / "metrics.csv"), run / "params.yaml"
-    if not rows or math.isnan(rows[-1]["test_acc"]) or not params.is_file():
-        raise BadInput(f"{run} is not the directory of a finished run")
-    return (yaml.safe_load(params.read_text())["data_seed"], 100 * (1 - rows[-1]["test_acc"]),
-            sum(row["seconds"] for row in rows))
+    check_output(args.save, FORMATS)
+    save(plot_recipes(args), args.save)
 
 
 def plot_recipes(args):
-    """The Figure of the command `recipes`. Raises BadInput."""
+    """The Figure of a command line. Raises BadInput."""
     lengths, most = [len(recipe) for recipe in args.runs], 2 if args.chain else math.inf
     if len(lengths) > len(COLOURS) or not all(2 <= length <= most for length in lengths):
         raise BadInput(f"--runs is a label and one RUN_DIR{'' if args.chain else ' or more'}, "

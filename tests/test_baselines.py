@@ -234,21 +234,6 @@ def assert_is_picture(path):
         assert picture.width > 800 and len(picture.convert("RGB").getcolors(2**20)) > 10
 
 
-def test_the_picture_of_methods_against_minutes(compare, tmp_path):
-    assert run_script(options(epochs=1, num_examples=200, seed=3, data_seed=3)) == 0
-    run, = runs(tmp_path)
-    assert compare(*options(num_examples=200), "--seeds", "3", "--methods", "knn1", "svm",
-                   "--save", "all.json")[0] == 0
-    progress.main(["methods", "all.json", str(run), "--save", "all.png"])
-    assert_is_picture(tmp_path / "all.png")
-    for argv, message in ((["all.png", str(run)], "is no report"),
-                          (["all.json", str(tmp_path)], "is not the directory of a finished run"),
-                          (["all.json", str(run), str(run)], "the runs have data_seed")):
-        with pytest.raises(BadInput, match=message):
-            progress.main(["methods", *argv, "--save", "other.png"])
-    assert not (tmp_path / "other.png").exists()
-
-
 def test_the_picture_of_recipes_against_minutes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for seed in (0, 1):
@@ -273,7 +258,7 @@ def test_the_picture_of_recipes_against_minutes(tmp_path, monkeypatch):
     first, second, tested = map(str, (first, second, tested))
     for argv in (["--runs", "one", first, "--runs", "two", second, first, "--paper", "10", "2"],
                  ["--test", "--chain", "--runs", "first", tested, "--runs", "second", tested]):
-        progress.main(["recipes", *argv, "--save", "progress.png"])
+        progress.main([*argv, "--save", "progress.png"])
         assert_is_picture(tmp_path / "progress.png")
     for argv, message in ((["--runs", "label", tested], "evaluated on validation images"),
                           (["--runs", "label", "."], "evaluated on validation images"),
@@ -283,5 +268,5 @@ def test_the_picture_of_recipes_against_minutes(tmp_path, monkeypatch):
                           (["--runs", "one", first, "--epoch_seconds", "3", "4"], "needs 1 pos"),
                           (["--runs", "one", first, "--epoch_seconds", "0"], "needs 1 pos")):
         with pytest.raises(BadInput, match=message):
-            progress.main(["recipes", *argv, "--save", "none.png"])
+            progress.main([*argv, "--save", "none.png"])
     assert not (tmp_path / "none.png").exists()

@@ -128,7 +128,7 @@ def test_the_check_finds_forbidden_imports(path, source):
     ("models/flow.py", "import math\nimport torch\nfrom . import bases\nfrom .bases import Base"),
     ("utils/figures.py", "from models import SemiConditionalFlow\nfrom .data import load_data"),
     ("training/optim.py", "import models\nfrom utils import data\nfrom .speed import Captured"),
-    ("benchmarks/evaluate.py", "from measure import random_data\nfrom utils.runs import Run"),
+    ("benchmarks/throughput.py", "from measure import random_data\nfrom utils.runs import Run"),
     ("tests/test_data.py", "import runpy\nfrom conftest import TINY\nfrom tools import ship"),
     ("tests/test_data.py", "from importlib.util import spec_from_file_location"),
     ("train-flow-ssl.py", "import os\nfrom models import build_model\nfrom training import loop"),
