@@ -27,7 +27,7 @@ if __name__ == "__main__":          # the imports take seconds, and Ctrl-C ends 
     HEEDS_CTRL_C = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if HEEDS_CTRL_C:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if sys.stderr.isatty():
+    if sys.stderr and sys.stderr.isatty():
         print("Loading PyTorch", end="\r", file=sys.stderr, flush=True)
 
 import torch
@@ -50,7 +50,7 @@ from utils.datasets import load_data
 from utils.errors import BadInput, Failed, one_line, value_errors_as_bad_input
 from utils.runs import Run
 from utils.settings import read_settings
-from utils.terminal import say
+from utils.terminal import say, working
 
 
 def main(processes):
@@ -58,6 +58,7 @@ def main(processes):
     parser, settings = read_settings()
     limits = Limits(settings.time_limit)
     device = set_up_torch(settings, processes)
+    speed = choose_speed(settings, device, processes)
     if settings.train_bs % processes.size and not settings.pretrained:
         raise BadInput(f"train_bs {settings.train_bs} is not a multiple of the {processes.size} "
                        "processes")
@@ -69,9 +70,6 @@ def main(processes):
         model = build_model(settings, data.shape, data.n_classes, data.class_probs,
                             data.grey_levels).to(device)
 
-    if device.type == "cpu" and not settings.pretrained:
-        measure_cpu(settings, model, processes)
-    speed = choose_speed(settings, device, processes)
     if settings.pretrained:
         say("Weights", load_pretrained(model, settings))
         print_evaluation(Accelerated(model, *speed), data, settings, processes)
@@ -83,6 +81,9 @@ def main(processes):
         processes.barrier()                         # before the main process moves a failed run
     elif settings.initial_weights:
         load_weights(model, settings.initial_weights)
+    if device.type == "cpu" and processes.size == 1 and not settings.resume:
+        measure_cpu(settings, model)
+        speed = speed._replace(precision=settings.precision)
     run = None
     try:
         with limits, contextlib.ExitStack() as stack:
@@ -146,7 +147,8 @@ def train(model, data, settings, speed, processes, limits, run_dir, checkpoint):
     data.prepare()
     if not checkpoint and not settings.initial_weights:
         batch = data.sample_batch(settings.train_bs, generator, augmented=False)
-        model.initialize(batch.x, data.train_x)
+        with working("initialising the model"):
+            model.initialize(batch.x, data.train_x)
     accelerated = Accelerated(model, *speed)
     training_step, optimizer = make_training_step(accelerated, settings, processes)
     steps_per_epoch = -(-len(data.train_x) // settings.train_bs)
@@ -156,8 +158,8 @@ def train(model, data, settings, speed, processes, limits, run_dir, checkpoint):
         restore(checkpoint, model, optimizer, progress, generator)
         say("Continuing", f"after {progress}")
         if settings.lr_schedule != "no" and settings.epochs != checkpoint["settings"]["epochs"]:
-            say("Schedule", f"the learning rate now follows that of {settings.epochs} epochs, not "
-                            f"of {checkpoint['settings']['epochs']}")
+            say("Schedule", f"now of {settings.epochs} epochs, not of "
+                            f"{checkpoint['settings']['epochs']}")
 
     state = partial(state_of_run, model, optimizer, progress, generator)
     file = run_dir and run_dir / "checkpoint.pt"
@@ -211,4 +213,6 @@ def cli():
 if __name__ == "__main__":
     if HEEDS_CTRL_C:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.stderr and sys.stderr.isatty():
+        print(f"{'':15}", end="\r", file=sys.stderr, flush=True)
     sys.exit(cli())

@@ -145,7 +145,7 @@ def plot_latents(z, y, seed):
     panels = figure.subplots(1, 2)
     classes = y[:IN_PICTURE].cpu().numpy()
     parts = (("z_f", "z_f"), ("z_h", "z_h, given the class"))
-    for axes, (part, title) in zip(panels, bar(parts, "t-SNE", unit=" parts")):
+    for (part, title), axes in zip(bar(parts, "t-SNE", unit=" parts"), panels):
         plane = TSNE(random_state=seed, init="pca").fit_transform(
             z[part][:IN_PICTURE].cpu().numpy())
         for k in range(classes.max() + 1):      # the mark is its digit

@@ -243,11 +243,10 @@ def row_of(runs):
     kind = settings.ssl_model, settings.ssl_alg, settings.cl_weight > 0
     as_in_the_paper = (settings.data, settings.supervised, settings.num_examples) == (
         "mnist", 100, -1) and not (settings.cons_weight or settings.vat_weight)
-    published = PUBLISHED.get(kind) if as_in_the_paper else None
     labels = "all" if settings.supervised == -1 else settings.supervised
     return (MODELS[settings.ssl_model], ALGORITHMS[settings.ssl_alg],
             "yes" if settings.cl_weight else "no", f"{settings.data}, {labels} labels",
-            settings.epochs, *(published or ("-", "-")),
+            settings.epochs, *PUBLISHED.get(kind if as_in_the_paper else None, ("-", "-")),
             spread([run.test_error for run in done], 2),
             spread([run.rows[-1]["test_bpd"] for run in done], 3), len(done), runs[0].config.stem)
 

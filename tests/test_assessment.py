@@ -40,7 +40,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_figures_of_given_predictions(capsys, ):
+def test_the_figures_of_given_predictions(capsys):
     _, settings = read_settings(options(test_bs=10))
     data = load_tiny()
     images = data.test_x[:10]
@@ -62,7 +62,7 @@ def test_the_figures_of_given_predictions(capsys, ):
     out = capsys.readouterr().out
     assert out.splitlines()[-3].split() == ["7", *"........", "1", ".", "100.00%"]
     assert max(map(len, out.splitlines())) < 80
-    assert "1: log p(x) of the test images is always higher." in words(out)
+    assert "An AUROC of 1 means that log p(x) of the test images is always higher." in words(out)
     dark = dataclasses.replace(found, auroc={"black": 0.0}, confusion=1135 * found.confusion)
     dark.show()
     out = capsys.readouterr().out
@@ -164,7 +164,7 @@ def test_a_report_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys)
     assert run_script(options(epochs=1)) == 0
     run, = runs(tmp_path)
     assert (run / "model.torch").exists() and not (run / "report.html").exists()
-    assert "The report could not be written (RuntimeError)" in capsys.readouterr().out
+    assert "Report       could not be written (RuntimeError)" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")

@@ -59,12 +59,15 @@ CASES = [
     (["--config", "deep.yaml"], "deep.yaml is not YAML"),
     (["--config", "type.yaml"], "--seed: invalid int value"),
     (["--epoch", "3"], "did you mean --epochs?"),
-    (["config.yaml"], "unexpected config.yaml: did you mean --config config.yaml?"),
+    (["config.yaml"], "unexpected config.yaml (did you mean --config config.yaml?)"),
     (["train"], "unexpected train"),
     ({"sup_wieght": 2}, "unknown setting --sup_wieght (did you mean --sup_weight?)"),
     (["--learning_rate", "1", "--batch-size=3", "--seed_everything", "4", "--qqq"],
      "unknown settings --learning_rate (did you mean --lr?), --batch-size (did you mean "
      "--train_bs?), --seed_everything (did you mean --seed?), --qqq"),
+    (["c.yaml", "-epochs", "3", "--lr_", "-1", "d.yml"],
+     "unknown settings -epochs (did you mean --epochs?), --lr_ (did you mean --lr?); unexpected "
+     "c.yaml (did you mean --config c.yaml?); unexpected d.yml (did you mean --config d.yml?)"),
     (["--resume="], "--resume has an empty value"),
     (["--resume", 300 * "x"], "no run to resume"),
     (["--resume", "nowhere"], "nowhere"),

@@ -351,7 +351,7 @@ def test_the_weights_of_a_resumed_run_are_those_of_its_last_figures(tmp_path, mo
         assert "is in epoch 3 already" in err and "3 or more" in err and err.count("\n") == 1
     assert before == {path.name: path.read_bytes() for path in run.iterdir()}
     assert run_script(["--resume", str(run), "--epochs", "3"]) == 0
-    assert "now follows that of 3 epochs, not of 4" in words(capsys.readouterr().out)
+    assert "Schedule now of 3 epochs, not of 4" in words(capsys.readouterr().out)
     rows = read_metrics(run)
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert run_script(options(pretrained=str(run / "model.torch"))) == 0
@@ -401,7 +401,7 @@ def test_a_failure_in_drawing_costs_pictures_only(tmp_path, monkeypatch, capsys)
     assert run_script(options(epochs=2)) == 0
     run, = runs(tmp_path)
     out, err = capsys.readouterr()
-    assert "The pictures could not be drawn (RuntimeError)" in (run / "log.txt").read_text()
+    assert "Pictures     could not be drawn (RuntimeError)" in (run / "log.txt").read_text()
     assert "no ink" in err and "Test error" in out
     assert (run / "model.torch").exists() and not (run / "samples.png").exists()
 

@@ -40,7 +40,7 @@ from utils.metrics import average_is_better, read_metrics
 from utils.settings import read_settings
 
 EVIDENCE = ("params.yaml", "metrics.csv", "log.txt", "labelled.txt", "curves.png", "samples.png",
-            "density.png", "traceback.txt", "changes.diff")
+            "samples-0.7.png", "density.png", "traceback.txt", "changes.diff")
 # Settings on which the figures do not depend, apart from rounding.
 MAY_CHANGE = ("device", "threads", "data_root", "test_bs", "precision", "compile", "cuda_graph",
               "micro_bs", "config_file", "test")

@@ -67,10 +67,10 @@ class Assessment:
     @property
     def meaning_of_auroc(self) -> str:
         """Which values are good and, if some are not, why (Serrà et al. 2020, arXiv 1909.11480)."""
-        meaning = f"1: log p(x) of the {self.name} images is always higher"
+        meaning = f"An AUROC of 1 means that log p(x) of the {self.name} images is always higher"
         if min(self.auroc.values()) < 0.5:
-            meaning += ("; 0: never. The easier an image is to predict, the higher its log p(x): a "
-                        "black one is the easiest")
+            meaning += (", 0 that it never is. The easier an image is to predict, the higher its "
+                        "log p(x): a black one is the easiest")
         return f"{meaning}."
 
     def shown_auroc(self, digits: int) -> dict[str, str]:
@@ -214,5 +214,5 @@ def print_evaluation(accelerated: Accelerated, data: SemiSupervisedData,
         say("bits/dim", mean(data.bits_per_dim(log_p), 4))
     if processes.is_main:
         if settings.draws > 1:
-            say("The rest", "is of the first sample of the noise")
+            say("Noise", "the following is of its first sample")
         assess(infer, Inference(accelerated), data, (images, y), name, settings, draws[0]).show()

@@ -19,6 +19,7 @@ from utils.errors import BadInput, value_errors_as_bad_input
 from utils.files import PROJECT, atomic_write, sha256
 from utils.metrics import read_metrics
 from utils.settings import RESUMABLE, SHIPPED
+from utils.terminal import say
 
 from .optim import OPTIMIZERS, Optimizer
 from .progress import Progress
@@ -135,8 +136,8 @@ def restore(checkpoint: dict[str, Any], model: SemiConditionalFlow, optimizer: O
         generator.set_state(checkpoint["generator"])
     except RuntimeError:  # it is of another kind of device
         generator.manual_seed(generator.initial_seed() + checkpoint["epoch"])
-        print("The checkpoint is from another kind of device: the batches differ from those of an "
-              "uninterrupted run")
+        say("Batches", "differ from those of an uninterrupted run: the checkpoint is from another "
+                       "kind of device")
 
 
 def load_checkpoint(path: Path, model: SemiConditionalFlow, settings: Settings) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import statistics
 import sysconfig
 import time
 import warnings
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,17 @@ from models import SemiConditionalFlow
 from utils import Settings
 from utils.datasets import DATASETS
 from utils.errors import BadInput
-from utils.terminal import bar, say
+from utils.terminal import say, working
 
 from .distributed import Processes
 from .speed import Accelerated, Speed
 
-MEASURE_SECONDS = 0.5   # for which two ways of computing are compared, and at least once
-BF16_TIME = 0.9         # of the time in float32: what bfloat16 may take to be chosen on a CPU
+# For so long, and at least in so many turns, two ways of computing are compared.
+MEASURE_SECONDS, MEASURE_ROUNDS = 0.5, 3
+# What bfloat16 may take of the time in float32, and one thread of the time of all, to be chosen:
+# times scatter, rounding costs likelihood, and what is not measured, such as the optimiser, gains
+# by threads.
+BF16_TIME, ONE_THREAD_TIME = 0.9, 0.8
 
 
 def set_up_torch(settings: Settings, processes: Processes) -> torch.device:
@@ -94,32 +97,36 @@ def choose_speed(settings: Settings, device: torch.device, processes: Processes)
     return Speed(precision, compiled, cuda_graph, settings.micro_bs)
 
 
-def measure_cpu(settings: Settings, model: SemiConditionalFlow, processes: Processes) -> None:
+def measure_cpu(settings: Settings, model: SemiConditionalFlow) -> None:
     """For training on a CPU: replace precision auto and threads 0 in `settings` by what is fastest.
 
     Compares forward and backward passes of a micro-batch: float32 with bfloat16, which a model of
-    images in float32 can use on a CPU that has it, then one thread with PyTorch's number of them,
-    which another program on the same cores makes the slower choice. Prints the times. Of several
-    processes all measure, and the main one decides.
+    images in float32 can use on a CPU that has it, then PyTorch's number of threads with one
+    thread, which is faster where another program uses the same cores. Prints the times.
     """
     n_threads = torch.get_num_threads()
-    if (settings.precision == "auto" and model.image and model.log_p_y.dtype == torch.float32
-            and not _emulates_bf16()):
-        times = _times(model, settings, {name: (name, n_threads) for name in ("fp32", "bf16")})
-        faster = times["bf16"] < BF16_TIME * times["fp32"]
-        settings.precision = processes.first("bf16" if faster else "fp32")
-        say("Precision", _choice(settings.precision, times))
-    if not settings.threads and n_threads > 1:
-        precision = settings.precision if settings.precision == "bf16" else "fp32"
-        times = _times(model, settings, {n: (precision, n) for n in (n_threads, 1)})
-        settings.threads = processes.first(min(times, key=times.__getitem__))
-        torch.set_num_threads(settings.threads)
-        say("Threads", _choice(settings.threads, times))
+    if settings.precision == "auto":
+        settings.precision = "fp32"
+        if model.image and model.log_p_y.dtype == torch.float32 and not _emulates_bf16():
+            times = _times(model, settings, {name: (name, n_threads) for name in ("fp32", "bf16")})
+            settings.precision = _choose("Precision", times, BF16_TIME)
+    if not settings.threads:
+        settings.threads = n_threads
+        if n_threads > 1:
+            times = _times(model, settings, {n: (settings.precision, n) for n in (n_threads, 1)})
+            settings.threads = _choose("Threads", times, ONE_THREAD_TIME)
+            torch.set_num_threads(settings.threads)
 
 
-def _choice(chosen: Hashable, times: dict[Any, float]) -> str:
-    others = ", ".join(f"{name}: {ms:.3g} ms" for name, ms in times.items() if name != chosen)
-    return f"{chosen}: {times[chosen]:.3g} ms an image, measured ({others})"
+def _choose(label: str, times: dict[Any, float], share: float) -> Any:
+    """The second of two ways if it takes less than this share of the time of the first, else the
+    first. Prints why."""
+    (usual, usual_ms), (other, other_ms) = times.items()
+    chosen, rest = (other, usual) if other_ms < share * usual_ms else (usual, other)
+    hardly = share * usual_ms <= other_ms < usual_ms
+    say(label, f"{chosen}: {times[chosen]:.3g} ms an image, measured ({rest}: {times[rest]:.3g} ms"
+               f"{f', less than {1 - share:.0%} faster' * hardly})")
+    return chosen
 
 
 def _times(model: SemiConditionalFlow, settings: Settings,
@@ -141,25 +148,23 @@ def _times(model: SemiConditionalFlow, settings: Settings,
         torch.autograd.grad(log_p.sum(), parameters, allow_unused=True)
         return 1e3 * (time.perf_counter() - start) / n
     n_threads = torch.get_num_threads()
-    times: dict[Any, list[float]] = {name: [] for name in ways}
-    start, rounds = time.perf_counter(), 0
-    with bar(None, "measuring what is fastest on this CPU", bar_format="{desc} [{elapsed}]") as b:
-        while not all(times.values()) or time.perf_counter() - start < MEASURE_SECONDS:
+    rounds: list[list[float]] = []
+    start = time.perf_counter()
+    with working("measuring what is fastest on this CPU") as shown:
+        while len(rounds) < MEASURE_ROUNDS or time.perf_counter() - start < MEASURE_SECONDS:
+            rounds.append([])
             for name in ways:
-                one = one_pass(name)
-                # The first of the passes is slower, which matters only if they are short.
-                if rounds or time.perf_counter() - start > MEASURE_SECONDS:
-                    times[name].append(one)
-                b.update()
-            rounds += 1
+                rounds[-1].append(one_pass(name))
+                shown.refresh()
     torch.set_num_threads(n_threads)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return dict(zip(ways, map(statistics.median, zip(*rounds[1:]))))    # the first ones are slower
 
 
 def _emulates_bf16() -> bool:
-    """Whether this is an x86 CPU without arithmetic in bfloat16."""
-    has_it = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    return platform.machine().lower() in ("x86_64", "amd64") and not has_it()
+    """Whether this is not a CPU of which PyTorch knows arithmetic in bfloat16."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)()
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _can_compile() -> bool:

@@ -157,7 +157,7 @@ class RunEvaluation:
         if failures and not row:
             raise Failed("; ".join(map(str, failures)))
         if failures:
-            say("Kept", f"are the others. {failures[0]}")
+            say("Weights", f"{failures[0]}; the others are kept")
         if self.settings.test and (epoch == self.settings.epochs or not has_validation):
             with optimizer.averaged(average_is_better(row)):
                 row.update(self._evaluate("test", f"epoch {epoch}"))

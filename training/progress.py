@@ -83,6 +83,7 @@ class Progress:
         self.sums: Terms = {}
         self.n_finite = torch.zeros((), dtype=torch.long, device=parameters[0].device)
         self.timed_from: tuple[int, float] | None = None    # a training step of the run, its time
+        self.ended = 0.0                                    # when the last steps were done
         self.estimated, self.fastest, self.was_slow = False, float("inf"), False
         self.stopped: str | None = None
 
@@ -115,19 +116,22 @@ class Progress:
         # Of several processes, none may fail alone.
         reads_device = not self.bar.disable and self.processes.size == 1
         started = time.perf_counter()
+        if self.timed_from:                 # not of evaluations, between the steps
+            self.timed_from = self.timed_from[0], self.timed_from[1] + started - self.ended
         while self.steps_done < self.steps_per_epoch and not self.stopped:
             yield self.steps_done + 1
             if self.processes.any(self.limits.reason is not None):
                 self.stopped = self.processes.first(self.limits.reason)
             if time.perf_counter() - self.last_read > 1 and (reads_device or not self.on_gpu):
-                self.last_read = time.perf_counter()
                 if reads_device:
                     self._check_losses(first, self.n_finite)
-                    self._show()
+                    self._show(float(self.sums["loss"]))
+                self.last_read = time.perf_counter()
                 self._estimate(self.last_read)
         self._check_losses(first, self.processes.min(self.n_finite))
+        self.ended = time.perf_counter()
         if first == 1 and not self.stopped:
-            self._compare(time.perf_counter() - started)
+            self._compare(self.ended - started)
         if not torch.stack([p.isfinite().all() for p in self.parameters]).all():
             raise Failed(f"A weight is not finite after {self}")
 
@@ -155,11 +159,10 @@ class Progress:
     def _steps_of_run(self) -> int:
         return self.epoch * self.steps_per_epoch + self.steps_done
 
-    def _show(self) -> None:
-        """Bring the progress bar up to date, which reads from the device."""
-        loss = float(self.sums["loss"]) / self.steps_done
+    def _show(self, loss: float) -> None:
+        """Bring the progress bar up to date. loss: the sum over this epoch's steps."""
         self.bar.set_description(f"epoch {self.epoch + 1}/{self.settings.epochs}", refresh=False)
-        self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        self.bar.set_postfix_str(f"loss {loss / self.steps_done:.3f}", refresh=False)
         self.bar.update(self._steps_of_run * self.settings.train_bs - self.bar.n)
 
     def _estimate(self, now: float) -> None:
@@ -168,8 +171,8 @@ class Progress:
             self.timed_from = self._steps_of_run, now
             return
         steps, seconds = self._steps_of_run - self.timed_from[0], now - self.timed_from[1]
-        if not self.estimated and steps and seconds > ESTIMATE_SECONDS:
-            left = self.settings.epochs * self.steps_per_epoch - self._steps_of_run
+        left = self.settings.epochs * self.steps_per_epoch - self._steps_of_run
+        if not self.estimated and steps and left and seconds > ESTIMATE_SECONDS:
             say("Duration", f"{duration(left * seconds / steps)} to the end of epoch "
                             f"{self.settings.epochs}, evaluations aside")
             self.estimated = True
@@ -181,14 +184,15 @@ class Progress:
         if (seconds > max(SLOW * self.fastest, SLOW_SECONDS) and not (self.on_gpu or self.was_slow)
                 and torch.get_num_threads() > 1):
             say("Slow", f"epoch {self.epoch + 1} took {seconds / self.fastest:.1f} times as long "
-                        "as the fastest. Another program may be using the cores: one could stop, "
-                        "and continue with --resume RUN_DIR --threads 1")
+                        "as the fastest. Another program may be using the cores: you can stop "
+                        "this run and continue it with --resume RUN_DIR --threads 1")
             self.was_slow = True
 
     def finish_epoch(self) -> dict[str, float]:
         """Move on to the next epoch -> the metrics of this one's batches, those of all processes,
         keyed as in MetricsLog."""
         sums = dict(zip(self.sums, self._stacked_sums().tolist()))      # read from the device once
+        self._show(sums["loss"])
         means = {name: sums.get(name, 0.0) / self.steps_per_epoch for name in MEANS}
         self.epoch, self.steps_done, self.sums = self.epoch + 1, 0, {}
         self._estimate(time.perf_counter())

@@ -32,10 +32,9 @@ from .evaluation import Inference, RunEvaluation
 from .speed import Speed
 
 SECONDS_BETWEEN_PLOTS = 300     # during training
-# {heading: files}; the curves are drawn anew, for wide and for narrow pages.
+# {heading: files}; the curves are drawn anew, for wide pages and for those of up to 700 pixels.
 PICTURES = {"Samples": ("samples.png", f"samples-{TEMPERATURE}.png"), "Density": ("density.png",),
             "Mistakes": ("mistakes.png",)}
-NARROW = 700            # pixels
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 70em; margin: 2em auto;
        padding: 0 1em; overflow-wrap: anywhere; }
@@ -59,7 +58,8 @@ def announce(model: SemiConditionalFlow, data: SemiSupervisedData, settings: Set
     if run_dir is None:
         return
     say("Run", os.path.relpath(run_dir))
-    say("Settings", f"{differences(settings)}. The others are as in config.yaml")
+    changed = differences(settings)
+    say("Settings", f"{changed}; the others as in config.yaml" if changed else "as in config.yaml")
     counts = {"labelled": data.labelled, "unlabelled": data.unlabelled, "validation": data.val_x,
               "test": data.test_x}
     say("Data", ", ".join(f"{len(x):,} {name}" for name, x in counts.items() if len(x)))
@@ -158,7 +158,7 @@ def report_run(evaluation: RunEvaluation, rows: list[Row], run_dir: Path) -> Non
         raise
     except Exception as error:
         traceback.print_exc()
-        print(f"The report could not be written ({type(error).__name__}); the run is finished")
+        say("Report", f"could not be written ({type(error).__name__}); the run is finished")
 
 
 def write_report(run_dir: Path, settings: Settings, rows: list[Row], assessment: Assessment,
@@ -179,7 +179,7 @@ def write_report(run_dir: Path, settings: Settings, rows: list[Row], assessment:
             images = "\n".join(_image(path.read_bytes(), path.stem) for path in paths)
             pictures += f"<h2>{heading}</h2>\n{images}\n"
     wide, narrow = (_png(plot_curves(rows, columns)) for columns in (3, 1))
-    curves = (f'<picture><source media="(max-width: {NARROW}px)" srcset="{_uri(narrow)}">'
+    curves = (f'<picture><source media="(max-width: 700px)" srcset="{_uri(narrow)}">'
               f'{_image(wide, "curves")}</picture>')
     seconds = sum(row["seconds"] for row in rows)
     params = yaml.safe_load((run_dir / "params.yaml").read_text(encoding="utf-8"))
@@ -189,7 +189,7 @@ def write_report(run_dir: Path, settings: Settings, rows: list[Row], assessment:
             f"{commit}{changed}, ended on {html.escape(device)}. The figures below are of the "
             f"{assessment.confusion.sum():,} {assessment.name} examples.")
     options = _table([(key, str(value)) for key, value in sorted(vars(settings).items())])
-    auroc = f"<p>AUROC {assessment.meaning_of_auroc}</p>" if assessment.auroc else ""
+    auroc = f"<p>{assessment.meaning_of_auroc}</p>" if assessment.auroc else ""
     page = f"""<!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width">

@@ -142,8 +142,8 @@ def _load_mnist(settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _download_mnist(root: Path, raw: Path, names: list[str]) -> None:
     from torchvision.datasets import MNIST
 
-    say("Download", f"of MNIST, 12 MB, to {raw}")
-    stderr = sys.stderr if sys.stderr.isatty() else io.StringIO()   # it shows progress bars
+    say("Download", f"MNIST, 12 MB, to {raw}")
+    stderr = sys.stderr if sys.stderr and sys.stderr.isatty() else io.StringIO()
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
             MNIST(root, download=True)

@@ -84,7 +84,7 @@ def check_output(path: Path, suffixes: Sequence[str] = ()) -> None:
     """Raise BadInput if no file can be written at `path`, before anything is computed for it, or if
     its suffix is not one of `suffixes`, where there are such."""
     if suffixes and path.suffix not in suffixes:
-        raise BadInput(f"{path} must end in {', '.join(suffixes)}")
+        raise BadInput(f"{path} must end in {' or '.join(suffixes)}")
     if not path.parent.is_dir():
         raise BadInput(f"there is no folder {path.parent} for {path.name}")
     if path.exists() and not path.is_file():

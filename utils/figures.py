@@ -5,6 +5,7 @@ which writes those of a run to its directory. experiments/pictures.py has comman
 """
 
 import itertools
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from .data import SemiSupervisedData
 from .errors import Failed
 from .files import atomic_write
 from .metrics import Row, names_of_kept
-from .terminal import bar
+from .terminal import bar, say, show
 
 # Colours that colour-blind people can tell apart: of Okabe and Ito, and for ten classes, which are
 # marked by their digits too, dark ones.
@@ -68,8 +69,8 @@ def plot_run(model: SemiConditionalFlow, data: SemiSupervisedData, rows: list[Ro
             for name, draw in bar(pictures.items(), "drawing pictures"):
                 save(draw(), run_dir / name)
     except Exception as error:
-        traceback.print_exc()
-        print(f"The pictures could not be drawn ({type(error).__name__}); the run goes on")
+        show(traceback.format_exc(), sys.stderr)
+        say("Pictures", f"could not be drawn ({type(error).__name__}); the run goes on")
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -44,6 +44,7 @@ def spread_labels(histograms: Tensor, y: Tensor) -> Tensor:
         for part in histograms.split(-(-n // PARTS)):
             graphs.append(search.kneighbors_graph(part.numpy()))
             images.update(len(part))
+        images.set_description("label spreading: spreading")
         graph = vstack(graphs, "csr")
         graph = tril(graph, -1) + triu(graph, 1)
         graph = graph.maximum(graph.T)

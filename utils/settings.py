@@ -22,7 +22,7 @@ from . import Settings
 from .datasets import DATASETS
 from .errors import BadInput, given_twice, names_of_options
 from .runs import PARAMS_FILE, RunParser, relative_to, started_in
-from .terminal import NO_BREAK
+from .terminal import NO_BREAK, say
 
 SHIPPED = "shipped"     # the value of a bare --pretrained
 
@@ -120,17 +120,17 @@ OPTION_GROUPS: dict[str, tuple[Option, ...]] = {
         Option("resume", str, "", "continue the run in this directory", resumable=True),
         Option("device", str, "auto", "auto, cpu, cuda or cuda:N; auto: cuda if available",
                resumable=True),
-        Option("threads", int, 0, "CPU threads; 0: of 1 and PyTorch's number what is "
-               "faster in training, measured; in evaluation PyTorch's number",
+        Option("threads", int, 0, "CPU threads; 0: PyTorch's number or, if training "
+               "measures that it is faster, 1",
                low=0, high=4096, resumable=True),
         Option("time_limit", float, 0.0,
-               "minutes after which this start ends with a checkpoint; 0: no limit",
+               "minutes of this start after which the run stops with a checkpoint; 0: no limit",
                low=0, resumable=True),
     ),
     "Speed": (
         Option("precision", str, "auto", "of the couplings' networks; auto: bf16 for images on a "
-               "GPU that supports it, or where it is faster in training on this CPU, measured; "
-               "else fp32; tf32: of convolutions, on a GPU",
+               "GPU that supports it, or if training measures on a CPU that it is faster; else "
+               "fp32; tf32: of convolutions, on a GPU",
                choices=("auto", "fp32", "tf32", "bf16"), resumable=True),
         Option("compile", str, "auto", "torch.compile; auto: on a GPU",
                choices=("auto", "off", "on"), resumable=True),
@@ -293,7 +293,7 @@ class SettingsParser(RunParser):
                  "ema needs validation examples, to choose between the last and the averaged "
                  "weights: --validation N"),
                 (s.weights == "averaged" and not s.pretrained,
-                 "weights averaged is for --pretrained RUN_DIR/checkpoint.pt")):
+                 "weights averaged is for --pretrained RUN_DIR, or its checkpoint.pt")):
             if is_wrong:
                 self.error(message)
         return s
@@ -316,7 +316,7 @@ class SettingsParser(RunParser):
             self.error(f"the option {key} does not exist any more: only {accepted[0]} is accepted, "
                        f"not {shown}")
         if unused := [key for key in UNUSED_PUBLISHED_KEYS if values.pop(key) is not None]:
-            print(f"Ignored, because nothing uses them: {', '.join(unused)}")
+            say("Ignored", f"because nothing uses them: {', '.join(unused)}")
         return settings
 
     def _parse_resumed(self, run_dir: str, argv: list[str]) -> argparse.Namespace:
@@ -329,6 +329,9 @@ class SettingsParser(RunParser):
         base.update(data_root=data_root_of_run(base["data_root"], run_dir), time_limit=0.0)
         self.set_defaults(**base)
         settings = self._parse(argv)
+        for key in {"precision", "threads"} - {name[2:] for name in names_of_options(argv)}:
+            if getattr(settings, key) == OPTIONS[key].default:  # a config's: the run has chosen
+                setattr(settings, key, base[key])
         changed = [key for key, value in vars(settings).items()
                    if key not in RESUMABLE and value != base[key]]
         if changed:
@@ -370,12 +373,12 @@ def weights_of_run(run_dir: str, averaged: bool = False) -> Path:
 
 
 def differences(settings: Settings) -> str:
-    """The settings that are not the defaults, in the order of config.yaml, as words."""
+    """The settings that are not the defaults, in the order of config.yaml, in words."""
     values = vars(settings)
     forms: dict[type, Callable[[Any], str]] = {bool: lambda v: str(v).lower(), float: "{:g}".format}
     shown = [f"{name}{NO_BREAK}{forms.get(type(values[name]), str)(values[name])}"
              for name, option in OPTIONS.items() if values[name] != option.default]
-    return ", ".join(shown) or "the defaults"
+    return ", ".join(shown)
 
 
 def _unknown_keys(keys: Sequence[str]) -> str:
@@ -383,8 +386,7 @@ def _unknown_keys(keys: Sequence[str]) -> str:
     ours = {other: name for name, others in COMMON_NAMES.items() for other in (name, *others)}
     shown = []
     for key in keys:
-        hyphens, plain = key[:len(key) - len(key.lstrip("-"))], key.lstrip("-")
-        plain = plain.replace("-", "_").lower()
+        hyphens, plain = "--" * key.startswith("-"), key.lstrip("-").replace("-", "_").lower()
         names = [plain] if plain in ours else difflib.get_close_matches(
             plain, [*OPTIONS, "config", "tmp", *ours], 1, 0.6)
         close = [f" (did you mean {hyphens}{ours.get(name, name)}?)" for name in names]
@@ -394,13 +396,18 @@ def _unknown_keys(keys: Sequence[str]) -> str:
 
 def _unknown_words(words: Sequence[str]) -> str:
     """The message for what argparse leaves of a command line: options, their values, others."""
-    first = words[0]
-    if first.startswith("-"):
-        return _unknown_keys([word.partition("=")[0] for word in words if word.startswith("-")])
-    if os.path.isfile(os.path.join(first, PARAMS_FILE)):
-        return f"unexpected {first}: did you mean --resume {first}, or --pretrained {first}?"
-    is_file = first.endswith((".yaml", ".yml")) or os.path.isfile(first)
-    return f"unexpected {first}" + f": did you mean --config {first}?" * is_file
+    options = [word for word in words if word.startswith("-") and not word[1:2].isdigit()]
+    messages = [_unknown_keys([word.partition("=")[0] for word in options])] if options else []
+    for before, word in itertools.pairwise(["", *words]):
+        if word in options or (before in options and "=" not in before):    # or the value of one
+            continue
+        meant = ""
+        if os.path.isfile(os.path.join(word, PARAMS_FILE)):
+            meant = f" (did you mean --resume {word}, or --pretrained {word}?)"
+        elif word.endswith((".yaml", ".yml")) or os.path.isfile(word):
+            meant = f" (did you mean --config {word}?)"
+        messages.append(f"unexpected {word}{meant}")
+    return "; ".join(messages)
 
 
 class _WithoutDuplicates(yaml.BaseLoader):

@@ -4,7 +4,7 @@ import math
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -24,20 +24,26 @@ def say(label: str, text: str) -> None:
                        break_on_hyphens=False).replace(NO_BREAK, " "))
 
 
-def show(text: str) -> None:
-    """Print `text`, above the progress bars. Of several processes only the main one does."""
+def show(text: str, stream: IO[str] | None = None) -> None:
+    """Print `text` to `stream` or stdout, above the progress bars. Of several processes only the
+    main one, which has a stdout, does."""
     if sys.stdout:
-        tqdm.write(text, sys.stdout)
+        tqdm.write(text, stream or sys.stdout)
 
 
 def bar(items: Iterable[Any] | None, what: str, **options: Any) -> "tqdm[Any]":
-    """A progress bar over `items`, shown after a second, on a terminal only, and then removed.
+    """A progress bar over `items`, on a terminal only, which disappears at the end.
 
     what: what is being done, in words
     options: as for tqdm
     """
-    return tqdm(items, what, **{"leave": False, "delay": 1, "dynamic_ncols": True,
+    return tqdm(items, what, **{"leave": False, "dynamic_ncols": True,
                                 "disable": None if sys.stdout else True, **options})
+
+
+def working(what: str) -> "tqdm[Any]":
+    """A context in which a terminal shows what is being done, and since when at each update."""
+    return bar(None, what, bar_format="{desc} [{elapsed}]")
 
 
 def duration(seconds: float) -> str:
