@@ -66,7 +66,7 @@ def main(processes):
     with processes.together(), processes.main_first():      # it may have to download the data
         data = load_data(settings, device)
     torch.manual_seed(settings.seed)
-    with value_errors_as_bad_input():
+    with value_errors_as_bad_input(), working("building the model"):
         model = build_model(settings, data.shape, data.n_classes, data.class_probs,
                             data.grey_levels).to(device)
 
@@ -82,7 +82,8 @@ def main(processes):
     elif settings.initial_weights:
         load_weights(model, settings.initial_weights)
     if device.type == "cpu" and processes.size == 1 and not settings.resume:
-        measure_cpu(settings, model)
+        with working("measuring what is fastest on this CPU"):
+            measure_cpu(settings, model)
         speed = speed._replace(precision=settings.precision)
     run = None
     try:
@@ -156,7 +157,8 @@ def train(model, data, settings, speed, processes, limits, run_dir, checkpoint):
     evaluation = RunEvaluation(accelerated, data, settings, processes)
     if checkpoint:
         restore(checkpoint, model, optimizer, progress, generator)
-        say("Continuing", f"after {progress}")
+        done = ", the last one: more --epochs continue it" * (progress.epoch == settings.epochs)
+        say("Continuing", f"after {progress}{done}")
         if settings.lr_schedule != "no" and settings.epochs != checkpoint["settings"]["epochs"]:
             say("Schedule", f"now of {settings.epochs} epochs, not of "
                             f"{checkpoint['settings']['epochs']}")
@@ -213,6 +215,6 @@ def cli():
 if __name__ == "__main__":
     if HEEDS_CTRL_C:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if sys.stderr and sys.stderr.isatty():
-        print(f"{'':15}", end="\r", file=sys.stderr, flush=True)
+    if sys.stderr and sys.stderr.isatty():      # what is printed next covers it
+        print("Loading the data", end="\r", file=sys.stderr, flush=True)
     sys.exit(cli())

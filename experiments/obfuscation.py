@@ -81,6 +81,7 @@ def main(argv=None):
             np.savez_compressed(f, train_y=y.cpu().numpy(), test_y=test_y.cpu().numpy(), **arrays)
     if args.picture:
         save(plot_latents(test, test_y, settings.seed), args.picture)
+        print(f"Saved {args.picture}")
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ from utils.figures import (FORMATS, plot_curves_of_runs, plot_density, plot_inte
                            plot_latent_space, plot_redrawn, plot_samples, save)
 from utils.metrics import read_metrics
 from utils.settings import read_settings
+from utils.terminal import working
 
 OF_POINTS = ("latent", "density")
 MAX_TEMPERATURE = 10
@@ -55,11 +56,13 @@ def main(argv=None):
             command.epilog = "All other options are those of train-flow-ssl.py."
     args, rest = parser.parse_known_args(argv)
     check_output(args.save, FORMATS)
-    if args.command == "curves":
-        figure = curves(args.runs, rest)
-    else:
-        figure = picture(args, *load(rest))
-    save(figure, args.save)
+    with working("drawing"):
+        if args.command == "curves":
+            figure = curves(args.runs, rest)
+        else:
+            figure = picture(args, *load(rest))
+        save(figure, args.save)
+    print(f"Saved {args.save}")
 
 
 def curves(runs, rest):

@@ -43,6 +43,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check_output(args.save, FORMATS)
     save(plot_recipes(args), args.save)
+    print(f"Saved {args.save}")
 
 
 def plot_recipes(args):

@@ -22,6 +22,7 @@ from models.bijections import ActNorm, Affine, MultiScale
 from models.conv1x1 import CONVS, FullConv, over_channels
 from models.kernels import extended, gpu_conv2d, log_abs_dets
 from models.networks import Conv3x3, Network, NetworkNorm, reflect_pad
+from training import device
 from training.beyond import Beyond, virtual_adversarial_loss
 from training.checkpoint import CheckpointWriter, load_weights, save_atomically
 from training.device import choose_speed, measure_cpu
@@ -395,15 +396,18 @@ def test_a_cpu_that_emulates_bfloat16_says_so(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("ms, chosen", [
-    ({("fp32", 2): 5, ("bf16", 2): 4, ("bf16", 1): 6}, ("bf16", 2)),
-    ({("fp32", 2): 5, ("bf16", 2): 4.8, ("fp32", 1): 3}, ("fp32", 1)),     # bf16 is hardly faster
-    ({("fp32", 2): 5, ("bf16", 2): 9, ("fp32", 1): 4.5}, ("fp32", 2))])    # nor is one thread
+    ({("fp32", 1): 6, ("fp32", 2): 5, ("bf16", 2): 4}, ("bf16", 2)),
+    ({("fp32", 1): 3, ("fp32", 2): 5, ("bf16", 1): 2.9}, ("fp32", 1)),      # hardly faster
+    ({("fp32", 1): 4.5, ("fp32", 2): 5, ("bf16", 2): math.inf}, ("fp32", 2)),
+    ({("fp32", 1): 9, ("fp32", 2): math.inf, ("bf16", 1): 8}, ("bf16", 1))])
 def test_on_a_cpu_training_takes_what_is_fastest(tmp_path, monkeypatch, capsys, ms, chosen):
     """The choice stays in params.yaml, and a resumed run keeps it. Times are given here."""
+    def given(*ways_and_n):
+        return tuple(ms["bf16" if way.dtype else "fp32", threads]
+                     for way, threads in ways_and_n[:2])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("training.device._emulates_bf16", lambda: False)
-    monkeypatch.setattr("training.device._times", lambda model, settings, ways: {
-        name: ms[way] for name, way in ways.items()})
+    monkeypatch.setattr("training.device._compare", given)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -413,9 +417,10 @@ def test_on_a_cpu_training_takes_what_is_fastest(tmp_path, monkeypatch, capsys, 
         params = yaml.safe_load((run / "params.yaml").read_text())
         assert (params["precision"], params["threads"]) == chosen
         assert torch.get_num_threads() == chosen[1]
-        assert f"Precision    {chosen[0]}: {ms[chosen[0], 2]:.3g} ms an image, measured (" in out
-        assert f"Threads      {chosen[1]}: {ms[chosen]:.3g} ms an image, measured (" in out
-        monkeypatch.setattr("training.device._times", None)         # would fail if it were called
+        assert f"Precision    {chosen[0]}: {ms[chosen]:.3g} ms an image, measured (" in out
+        assert f"Threads      {chosen[1]}: {ms['fp32', chosen[1]]:.3g} ms an image, meas" in out
+        assert ("hardly less" in out) == (ms["fp32", 1] in (3, 4.5))
+        monkeypatch.setattr("training.device._compare", None)       # would fail if it were called
         assert run_script(["--resume", str(run)]) == 0
         assert f", {chosen[0]}\n" in capsys.readouterr().out
         config = tmp_path / "config.yaml"           # which names both, as the project's does
@@ -425,6 +430,18 @@ def test_on_a_cpu_training_takes_what_is_fastest(tmp_path, monkeypatch, capsys, 
         assert (params["precision"], params["threads"]) == chosen
     finally:
         torch.set_num_threads(threads)
+
+
+def test_passes_that_take_too_long_are_cut_short():
+    model, _ = random_model()
+    accelerated = Accelerated(model)
+    calls = []
+    model.h_phi.register_forward_hook(lambda *_: calls.append(1))
+    threads = torch.get_num_threads()
+    assert math.isfinite(device._seconds(accelerated, 4, threads)) and calls
+    calls.clear()
+    assert device._seconds(accelerated, 4, threads, limit=0.0) == math.inf and not calls
+    assert model.checks_values                  # what a pass changes is as before
 
 
 def test_what_is_measured_on_a_cpu(monkeypatch):
@@ -444,7 +461,7 @@ def test_what_is_measured_on_a_cpu(monkeypatch):
             assert all(p.grad is None for p in model.parameters())
             assert torch.equal(torch.get_rng_state(), state)
         given = SimpleNamespace(precision="fp32", threads=2, micro_bs=0, train_bs=64)
-        monkeypatch.setattr("training.device._times", None)
+        monkeypatch.setattr("training.device._compare", None)
         measure_cpu(given, model)
         assert (given.precision, given.threads) == ("fp32", 2)
     finally:

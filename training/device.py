@@ -1,5 +1,6 @@
 """What a run computes with: device, threads, precision, compilation, chosen or measured."""
 
+import math
 import os
 import platform
 import shutil
@@ -11,18 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from models import SemiConditionalFlow
 from utils import Settings
 from utils.datasets import DATASETS
 from utils.errors import BadInput
-from utils.terminal import say, working
+from utils.terminal import say
 
 from .distributed import Processes
 from .speed import Accelerated, Speed
 
-# For so long, and at least in so many turns, two ways of computing are compared.
-MEASURE_SECONDS, MEASURE_ROUNDS = 0.5, 3
+# For so long, and at least in so many turns, two ways of computing are compared; numbers of threads
+# in passes of at most about so many seconds.
+MEASURE_SECONDS, MEASURE_ROUNDS, PASS_SECONDS = 0.4, 3, 0.3
 # What bfloat16 may take of the time in float32, and one thread of the time of all, to be chosen:
 # times scatter, rounding costs likelihood, and what is not measured, such as the optimiser, gains
 # by threads.
@@ -100,64 +103,72 @@ def choose_speed(settings: Settings, device: torch.device, processes: Processes)
 def measure_cpu(settings: Settings, model: SemiConditionalFlow) -> None:
     """For training on a CPU: replace precision auto and threads 0 in `settings` by what is fastest.
 
-    Compares forward and backward passes of a micro-batch: float32 with bfloat16, which a model of
-    images in float32 can use on a CPU that has it, then PyTorch's number of threads with one
-    thread, which is faster where another program uses the same cores. Prints the times.
+    Compares forward and backward passes: one thread, which is faster where another program uses the
+    same cores, with PyTorch's number of threads; then float32 with bfloat16, which a model of
+    images in float32 can use on a CPU that has it. Prints the times.
     """
-    n_threads = torch.get_num_threads()
-    if settings.precision == "auto":
-        settings.precision = "fp32"
-        if model.image and model.log_p_y.dtype == torch.float32 and not _emulates_bf16():
-            times = _times(model, settings, {name: (name, n_threads) for name in ("fp32", "bf16")})
-            settings.precision = _choose("Precision", times, BF16_TIME)
+    n_threads, plain = torch.get_num_threads(), Accelerated(model, micro_bs=settings.micro_bs)
+    n = min(plain.micro_batch_size, settings.train_bs)
     if not settings.threads:
         settings.threads = n_threads
         if n_threads > 1:
-            times = _times(model, settings, {n: (settings.precision, n) for n in (n_threads, 1)})
-            settings.threads = _choose("Threads", times, ONE_THREAD_TIME)
-            torch.set_num_threads(settings.threads)
+            few = max(min(n, int(n * PASS_SECONDS / _seconds(plain, n, 1))), 1)
+            one, several = _compare((plain, 1), (plain, n_threads), few)
+            settings.threads = 1 if one < ONE_THREAD_TIME * several else n_threads
+            _say_choice("Threads", settings.threads, {1: one, n_threads: several})
+    if settings.precision == "auto":
+        settings.precision = "fp32"
+        if model.image and model.log_p_y.dtype == torch.float32 and not _emulates_bf16():
+            low = Accelerated(model, "bf16", micro_bs=settings.micro_bs)
+            of_plain, of_low = _compare((plain, settings.threads), (low, settings.threads), n)
+            settings.precision = "bf16" if of_low < BF16_TIME * of_plain else "fp32"
+            _say_choice("Precision", settings.precision, {"fp32": of_plain, "bf16": of_low})
+    torch.set_num_threads(settings.threads)
 
 
-def _choose(label: str, times: dict[Any, float], share: float) -> Any:
-    """The second of two ways if it takes less than this share of the time of the first, else the
-    first. Prints why."""
-    (usual, usual_ms), (other, other_ms) = times.items()
-    chosen, rest = (other, usual) if other_ms < share * usual_ms else (usual, other)
-    hardly = share * usual_ms <= other_ms < usual_ms
-    say(label, f"{chosen}: {times[chosen]:.3g} ms an image, measured ({rest}: {times[rest]:.3g} ms"
-               f"{f', less than {1 - share:.0%} faster' * hardly})")
-    return chosen
+def _say_choice(label: str, chosen: Any, times: dict[Any, float]) -> None:
+    rest, = times.keys() - {chosen}
+    other = f"{times[rest]:.3g} ms" if times[rest] < math.inf else "far more"
+    hardly = ", hardly less" if times[rest] < times[chosen] else ""
+    say(label, f"{chosen}: {times[chosen]:.3g} ms an image, measured ({rest}: {other}{hardly})")
 
 
-def _times(model: SemiConditionalFlow, settings: Settings,
-           ways: dict[Any, tuple[str, int]]) -> dict[Any, float]:
-    """The median times of passes of a micro-batch, ms an image, in turns.
+def _compare(first: tuple[Accelerated, int], second: tuple[Accelerated, int],
+             n: int) -> tuple[float, float]:
+    """The median times of a pass of n images in two ways, in turns, ms an image.
 
-    ways: {name: (precision, number of threads)}
+    A way is a model and a number of threads. The second one's time is inf where it is far longer.
     """
-    accelerated = {name: Accelerated(model, precision, micro_bs=settings.micro_bs)
-                   for name, (precision, _) in ways.items()}
-    parameters = list(model.parameters())
-
-    def one_pass(name: Any) -> float:
-        n = min(accelerated[name].micro_batch_size, settings.train_bs)
-        x = torch.linspace(0.01, 0.99, n * model.dim).view(n, *model.data_shape)
-        torch.set_num_threads(ways[name][1])
-        start = time.perf_counter()
-        log_p = accelerated[name].log_joint(x.to(model.log_p_y.dtype)).logsumexp(1)
-        torch.autograd.grad(log_p.sum(), parameters, allow_unused=True)
-        return 1e3 * (time.perf_counter() - start) / n
-    n_threads = torch.get_num_threads()
-    rounds: list[list[float]] = []
+    times: list[tuple[float, float]] = []
     start = time.perf_counter()
-    with working("measuring what is fastest on this CPU") as shown:
-        while len(rounds) < MEASURE_ROUNDS or time.perf_counter() - start < MEASURE_SECONDS:
-            rounds.append([])
-            for name in ways:
-                rounds[-1].append(one_pass(name))
-                shown.refresh()
+    while len(times) < MEASURE_ROUNDS or time.perf_counter() - start < MEASURE_SECONDS:
+        of_first = _seconds(first[0], n, first[1])
+        times.append((of_first, _seconds(second[0], n, second[1], 2 * of_first)))
+    of_first, of_second = map(statistics.median, zip(*times[1:]))     # the first passes are slower
+    return 1e3 * of_first / n, 1e3 * of_second / n
+
+
+def _seconds(accelerated: Accelerated, n: int, n_threads: int, limit: float = math.inf) -> float:
+    """How long a forward and backward pass of n images takes; inf if the forward pass alone takes
+    longer than `limit`, which ends it: threads that wait for each other can take 100 times as long.
+    """
     torch.set_num_threads(n_threads)
-    return dict(zip(ways, map(statistics.median, zip(*rounds[1:]))))    # the first ones are slower
+    model = accelerated.model
+    x = torch.linspace(0.01, 0.99, n * model.dim, dtype=model.log_p_y.dtype)
+    start = time.perf_counter()
+
+    def check(*_: Any) -> None:
+        if time.perf_counter() - start > limit:
+            raise TimeoutError
+    hook = register_module_forward_hook(check)
+    try:
+        log_p = accelerated.log_joint(x.view(n, *model.data_shape)).logsumexp(1)
+    except TimeoutError:
+        return math.inf
+    finally:
+        hook.remove()
+    torch.autograd.grad(log_p.sum(), list(model.parameters()), allow_unused=True)
+    return time.perf_counter() - start
 
 
 def _emulates_bf16() -> bool:

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from models import SemiConditionalFlow
@@ -113,6 +114,7 @@ def plot_curves(rows: list[Row], columns: int = 3) -> Figure:
     likelihood.set_ylabel("bits/dim" if images else "log p(x), nats")
     for axes in (loss, error, likelihood):
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
     return figure
@@ -153,6 +155,7 @@ def plot_curves_of_runs(runs: dict[str, list[Row]]) -> Figure:
     error.set_ylim(bottom=0)
     for axes in (loss, error, likelihood):
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     return figure
 

@@ -272,6 +272,9 @@ class SettingsParser(RunParser):
         s = self._parse(argv)
         if s.resume:
             s = self._parse_resumed(s.resume, argv)
+        for path in {s.pretrained, s.initial_weights} - {"", SHIPPED}:
+            if not os.path.exists(path):        # before any data are loaded
+                self.error(f"no file {path}")
         if os.path.isdir(s.pretrained):
             s = self._parse_evaluated(s.pretrained, argv)
         if os.path.isdir(s.initial_weights):
@@ -377,7 +380,8 @@ def differences(settings: Settings) -> str:
     values = vars(settings)
     forms: dict[type, Callable[[Any], str]] = {bool: lambda v: str(v).lower(), float: "{:g}".format}
     shown = [f"{name}{NO_BREAK}{forms.get(type(values[name]), str)(values[name])}"
-             for name, option in OPTIONS.items() if values[name] != option.default]
+             for name, option in OPTIONS.items()
+             if values[name] != option.default and name != "resume"]
     return ", ".join(shown)
 
 

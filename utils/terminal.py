@@ -42,8 +42,8 @@ def bar(items: Iterable[Any] | None, what: str, **options: Any) -> "tqdm[Any]":
 
 
 def working(what: str) -> "tqdm[Any]":
-    """A context in which a terminal shows what is being done, and since when at each update."""
-    return bar(None, what, bar_format="{desc} [{elapsed}]")
+    """A context in which a terminal shows what is being done."""
+    return bar(None, what, bar_format="{desc}")
 
 
 def duration(seconds: float) -> str:
