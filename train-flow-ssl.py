@@ -157,8 +157,7 @@ def train(model, data, settings, speed, processes, limits, run_dir, checkpoint):
     evaluation = RunEvaluation(accelerated, data, settings, processes)
     if checkpoint:
         restore(checkpoint, model, optimizer, progress, generator)
-        done = ", the last one: more --epochs continue it" * (progress.epoch == settings.epochs)
-        say("Continuing", f"after {progress}{done}")
+        say("Continuing", f"after {progress} of {settings.epochs}")
         if settings.lr_schedule != "no" and settings.epochs != checkpoint["settings"]["epochs"]:
             say("Schedule", f"now of {settings.epochs} epochs, not of "
                             f"{checkpoint['settings']['epochs']}")

@@ -92,7 +92,7 @@ def test_options_that_are_gone(key, value, accepted):
     with pytest.raises(BadInput, match=message):
         read_file(f"{key}: {value}")
     assert key in GONE and vars(read(f"--{key}", accepted)) == vars(read())
-    read(f"--{key}", value, "--pretrained", "model.torch")      # evaluation does not depend on them
+    read(f"--{key}", value, "--pretrained")     # evaluation does not depend on them
 
 
 def test_the_number_of_classes_may_be_given():
