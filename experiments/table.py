@@ -52,7 +52,7 @@ STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 MODELS = {"cond-flow": "SCNF-GLOW", "cond-shift": "SCNF-GMM",
           "cond-gmm": "SCNF-GMM, trained covariances"}
 ALGORITHMS = {"sgd": "SGD", "em": "EM-SGD"}
-COLUMNS = ["model", "optimisation", "L_clf", "data", "epochs", "error, % (paper)",
+COLUMNS = ["model", "objective", "L_clf", "data", "epochs", "error, % (paper)",
            "bits/dim (paper)", "error, %", "bits/dim", "n", "config"]
 # What may differ between the settings of a run and those that are asked for.
 MAY_DIFFER = {*RESUMABLE, "name", "tmp"} - {"epochs", "test"}

@@ -235,7 +235,7 @@ def test_the_paper_s_table_shows_the_figures_of_runs():
     _, settings = read_settings(["--config", str(PROJECT / first["config"])])
     assert {key for key, value in vars(settings).items() if params.get(key) != value} == {
         "compile", "config_file", "log_each", "precision", "time_limit"}
-    published = {(run["model"], run["optimisation"], run["L_clf"]): run for run in small.values()}
+    published = {(run["model"], run["objective"], run["L_clf"]): run for run in small.values()}
     for row in (first, *others):
         run = published[row["model"].removesuffix(", smaller"), row["objective"], row["L_clf"]]
         assert all(row[key] == run[key] for key in ("error, % (paper)", "bits/dim (paper)"))
@@ -245,7 +245,7 @@ def test_the_paper_s_table_shows_the_figures_of_runs():
         assert row["model"] == f"{run['model']}, smaller"
         _, settings = read_settings(["--config", str(PROJECT / row["config"])])
         assert int(row["epochs"]) == settings.epochs
-        assert (row["objective"], row["L_clf"]) == (run["optimisation"], run["L_clf"])
+        assert (row["objective"], row["L_clf"]) == (run["objective"], run["L_clf"])
         assert (row["error, % (here)"], row["bits/dim (here)"], row["n"]) == (
             run["error, %"], run["bits/dim"], run["n"])
     clf = figures_of_table("small")[0]["scnf-gmm-em-clf"]

@@ -272,9 +272,8 @@ class SettingsParser(RunParser):
         s = self._parse(argv)
         if s.resume:
             s = self._parse_resumed(s.resume, argv)
-        for path in {s.pretrained, s.initial_weights} - {"", SHIPPED}:
-            if not os.path.exists(path):        # before any data are loaded
-                self.error(f"no file {path}")
+        if s.pretrained not in ("", SHIPPED) and not os.path.exists(s.pretrained):
+            self.error(f"no file {s.pretrained}")       # before any data are loaded
         if os.path.isdir(s.pretrained):
             s = self._parse_evaluated(s.pretrained, argv)
         if os.path.isdir(s.initial_weights):
