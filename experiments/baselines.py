@@ -141,7 +141,7 @@ def main(argv=None):
     results = {name: {"title": METHODS[name].title, "runs": []} for name in args.methods}
     for seed, settings in zip(args.seeds, runs):
         data = load_data(settings, device)
-        methods = bar(list(results), f"seed {seed}", unit=" methods")
+        methods = bar(list(results), f"seed {seed}", unit="method")
         for name in methods:
             if reason := why_not(METHODS[name], data):
                 methods.write(f"{name} is left out: {reason}", file=sys.stderr)

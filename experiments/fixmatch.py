@@ -172,7 +172,7 @@ def cosine_steps(network: nn.Module, optimizer: torch.optim.Optimizer, n_steps: 
         optimizer.step()
         schedule.step()
     network.train()
-    for _ in bar(range(n_steps), "training a network", unit=" steps"):
+    for _ in bar(range(n_steps), "training a network", unit="step"):
         yield step
     network.eval()
 

@@ -67,7 +67,7 @@ def main(argv=None):
                    "classifier": accuracy_of_classifier(train[part], y, test[part], test_y,
                                                         settings.seed),
                    "linear": accuracy_of_linear_probe(train[part], y, test[part], test_y)}
-            for part in bar(PARTS, "probing", unit=" parts") if train[part].shape[1]}
+            for part in bar(PARTS, "probing", unit="part") if train[part].shape[1]}
     report = {"weights": settings.pretrained, "config": settings.config_file,
               "train": len(y), "test": len(test_y), "chance": chance, "parts": rows}
     show(report)
@@ -111,7 +111,7 @@ def accuracy_of_classifier(x, y, test_x, test_y, seed):
               for layer in (nn.Linear(a, b), nn.LeakyReLU())]
     net = nn.Sequential(*hidden[:2], nn.Dropout(DROPOUT), *hidden[2:], nn.Linear(WIDTH, k)).to(x)
     optimizer = torch.optim.Adam(net.parameters(), LEARNING_RATE)
-    for epoch in bar(range(EPOCHS), "training a classifier", unit=" epochs"):
+    for epoch in bar(range(EPOCHS), "training a classifier", unit="epoch"):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - epoch / EPOCHS)
         for rows in torch.randperm(len(x), device=x.device).split(BATCH):
             optimizer.zero_grad()
@@ -146,7 +146,7 @@ def plot_latents(z, y, seed):
     panels = figure.subplots(1, 2)
     classes = y[:IN_PICTURE].cpu().numpy()
     parts = (("z_f", "z_f"), ("z_h", "z_h, given the class"))
-    for (part, title), axes in zip(bar(parts, "t-SNE", unit=" parts"), panels):
+    for (part, title), axes in zip(bar(parts, "t-SNE", unit="part"), panels):
         plane = TSNE(random_state=seed, init="pca").fit_transform(
             z[part][:IN_PICTURE].cpu().numpy())
         for k in range(classes.max() + 1):      # the mark is its digit

@@ -72,7 +72,7 @@ def predict(infer: Inference, data: SemiSupervisedData, images: Tensor, batch_si
     n_batches = -(-n // batch_size)
     batch_size = -(-n // n_batches)
     results = infer.log_p_y.new_zeros(n, 1 + len(infer.log_p_y))        # log p(x) and logits
-    for i in bar(range(n_batches), f"evaluating {n:,} examples", unit=" batches"):
+    for i in bar(range(n_batches), f"evaluating {n:,} examples", unit="batch"):
         first = i * batch_size
         rows = torch.arange(first, first + batch_size, device=data.device)
         rows = rows.clamp(max=n - 1)        # the last batch is filled up

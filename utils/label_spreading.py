@@ -37,7 +37,7 @@ def spread_labels(histograms: Tensor, y: Tensor) -> Tensor:
     from sklearn.semi_supervised import LabelSpreading
 
     n = len(histograms)
-    with bar(None, "label spreading: neighbours", total=n, unit=" images") as images:
+    with bar(None, "label spreading: neighbours", total=n, unit="img") as images:
         # Each image is one of its own neighbours.
         search = NearestNeighbors(n_neighbors=min(NEIGHBOURS + 1, n)).fit(histograms.numpy())
         graphs = []
@@ -63,7 +63,7 @@ def orientation_histograms(images: Tensor) -> Tensor:
     pixels and sheared upright. The gradient of each pixel is shared by the two orientations next
     to its own, and each orientation is averaged over overlapping cells, 4 pixels apart.
     """
-    parts = bar(images.cpu().split(1000), "label spreading: edges", unit=" thousand images")
+    parts = bar(images.cpu().split(1000), "label spreading: edges", unit="kimg")
     return torch.cat([_histograms(part.float()) for part in parts])
 
 
