@@ -133,6 +133,7 @@ def test_missing_data_ends_it_before_the_first_run(tmp_path, monkeypatch, config
     ([], "name a folder for the runs"), (["--to", "a", "--collect", "b"], "name a folder"),
     (["--collect", "nowhere"], "no folder nowhere"), (["--to", "a", "--jobs", "0"], "--jobs must"),
     (["--to", "a", "--seeds", "1", "1"], "is there twice"), (["--to", "a", "--tmp"], "new runs"),
+    (["--to", "a", "--seed", "1"], "--seed cannot be given here: --config .* is set already"),
     (["--to", "a", "--lr", "x"], "invalid float value"), (["--to", "a", "--typo", "1"], "typo")])
 def test_bad_input(tmp_path, monkeypatch, configs, argv, message):
     monkeypatch.chdir(tmp_path)

@@ -152,11 +152,11 @@ def calibration_error(confidence: Tensor, correct: Tensor) -> float:
 def area_under_roc(positive: Tensor, negative: Tensor) -> float:
     """The probability that a score in `positive`, (N,), exceeds one in `negative`, (M,); NaN if one
     is NaN or inf."""
+    from sklearn.metrics import roc_auc_score   # imported here because it takes a second
+
     scores = torch.cat((positive, negative)).cpu()
     if (scores.isnan() | (scores == torch.inf)).any():
         return float("nan")
-    from sklearn.metrics import roc_auc_score   # imported here because it takes a second
-
     scores = scores.clamp(min=-1e30)            # scikit-learn refuses -inf
     labels = [1] * len(positive) + [0] * len(negative)
     return float(roc_auc_score(labels, scores.numpy()))

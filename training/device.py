@@ -107,6 +107,8 @@ def measure_cpu(settings: Settings, model: SemiConditionalFlow) -> None:
     same cores, with PyTorch's number of threads; then float32 with bfloat16, which a model of
     images in float32 can use on a CPU that has it. Prints the times.
     """
+    if settings.threads and settings.precision != "auto":
+        return
     n_threads, plain = torch.get_num_threads(), Accelerated(model, micro_bs=settings.micro_bs)
     n = min(plain.micro_batch_size, settings.train_bs)
     if not settings.threads:
