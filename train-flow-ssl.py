@@ -50,7 +50,7 @@ from utils.datasets import load_data
 from utils.errors import BadInput, Failed, one_line, value_errors_as_bad_input
 from utils.runs import Run
 from utils.settings import read_settings
-from utils.terminal import say, working
+from utils.terminal import say, show, sturdy_output, working
 
 
 def main(processes):
@@ -79,7 +79,7 @@ def main(processes):
     if settings.resume:
         checkpoint = load_checkpoint(Path(settings.resume, "checkpoint.pt"), model, settings)
         processes.barrier()                         # before the main process moves a failed run
-    elif settings.initial_weights:
+    if settings.initial_weights and not checkpoint:
         load_weights(model, settings.initial_weights)
     if device.type == "cpu" and processes.size == 1 and not settings.resume:
         with working("measuring what is fastest on this CPU"):
@@ -89,13 +89,13 @@ def main(processes):
     try:
         with limits, contextlib.ExitStack() as stack:
             if processes.is_main:
-                start = Run.resumed if checkpoint else parser.start_run
+                start = Run.resumed if settings.resume else parser.start_run
                 run = stack.enter_context(start(settings))
             run_dir = run and run.run
             stopped = train(model, data, settings, speed, processes, limits, run_dir, checkpoint)
             if stopped and processes.is_main:
                 say("Stopped", f"{stopped}; to continue:")
-                print(run.resume_command)
+                show(run.resume_command)
             processes.barrier()                     # no process leaves while the main one writes
     except (Failed, OSError) as error:      # an OSError is, for example, a full disk
         last_good = run and run.run / "checkpoint.pt"
@@ -103,7 +103,7 @@ def main(processes):
         of_all = isinstance(error, Failed)
         raise Failed(f"{one_line(error)}{hint}", of_all) from None
     except KeyboardInterrupt:
-        if run and (run.run / "checkpoint.pt").exists():
+        if run:
             print(f"\nInterrupted; to continue:\n{run.resume_command}", file=sys.stderr)
         raise
 
@@ -216,4 +216,5 @@ if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.stderr and sys.stderr.isatty():      # what is printed next covers it
         print("Loading the data", end="\r", file=sys.stderr, flush=True)
-    sys.exit(cli())
+    with sturdy_output():
+        sys.exit(cli())

@@ -208,7 +208,7 @@ def train_one(run, folder, bar, stop):
     if stop.is_set():
         return None
     argv = run.argv
-    if run.directory and (run.directory / "checkpoint.pt").is_file():
+    if run.directory:
         argv = ["--resume", str(run.directory), *argv]
     shown, pattern = 0, f"logs/exman-train-flow-ssl.py/runs/*-{run.name}/metrics.csv"
 

@@ -100,7 +100,7 @@ def words(text):
 
 def runs(folder, kind="runs"):
     """The directories of the runs started in `folder`: its runs, fails, tmp or index."""
-    return sorted((folder / "logs" / "exman-train-flow-ssl.py" / kind).iterdir())
+    return sorted((folder / "logs" / "exman-train-flow-ssl.py" / kind).glob("*"))
 
 
 def options(**changes):

@@ -99,12 +99,18 @@ def test_time_limit_and_termination(tmp_path):
     out = start(tmp_path, *options(epochs=10_000), "--time_limit", "0.03")
     assert "by its time limit of 0.03 minutes" in out and "--resume" in out
     run = run_of(tmp_path)
-    epoch = torch.load(run / "checkpoint.pt")["epoch"]
+
+    def steps_done():
+        checkpoint = torch.load(run / "checkpoint.pt")
+        return checkpoint["epoch"], checkpoint["step"]
+    done = steps_done()
     command = shlex.split(out.splitlines()[-1])[2:]             # it has no time limit any more
-    process = start_and_signal(tmp_path, "    1 ", signal.SIGTERM, *command)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Stopped      by SIGTERM" in out and "--resume" in out, err
-    assert torch.load(run / "checkpoint.pt")["epoch"] > epoch
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):
+        process = start_and_signal(tmp_path, "epoch ", getattr(signal, name), *command)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0 and f"Stopped      by {name}" in out and not err, err
+        before, done = done, steps_done()
+        assert done > before
     assert not (run / "traceback.txt").exists()
 
 

@@ -20,7 +20,7 @@ from training.distributed import Processes
 from training.evaluation import Inference, evaluate, predict, summary
 from training.objective import objective
 from training.optim import OPTIMIZERS, learning_rate
-from training.progress import Limits, Progress
+from training.progress import SAME_EVENT, SIGNALS, Limits, Progress
 from training.speed import Accelerated
 from utils import metrics
 from utils.data import Batch, SemiSupervisedData
@@ -359,16 +359,28 @@ def test_the_weights_of_a_resumed_run_are_those_of_its_last_figures(tmp_path, mo
     assert evaluated == pytest.approx(rows[-1]["test_log_p"], abs=2e-3)
 
 
-def test_stopping_by_time_and_by_signal():
+def test_stopping_by_time_and_by_signal(monkeypatch):
     assert Limits().reason is None and Limits(1).reason is None
     late = Limits(1)
     late.start -= 60
     assert "time limit of 1 minutes" in late.reason
     handler = signal.getsignal(signal.SIGTERM)
-    with Limits() as limits:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert limits.reason == "by SIGTERM"
+    for name in SIGNALS:
+        number = getattr(signal, name)
+        with Limits() as limits:
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+            limits.can_stop = True
+            for sent in (number, number, signal.SIGTERM):       # at once: one event
+                os.kill(os.getpid(), sent)
+            assert limits.reason == f"by {name}"
+            limits.signalled -= SAME_EVENT
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGUSR2)
     assert signal.getsignal(signal.SIGTERM) == handler
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)     # as nohup does
+    with Limits():
+        assert signal.signal(signal.SIGHUP, signal.SIG_DFL) == signal.SIG_DFL
 
 
 def interrupt(*args, **kwargs):
@@ -401,8 +413,10 @@ def test_a_failure_in_drawing_costs_pictures_only(tmp_path, monkeypatch, capsys)
     assert run_script(options(epochs=2)) == 0
     run, = runs(tmp_path)
     out, err = capsys.readouterr()
-    assert "Pictures     could not be drawn (RuntimeError)" in (run / "log.txt").read_text()
-    assert "no ink" in err and "Test error" in out
+    where = (run / "traceback.txt").relative_to(tmp_path)
+    assert (f"Pictures failed (RuntimeError); the run is not affected. See {where}"
+            in words((run / "log.txt").read_text()))
+    assert "no ink" in (run / "traceback.txt").read_text() and "Test error" in out and not err
     assert (run / "model.torch").exists() and not (run / "samples.png").exists()
 
 
@@ -492,11 +506,26 @@ def test_the_averaged_weights_of_a_checkpoint_can_be_evaluated(tmp_path, monkeyp
     assert "model.torch has no averaged weights" in capsys.readouterr().err
 
 
-def test_an_interrupt_before_the_first_checkpoint_promises_nothing(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("where", [
+    "training.report.announce", "utils.data.SemiSupervisedData.prepare",
+    "training.report.MetricsLog", "training.checkpoint.CheckpointWriter.write"])
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(tmp_path, monkeypatch, capsys,
+                                                                  where):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("training.report.MetricsLog", interrupt)
-    assert run_script(options(epochs=1)) == 130
-    assert "--resume" not in capsys.readouterr().err
+    line = options(epochs=2, cons_weight=1, spread_labels=0.9)
+    assert run_script(line) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(where, interrupt)
+        assert run_script(line) == 130
+    whole, stopped = runs(tmp_path)
+    command = f"--resume {stopped.relative_to(tmp_path)}"
+    assert command in capsys.readouterr().err and not (stopped / "checkpoint.pt").exists()
+    (stopped / "checkpoint.pt.partial").write_text("of a killed process")
+    torch.manual_seed(99)
+    assert run_script(command.split()) == 0
+    assert_same(*weights_of(whole, stopped))
+    assert_same_metrics(whole, stopped)
+    assert {path.name for path in whole.iterdir()} == {path.name for path in stopped.iterdir()}
 
 
 def test_a_checkpoint_of_another_kind_of_device_gives_new_batches(tmp_path, monkeypatch, capsys):

@@ -140,13 +140,17 @@ def restore(checkpoint: dict[str, Any], model: SemiConditionalFlow, optimizer: O
                        "kind of device")
 
 
-def load_checkpoint(path: Path, model: SemiConditionalFlow, settings: Settings) -> dict[str, Any]:
-    """The content of a run's checkpoint.pt.
+def load_checkpoint(path: Path, model: SemiConditionalFlow,
+                    settings: Settings) -> dict[str, Any] | None:
+    """The content of a run's checkpoint.pt; None if the run was ended before its first one.
 
     Raises BadInput if it is not a checkpoint of a run of `model`, has another format, is of a run
     with other settings than `settings`, apart from those that may change, has begun more epochs, or
     lacks metrics.
     """
+    rows = read_metrics(path.with_name("metrics.csv"))
+    if not rows and not path.exists() and not path.with_name("model.torch").exists():
+        return None
     checkpoint = load_file(path)
     written = checkpoint.get("format", 1 if "optimizer" in checkpoint else None)
     if written not in (None, CHECKPOINT_FORMAT):
@@ -161,7 +165,6 @@ def load_checkpoint(path: Path, model: SemiConditionalFlow, settings: Settings) 
     if settings.epochs < done:
         raise BadInput(f"the run in {path.parent} is in epoch {done} already: its epochs can be "
                        f"{done} or more, not {settings.epochs}")
-    rows = read_metrics(path.with_name("metrics.csv"))
     finished = checkpoint["epoch"] == settings.epochs
     if finished and settings.epochs not in [row["epoch"] for row in rows]:
         raise BadInput(f"the metrics.csv of {path.parent} lacks its last epoch: restore it, or "

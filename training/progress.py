@@ -19,6 +19,8 @@ from .distributed import Processes
 from .objective import Terms
 
 MEANS = ("loss", "log_likelihood", "cl_loss", "cons_loss", "vat_loss", "confident")  # of an epoch
+SIGNALS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")     # those that the system has stop a run
+SAME_EVENT = 1.0            # seconds: torchrun and shells pass on a signal that came here already
 ESTIMATE_SECONDS = 5        # of training steps, after the first ones, that give the run's duration
 # How much longer than the fastest one an epoch takes, and how long at least, that is called slow.
 SLOW, SLOW_SECONDS = 2, 1
@@ -26,35 +28,45 @@ SLOW, SLOW_SECONDS = 2, 1
 
 class Limits:
     """A context in which `reason` is None until the run has to stop, and then says why: its time
-    limit has passed, or a scheduler has sent SIGTERM.
+    limit has passed, or one of SIGNALS has come, from a scheduler or a terminal that was closed.
+
+    A signal ends the process like Ctrl-C, with a KeyboardInterrupt, as long as `can_stop` is False,
+    and if it comes SAME_EVENT after the first one.
 
     time_limit: minutes from the creation of the object; 0: none
     """
 
     def __init__(self, time_limit: float = 0):
-        self.time_limit, self.start, self.terminated = time_limit, time.monotonic(), False
+        self.time_limit, self.start, self.can_stop = time_limit, time.monotonic(), False
+        self.signal, self.signalled = "", 0.0       # the first one, and when it came
 
     @property
     def reason(self) -> str | None:
-        if self.terminated:
-            return "by SIGTERM"
+        if self.signal:
+            return f"by {self.signal}"
         if self.time_limit and time.monotonic() - self.start >= 60 * self.time_limit:
             return f"by its time limit of {self.time_limit:g} minutes"
         return None
 
     def __enter__(self) -> "Limits":
-        # Handlers can be set in the main thread only.
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._terminate)
+        # Handlers can be set in the main thread only. nohup ignores SIGHUP, which stays so.
+        in_main = threading.current_thread() is threading.main_thread()
+        numbers = [getattr(signal, name) for name in SIGNALS if in_main and hasattr(signal, name)]
+        self._previous = {n: signal.signal(n, self._signal) for n in numbers
+                          if signal.getsignal(n) != signal.SIG_IGN}
         return self
 
-    def _terminate(self, number: int, frame: FrameType | None) -> None:
-        self.terminated = True
+    def _signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.can_stop or (self.signal and now - self.signalled > SAME_EVENT):
+            raise KeyboardInterrupt
+        if not self.signal:
+            self.signal, self.signalled = signal.Signals(number).name, now
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
 
 class Progress:
@@ -88,6 +100,7 @@ class Progress:
         self.stopped: str | None = None
 
     def __enter__(self) -> "Progress":
+        self.limits.can_stop = True
         train_bs = self.settings.train_bs
         self.last_read = time.perf_counter()
         self.bar = bar(None, "training", unit="img", unit_scale=True,

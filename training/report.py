@@ -6,7 +6,6 @@ import io
 import math
 import os
 import time
-import traceback
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,7 @@ from matplotlib.figure import Figure
 from models import SemiConditionalFlow
 from utils import Settings
 from utils.data import SemiSupervisedData
-from utils.errors import Failed
-from utils.figures import TEMPERATURE, plot_curves, plot_run, save
+from utils.figures import TEMPERATURE, dispensable, plot_curves, plot_run, save
 from utils.files import atomic_write
 from utils.metrics import MetricsLog, Row, average_is_better
 from utils.settings import differences
@@ -91,7 +89,8 @@ class RunFiles:
         if epoch < settings.epochs and self.weights.exists():
             self.weights.rename(run_dir / f"model-epoch{epoch}.torch")
         if not (run_dir / "labelled.txt").exists():
-            np.savetxt(run_dir / "labelled.txt", data.labelled_ids, "%d")
+            with atomic_write(run_dir / "labelled.txt") as f:
+                np.savetxt(f, data.labelled_ids, "%d")
         validated = ("val", "ema_val")[:bool(settings.validation) * (1 + bool(settings.ema))]
         self.shown = ((*validated, *("test",) * settings.test),
                       "log_p" if data.grey_levels is None else "bpd")
@@ -137,13 +136,13 @@ def report_run(evaluation: RunEvaluation, rows: list[Row], run_dir: Path) -> Non
     rows: of metrics.csv
     run_dir: the directory
 
-    A failure is reported, and does not end the run: its weights are worth more than its report.
-    Raises Failed if predictions are not finite.
+    A failure does not end the run, as described at `dispensable`. Raises Failed if predictions are
+    not finite.
     """
     data, settings = evaluation.data, evaluation.settings
     name, examples = assessed_examples(data, settings)
     infer = evaluation.infer["test" if settings.test else "val"]
-    try:
+    with dispensable("Report", run_dir):
         assessment = assess(infer, Inference(evaluation.accelerated, compiled=False), data,
                             examples, name, settings,
                             infer.predictions if settings.test else None)
@@ -154,11 +153,6 @@ def report_run(evaluation: RunEvaluation, rows: list[Row], run_dir: Path) -> Non
         else:
             picture.unlink(missing_ok=True)         # of an earlier end of this run
         write_report(run_dir, settings, rows, assessment, device_name(data.device))
-    except Failed:
-        raise
-    except Exception as error:
-        traceback.print_exc()
-        say("Report", f"could not be written ({type(error).__name__}); the run is finished")
 
 
 def write_report(run_dir: Path, settings: Settings, rows: list[Row], assessment: Assessment,

@@ -5,6 +5,7 @@ import http.client
 import io
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from . import Settings
 from .data import Augmentation, Examples, SemiSupervisedData
 from .errors import BadInput
+from .files import atomic_write
 from .terminal import say
 
 MOONS_NOISE, CIRCLES_NOISE, CIRCLES_FACTOR = 0.1, 0.05, 0.5
@@ -116,10 +118,7 @@ def _load_mnist(settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     own = root / "MNIST" / "raw"
     raw = next((folder for folder in (own, root / "raw", root) if not missing(folder)), own)
     if missing(raw):
-        _download_mnist(root, raw, names)
-    if missing(raw):    # torchvision downloads nothing where files of its older versions lie
-        raise BadInput(f"{raw} lacks {', '.join(missing(raw))}: put the four files there, or "
-                       f"remove {raw.parent} to have them downloaded")
+        _download_mnist(raw, names)
     arrays = []
     for name in names:
         n = mnist.n_train if name.startswith("train") else mnist.n_test
@@ -139,14 +138,20 @@ def _load_mnist(settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return train_x, train_y, test_x, test_y
 
 
-def _download_mnist(root: Path, raw: Path, names: list[str]) -> None:
+def _download_mnist(raw: Path, names: list[str]) -> None:
+    """Download MNIST's files, by way of a temporary folder: a failure leaves nothing in `raw`."""
     from torchvision.datasets import MNIST
 
     say("Download", f"MNIST, 12 MB, to {raw}")
     stderr = sys.stderr if sys.stderr and sys.stderr.isatty() else io.StringIO()
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
-            MNIST(root, download=True)
+        with (tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()),
+              contextlib.redirect_stderr(stderr)):
+            MNIST(folder, download=True)
+            raw.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                with atomic_write(raw / name, "wb") as f:
+                    f.write(Path(folder, "MNIST", "raw", name).read_bytes())
     except (RuntimeError, OSError, EOFError, http.client.HTTPException) as e:
         raise BadInput(
             f"no MNIST in {raw} ({', '.join(names)}), and downloading it failed "

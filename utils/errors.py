@@ -65,8 +65,12 @@ def given_twice(argv: Sequence[str]) -> str | None:
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser that prints one line for bad input, without the usage.
 
-    An option may be given twice only if its action is to append.
+    An option may be given twice only if its action is to append. In a Path, ~ is the home folder.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.register("type", Path, lambda text: Path(os.path.expanduser(text)))
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         once = {name for action in self._actions for name in action.option_strings
@@ -96,9 +100,13 @@ def check_output(path: Path, suffixes: Sequence[str] = ()) -> None:
 def run_command(main: Callable[[], object]) -> None:
     """Run `main`, and print the message of BadInput, Failed, or an OSError, such as that of a full
     disk. Exit code: 1 for Failed, 2 for the others, 130 after Ctrl-C."""
-    try:
-        main()
-    except (BadInput, Failed, OSError) as error:
-        exit_with(Path(sys.argv[0]).name, one_line(error), 1 if isinstance(error, Failed) else 2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    from .terminal import sturdy_output     # which imports this module
+
+    with sturdy_output():
+        try:
+            main()
+        except (BadInput, Failed, OSError) as error:
+            code = 1 if isinstance(error, Failed) else 2
+            exit_with(Path(sys.argv[0]).name, one_line(error), code)
+        except KeyboardInterrupt:
+            sys.exit(130)

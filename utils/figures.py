@@ -4,10 +4,11 @@ Each `plot_...` returns a Figure of matplotlib, which `save` writes to a file, e
 which writes those of a run to its directory. experiments/pictures.py has commands for them.
 """
 
+import contextlib
 import itertools
-import sys
+import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,11 @@ from torch import Tensor
 from models import SemiConditionalFlow
 
 from .data import SemiSupervisedData
-from .errors import Failed
+from .errors import Failed, one_line
 from .files import atomic_write
 from .metrics import Row, names_of_kept
-from .terminal import bar, say, show
+from .runs import TRACEBACK_FILE
+from .terminal import bar, say
 
 # Colours that colour-blind people can tell apart: of Okabe and Ito, and for ten classes, which are
 # marked by their digits too, dark ones.
@@ -57,7 +59,7 @@ def plot_run(model: SemiConditionalFlow, data: SemiSupervisedData, rows: list[Ro
     run_dir: the directory
     seed: of the noise of samples
 
-    A failure is reported, and does not end the run: its weights are worth more than its pictures.
+    A failure does not end the run, as described at `dispensable`.
     """
     pictures = {"curves.png": lambda: plot_curves(rows),
                 "samples.png": lambda: plot_samples(model, seed)}
@@ -65,13 +67,30 @@ def plot_run(model: SemiConditionalFlow, data: SemiSupervisedData, rows: list[Ro
         pictures[f"samples-{TEMPERATURE}.png"] = lambda: plot_samples(model, seed, TEMPERATURE)
     else:
         pictures["density.png"] = lambda: plot_density(model, data)
+    # Compiling would take longer than it saves.
+    with dispensable("Pictures", run_dir), torch.compiler.set_stance("force_eager"):
+        for name, draw in bar(pictures.items(), "drawing pictures"):
+            save(draw(), run_dir / name)
+
+
+@contextlib.contextmanager
+def dispensable(what: str, run_dir: Path) -> Iterator[None]:
+    """A block that makes what a run can do without: its weights are worth more than its pictures.
+
+    An error costs a line, not the run; unless it is one of the system, such as a full disk, its
+    traceback is in the run's directory. Raises Failed if the block does.
+    """
     try:
-        with torch.compiler.set_stance("force_eager"):  # compiling would take longer than it saves
-            for name, draw in bar(pictures.items(), "drawing pictures"):
-                save(draw(), run_dir / name)
+        yield
+    except Failed:
+        raise
     except Exception as error:
-        show(traceback.format_exc(), sys.stderr)
-        say("Pictures", f"could not be drawn ({type(error).__name__}); the run goes on")
+        of_system, where = isinstance(error, OSError), run_dir / TRACEBACK_FILE
+        say(what, f"failed ({one_line(error) if of_system else type(error).__name__}); the run "
+                  f"is not affected{'' if of_system else f'. See {os.path.relpath(where)}'}")
+        if not of_system:
+            with contextlib.suppress(OSError):
+                where.write_text(traceback.format_exc(), "utf-8", "backslashreplace")
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+try:
+    import fcntl
+except ImportError:             # Windows, whose file systems have locks
+    fcntl = None                # type: ignore[assignment]
+
 PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -39,6 +44,18 @@ def atomic_write(path: str | Path, mode: str = "w", **options: Any) -> Iterator[
         if isinstance(cause, OSError):
             raise OSError(cause.errno, cause.strerror, path) from error
         raise
+
+
+def has_locks(path: str | Path) -> bool:
+    """Whether the file system of the file at `path`, which is created, has locks. filelock waits
+    for ever, or reports another process, where it has none."""
+    with open(path, "a") as f:
+        try:
+            if fcntl:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in (errno.EAGAIN, errno.EACCES)      # another process has it
+    return True
 
 
 def sha256(path: str | Path) -> str:

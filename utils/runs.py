@@ -20,47 +20,53 @@ import filelock
 import yaml
 
 from .errors import BadInput
-from .files import PROJECT, atomic_write
+from .files import PROJECT, atomic_write, has_locks
+from .terminal import Output, say
 
 PARAMS_FILE = exman.parser.PARAMS_FILE
 TRACEBACK_FILE, LOCK_FILE = "traceback.txt", ".lock"
 
 
 class RunParser(exman.ExParser):
-    """An ExParser that creates the directory of a run after its settings have been checked."""
+    """An ExParser that creates the directory of a run after its settings have been checked.
+
+    Reading settings writes nothing: exman's folders, too, are created with the first run.
+    """
+
+    RESERVED_DIRECTORIES: frozenset[str] = frozenset()      # what ExParser creates
 
     def __init__(self, **options: Any):
-        """Create exman's folders below the working directory, in `logs`.
-
-        options: as for ExParser.
-        Raises BadInput if the folders cannot be created.
-        """
-        root = Path.cwd() / "logs" / "exman-train-flow-ssl.py"
-        try:
-            super().__init__(root=root, git=git_worktree(), **options)
-        except OSError as e:
-            raise BadInput(f"cannot create the folders of runs in {root}: {e.strerror}") from None
-        self._checked: argparse.Namespace | None = None
-
-    def parse_known_args(self, *args: Any, **kwargs: Any) -> tuple[argparse.Namespace, list[str]]:
-        """As ArgumentParser's; within `start_run`, the settings that have been checked."""
-        if self._checked is not None:
-            return self._checked, []
-        return super().parse_known_args(*args, **kwargs)
+        """options: as for ExParser."""
+        super().__init__(root=Path.cwd(), git=git_worktree(), **options)
+        self.root = Path.cwd() / "logs" / "exman-train-flow-ssl.py"
 
     def start_run(self, settings: argparse.Namespace) -> "Run":
         """Let exman create the directory of a run, with `settings` in its params.yaml.
 
-        exman does this within `parse_args`, where `settings` take the place of what it would parse.
+        These are exman's steps at the end of `parse_args`, where a run exists once its params.yaml
+        does.
 
         settings: all of them, checked against data and model.
+        Raises BadInput if exman's folders cannot be created.
         """
-        self._checked = argparse.Namespace(**vars(settings))
         try:
-            with contextlib.redirect_stdout(None):      # exman would print all of them
-                return Run(self.root, super().parse_args().root)
-        finally:
-            self._checked = None
+            self.lock = exman.parser.ExmanDirectory(self.root).lock
+        except OSError as e:
+            raise BadInput(
+                f"cannot create the folders of runs in {self.root}: {e.strerror}") from None
+        if not has_locks(self.root / "lock"):
+            self.lock = contextlib.nullcontext()
+        run, relative, _, time, number, _ = self.new_directory(settings.tmp, settings.name)
+        partial = run / f"{PARAMS_FILE}.partial"
+        try:
+            self.dump_config(settings, relative, time, number, partial)
+            if self.repo is not None and self.repo.is_dirty():
+                self.dump_git_diff(run / exman.parser.DIFF_FILE)
+            partial.rename(run / PARAMS_FILE)
+        except OSError as e:
+            shutil.rmtree(run, ignore_errors=True)
+            raise OSError(e.errno, e.strerror, str(run / PARAMS_FILE)) from None
+        return Run(self.root, run)
 
     def params_to_resume(self, run_dir: str) -> Path:
         """The params.yaml of a run.
@@ -72,38 +78,51 @@ class RunParser(exman.ExParser):
         if not os.path.isfile(params):      # False where Path.is_file would raise
             raise BadInput(f"no run to resume in {run_dir}: it has no {params.name}")
         root = Path(run_dir).resolve().parent.parent
-        if not all((root / folder).is_dir() for folder in self.RESERVED_DIRECTORIES):
+        if not all((root / folder).is_dir() for folder in Run.RESERVED_DIRECTORIES):
             raise BadInput(f"{run_dir} is not in a folder of runs: move it to {self.runs}")
         return params
 
     def dump_git_diff(self, diff_file: Path) -> None:
         """Write the uncommitted changes. They may have bytes that are not UTF-8."""
-        diff_file.write_text(self.repo.git.diff(self.repo.head), errors="surrogateescape")
+        diff_file.write_text(self.repo.git.diff(self.repo.head), "utf-8", "surrogateescape")
 
 
-class Run(exman.parser.SafeExperiment):
+class Run(exman.parser.ExmanDirectory):
     """The directory of a run, as a context: what is printed also goes to its log.txt.
 
-    An error moves the directory to `fails`, with the traceback; an interrupt, a closed pipe or an
-    exit with code 0 leaves it where it is. `run` is its path. A lock keeps other processes out of
-    it until the end of the context, or of the process.
+    An error moves the directory to `fails`, with the traceback; an interrupt or an exit with code 0
+    leaves it where it is. `run` is its path. A lock keeps other processes out of it until the end
+    of the context, or of the process.
     """
 
-    run: Path
-
     def __init__(self, root: Path, run: Path):
-        """Lock the directory.
+        """Lock the directory, and remove what a killed process has left there half written.
 
         root: the folder with `runs`, `tmp`, `fails` and `index`.
         run: the directory of the run, in one of these.
         Raises BadInput if another process holds the lock.
         """
-        super().__init__(root, run)
+        super().__init__(root, mode="validate")
+        self.run = run
         self.lock_of_run = filelock.FileLock(run / LOCK_FILE)
         try:
-            self.lock_of_run.acquire(blocking=False)
+            if has_locks(run / LOCK_FILE):
+                self.lock_of_run.acquire(blocking=False)
+            else:
+                say("Lock", "none, on this file system: only one process may train the run")
         except filelock.Timeout:
             raise BadInput(f"another process trains the run in {run}") from None
+        self._enter_index()
+        for partial in run.glob("*.partial"):
+            if partial.is_file():
+                partial.unlink()
+
+    def _enter_index(self) -> None:
+        """Add the run, if it lies in `runs`, to exman's index of symbolic links."""
+        if self.run.parent == self.runs:
+            with contextlib.suppress(OSError):      # not every file system has these
+                self.symlink.unlink(missing_ok=True)
+                self.symlink.symlink_to(Path("..", "runs", self.run.name, PARAMS_FILE))
 
     @property
     def symlink(self) -> Path:
@@ -129,10 +148,8 @@ class Run(exman.parser.SafeExperiment):
             if place.exists():
                 raise BadInput(f"{directory} cannot go back to {place}, which exists: remove one")
             run.run = directory.rename(place)
-            (run.run / TRACEBACK_FILE).unlink(missing_ok=True)
-            if not settings.tmp:
-                run.symlink.unlink(missing_ok=True)
-                run.symlink.symlink_to(Path("..", "runs", place.name, PARAMS_FILE))
+            run._enter_index()
+        (run.run / TRACEBACK_FILE).unlink(missing_ok=True)
         path = run.run / PARAMS_FILE
         params = yaml.safe_load(path.read_text())
         params.update({key: value for key, value in vars(settings).items()
@@ -143,12 +160,19 @@ class Run(exman.parser.SafeExperiment):
             yaml.dump(params, f, default_flow_style=False)
         return run
 
+    def __enter__(self) -> "Run":
+        self.log = open(self.run / "log.txt", "a", encoding="utf-8", errors="backslashreplace")
+        self.redirect = contextlib.redirect_stdout(Output(sys.stdout, self.log))
+        self.redirect.__enter__()
+        return self
+
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
-        super().__exit__(None, None, None)  # ends exman's log.txt; the rest is decided here
-        failed = exc_type is not None and not issubclass(
-            exc_type, KeyboardInterrupt | BrokenPipeError) and not (
+        self.redirect.__exit__(exc_type, exc_val, exc_tb)
+        failed = exc_type is not None and not issubclass(exc_type, KeyboardInterrupt) and not (
             issubclass(exc_type, SystemExit) and exc_val.code in (None, 0))
         # A full disk, or a directory that has gone, must not hide the error that ended the run.
+        with contextlib.suppress(OSError):
+            self.log.close()
         with contextlib.suppress(OSError):
             (self.run / LOCK_FILE).unlink(missing_ok=True)
             if failed:
@@ -161,7 +185,7 @@ class Run(exman.parser.SafeExperiment):
             place = self.fails / f"{self.run.name}-{time.strftime('%Y-%m-%d-%H-%M-%S')}"
         self.run = self.run.rename(place)
         self.symlink.unlink(missing_ok=True)
-        (self.run / TRACEBACK_FILE).write_text(trace)
+        (self.run / TRACEBACK_FILE).write_text(trace, "utf-8", "backslashreplace")
 
 
 def started_in(run_dir: str) -> Path:

@@ -36,6 +36,10 @@ def _name(text: str) -> str:
     return text
 
 
+def _path(text: str) -> str:
+    return os.path.expanduser(text)
+
+
 # All options, in the groups and the order of config.yaml, which explains them at length.
 OPTION_GROUPS: dict[str, tuple[Option, ...]] = {
     "Run": (
@@ -44,7 +48,7 @@ OPTION_GROUPS: dict[str, tuple[Option, ...]] = {
     ),
     "Data": (
         Option("data", str, "mnist", "dataset", choices=tuple(DATASETS)),
-        Option("data_root", str, "data", "folder of MNIST/raw", resumable=True),
+        Option("data_root", _path, "data", "folder of MNIST/raw", resumable=True),
         Option("num_examples", int, -1, "training examples; -1: all, or 1000 points",
                low=1, also=(-1,)),
         Option("data_seed", int, 0,
@@ -107,7 +111,7 @@ OPTION_GROUPS: dict[str, tuple[Option, ...]] = {
                low=0, high=1000, also=(-1,)),
     ),
     "Evaluation": (
-        Option("pretrained", str, "",
+        Option("pretrained", _path, "",
                "evaluate the weights in FILE, or of a run's directory, and stop; without a value, "
                "those shipped for the config"),
         Option("weights", str, "last", "which weights of a checkpoint.pt to evaluate",
@@ -116,8 +120,9 @@ OPTION_GROUPS: dict[str, tuple[Option, ...]] = {
                low=1, high=1000, resumable=True),
     ),
     "Where and how": (
-        Option("initial_weights", str, "", "start from the weights in FILE, not from random ones"),
-        Option("resume", str, "", "continue the run in this directory", resumable=True),
+        Option("initial_weights", _path, "",
+               "start from the weights in FILE, not from random ones"),
+        Option("resume", _path, "", "continue the run in this directory", resumable=True),
         Option("device", str, "auto", "auto, cpu, cuda or cuda:N; auto: cuda if available",
                resumable=True),
         Option("threads", int, 0, "CPU threads; 0: PyTorch's number or, if training "
@@ -474,7 +479,7 @@ class _ConfigFile(configargparse.YAMLConfigFileParser):
         """The settings of the file that the one called `name` extends."""
         if not isinstance(extended, str) or not extended:
             raise BadInput(f"{name}: {EXTENDS} takes the name of one file, not {extended}")
-        path = Path(name).parent / extended
+        path = Path(name).parent / os.path.expanduser(extended)
         if path.resolve() in (chain := [*extending, Path(name).resolve()]):
             raise BadInput(f"{name}: {EXTENDS} goes in a circle, back to {path}")
         try:

@@ -1,9 +1,12 @@
 """What the terminal shows, in 80 columns: labelled lines, progress bars, the table of epochs."""
 
+import contextlib
+import io
 import math
+import os
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
 from tqdm import tqdm
@@ -15,6 +18,48 @@ NO_BREAK = "\xa0"           # a space at which `say` does not break a line
 HEADERS = {"val": "val err", "ema_val": "avg err", "test": "test err"}     # of the table's errors
 QUANTITIES = {"bpd": ("bits/dim", 4), "log_p": ("log p(x)", 3)}     # header, digits
 UNITS = (("day", 86_400), ("hour", 3600), ("minute", 60), ("second", 1))
+
+
+class Output:
+    """A text stream like stdout, that ends no program: what cannot be shown is dropped.
+
+    stream: to a terminal, a file or a pipe, or None. Characters that its encoding lacks are
+        replaced; after an error, as when `| head` or a terminal has closed it, nothing is written.
+    log: a file that gets all of it, too; its errors are raised
+    """
+
+    def __init__(self, stream: Any, log: IO[str] | None = None):
+        self.stream, self.log = stream, log
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+    def write(self, text: str) -> int:
+        if self.log:
+            self.log.write(text)
+            self.log.flush()
+        try:
+            if self.stream:
+                self.stream.write(text)
+                self.stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())      # it is flushed again when Python ends
+            os.close(nowhere)
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing: `write` does it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def sturdy_output() -> Iterator[None]:
+    """A context in which stdout and stderr are each an Output."""
+    with contextlib.redirect_stdout(Output(sys.stdout)):
+        with contextlib.redirect_stderr(Output(sys.stderr)):
+            yield
 
 
 def say(label: str, text: str) -> None:
