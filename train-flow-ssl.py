@@ -167,7 +167,7 @@ def train(model, data, settings, speed, processes, limits, run_dir, checkpoint):
     with CheckpointWriter(file, settings, state) as checkpoints, progress:
         files = RunFiles(run_dir, model, data, settings, progress.epoch)
         if not checkpoint:
-            checkpoints.write()
+            checkpoints.write(wait=True)        # before metrics.csv has a row
         while progress.epoch < settings.epochs:
             for i in progress.steps():
                 optimizer.set_lr(learning_rate(progress.epoch + 1, i, steps_per_epoch, settings))

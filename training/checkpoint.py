@@ -284,14 +284,16 @@ class CheckpointWriter:
         self.thread, self.pending = ThreadPoolExecutor(1), Future[None]()
         self.pending.set_result(None)
 
-    def write(self) -> None:
-        """Write the state of the run as it is now."""
+    def write(self, wait: bool = False) -> None:
+        """Write the state of the run as it is now. wait: until it has been written."""
         state = self.state()
         if self.path is None:
             return
         self.wait()
         content = {"format": CHECKPOINT_FORMAT, **state, "settings": vars(self.settings)}
         self.pending = self.thread.submit(save_atomically, copy_to_cpu(content), self.path)
+        if wait:
+            self.wait()
 
     def wait(self) -> None:
         """Wait for the last checkpoint. Raises the error that writing it raised."""

@@ -32,18 +32,20 @@ class MetricsLog:
     def __init__(self, path: str | Path, up_to_epoch: int = 0):
         """Open the log. Of an existing file, the rows up to `up_to_epoch` are kept."""
         self.path = Path(path)
-        self.rows = [row for row in read_metrics(self.path) if row["epoch"] <= up_to_epoch]
-        self._write()
+        self.rows: list[Row] = []
+        self.text = ",".join(COLUMNS) + "\n"        # of the file
+        self._add([row for row in read_metrics(self.path) if row["epoch"] <= up_to_epoch])
 
     def append(self, row: Mapping[str, float]) -> None:
         """Add `row`, keyed by COLUMNS (missing values become NaN), to the file."""
-        self.rows.append({key: row.get(key, math.nan) for key in COLUMNS})
-        self._write()
+        self._add([{key: row.get(key, math.nan) for key in COLUMNS}])
 
-    def _write(self) -> None:
-        with atomic_write(self.path, newline="") as f:
-            csv.writer(f).writerow(COLUMNS)
-            csv.writer(f).writerows([f"{row[key]:.7g}" for key in COLUMNS] for row in self.rows)
+    def _add(self, rows: Sequence[Row]) -> None:
+        self.rows += rows
+        self.text += "".join(
+            ",".join(f"{row[key]:.7g}" for key in COLUMNS) + "\n" for row in rows)
+        with atomic_write(self.path, newline="\n") as f:
+            f.write(self.text)
 
 
 def read_metrics(path: str | Path) -> list[Row]:

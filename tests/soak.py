@@ -1,0 +1,312 @@
+"""A soak test: faults at random instants, and what they cost. pytest leaves it out: it takes hours.
+
+    python tests/soak.py --json results/soak.json               # all parts
+    python tests/soak.py kills --n 20 --json FILE.json          # one of them
+
+Each part provokes a fault n times in runs of the script on digits, resumes these, and compares what
+they leave with a run that nothing disturbed: weights and checkpoint bit by bit, metrics.csv, the
+names of the files. A part ends early after --minutes, and reports how far it came.
+"""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+
+import torch
+from conftest import PROJECT, options, run_script, runs
+
+from utils.errors import OneLineParser, check_output, run_command
+from utils.metrics import read_metrics
+
+LINE = options(epochs=6, ema=0.9, validation=100, cl_weight=1)
+DIGITS = ["--config", str(PROJECT / "configs" / "digits.yaml"), "--log_each", "1", "--threads", "1",
+          "--precision", "fp32"]
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+
+def start(argv, folder, limit=None):
+    """Start the script in `folder`, in a forked process, which has imported everything -> its
+    number. limit: called in that process. Its output goes to files beside the folder.
+    """
+    process = os.fork()
+    if process:
+        return process
+    code = 99
+    try:
+        os.chdir(folder)
+        sys.stdout, sys.stderr = (file.open("w") for file in outputs(folder))
+        if limit:
+            limit()
+        code = run_script(argv)
+    finally:
+        os._exit(code)
+
+
+def outputs(folder):
+    """The files of what the last process that ran in `folder` has printed."""
+    return [folder.with_suffix(suffix) for suffix in (".out", ".err")]
+
+
+def errors(folder):
+    return outputs(folder)[1].read_text()
+
+
+def end(process, number=None, seconds=0.0):
+    """Wait for a process, to which a signal is sent after some seconds -> its exit code."""
+    stop = time.monotonic() + seconds
+    while number and time.monotonic() < stop:
+        if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            break
+        time.sleep(0.001)
+    if number:
+        os.kill(process, number)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def left_by(run):
+    """What a finished run leaves: names of files, metrics, and all tensors and values by name."""
+    def flat(content, name=""):
+        if isinstance(content, dict):
+            for key, value in content.items():
+                yield from flat(value, f"{name}.{key}")
+        elif name not in (".seconds", ".settings.resume", ".rng.python"):  # unseeded, and unused
+            yield name, content
+    rows = [{k: f"{v:.7g}" for k, v in row.items() if k != "seconds"}
+            for row in read_metrics(run / "metrics.csv")]
+    checkpoint = dict(flat(torch.load(run / "checkpoint.pt")))
+    return {path.name for path in run.iterdir()}, rows, {
+        **checkpoint, **torch.load(run / "model.torch")}
+
+
+def lost(run, whole):
+    """What a run lacks or has otherwise than `whole`, what an undisturbed run leaves: names."""
+    if not (run / "model.torch").exists():
+        return ["model.torch"]
+    names, rows, values = left_by(run)
+    wrong = [*(names ^ whole[0]), *["metrics.csv"] * (rows != whole[1])]
+    return wrong + [key for key, value in whole[2].items() if key not in values or not (
+        torch.equal(value, values[key]) if isinstance(value, torch.Tensor)
+        else value == values[key])]
+
+
+class Undisturbed:
+    """A run that nothing disturbs: what it leaves, and how long it takes."""
+
+    def __init__(self, folder):
+        folder.mkdir()
+        started = time.monotonic()
+        assert end(start(LINE, folder)) == 0, errors(folder)
+        self.seconds = time.monotonic() - started
+        self.run, = runs(folder)
+        self.left = left_by(self.run)
+
+
+def the_run(folder):
+    """The run in `folder`, wherever it lies, or None."""
+    found = [run for kind in ("runs", "fails") for run in runs(folder, kind)
+             if (run / "params.yaml").exists()]
+    assert len(found) <= 1, found
+    return found[0] if found else None
+
+
+def interrupt(folder, whole, numbers, rng):
+    """Start a run and send it signals at random instants, resuming it, until it has ended.
+
+    -> counts of what was provoked; "lost", the names of what differs from the run `whole`.
+    """
+    counts = {"signals": 0, "before_params": 0, "before_checkpoint": 0, "half_written": 0}
+    folder.mkdir()
+    seen = set()
+    while True:
+        run = the_run(folder)
+        argv = ["--resume", str(run)] if run else LINE
+        number = rng.choice(numbers)
+        code = end(start(argv, folder), number, rng.uniform(0, whole.seconds))
+        run = the_run(folder)
+        if code == 0 and run and (run / "model.torch").exists() and (run / "report.html").exists():
+            break
+        counts["signals"] += 1
+        expected = {signal.SIGKILL: (-signal.SIGKILL,), signal.SIGINT: (130,)}.get(
+            number, (0, 130, -number))          # -number: before the settings were read
+        if code not in expected:
+            return {**counts, "lost": [f"exit code {code}: {errors(folder)[-300:]}"]}
+        counts["before_params"] += run is None
+        counts["before_checkpoint"] += bool(run) and not (run / "checkpoint.pt").exists()
+        partial = {(p, p.stat().st_mtime_ns) for p in run.glob("*.partial")} if run else set()
+        counts["half_written"] += not partial <= seen
+        seen |= partial
+    return {**counts, "lost": lost(run, whole.left)}
+
+
+def add(totals, counts):
+    """Add `counts`, numbers and lists, to `totals`."""
+    for key, value in counts.items():
+        totals[key] = totals.get(key, type(value)()) + value
+
+
+def interrupted(numbers):
+    """-> the part that sends these signals."""
+    def part(n, folder, rng, in_time):
+        whole, totals = Undisturbed(folder / "whole"), {"runs": 0, "signals": 0}
+        while totals["signals"] < n and in_time():
+            place = folder / "interrupted"
+            add(totals, {"runs": 1, **interrupt(place, whole, numbers, rng)})
+            if not totals["lost"]:
+                shutil.rmtree(place)
+            else:
+                break
+        return totals
+    return part
+
+
+def failed(process, place, message):
+    """Wait for a run that has too little of something -> counts, with what is wrong in "lost"."""
+    code, err, run = end(process), errors(place), the_run(place)
+    wrong = []
+    if code and (code not in (1, 2) or err.count("\n") != 1
+                 or not any(words in err for words in message)):
+        wrong.append(f"exit code {code}: {err[-300:]}")
+    if run and list(run.glob("*.partial")):
+        wrong.append("a .partial is left")
+    return {"failed": int(code != 0), "enough": int(code == 0), "lost": wrong}
+
+
+def resumed(place, whole):
+    """Resume the run in `place`, or start it again if there is none -> what is lost."""
+    run = the_run(place)
+    code = end(start(["--resume", str(run)] if run else LINE, place))
+    return lost(the_run(place), whole.left) if code == 0 else [f"resumed: {errors(place)[-300:]}"]
+
+
+def large_files(n, folder, rng, in_time):
+    """A limit on the size of a file, as of a quota, below the size of the largest one."""
+    whole, totals = Undisturbed(folder / "whole"), {"failed": 0}
+    largest = max(path.stat().st_size for path in whole.run.iterdir())
+    while totals["failed"] < n and in_time():
+        place, size = folder / "limited", int(largest * rng.random())
+        place.mkdir()
+
+        def limit(limits=(size, size)):
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        add(totals, failed(start(LINE, place, limit), place, ["File too large"]))
+        totals["lost"] += resumed(place, whole)
+        if totals["lost"]:
+            break
+        shutil.rmtree(place)
+    return totals
+
+
+def open_files(n, folder, rng, in_time):
+    """A limit on the number of open files, from what the process has at its start."""
+    whole, totals = Undisturbed(folder / "whole"), {"failed": 0}
+    while totals["failed"] < n and in_time():
+        place, number = folder / "limited", rng.randint(0, 8)
+        place.mkdir()
+
+        def limit(more=number):
+            most = len(os.listdir("/proc/self/fd")) + more
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        add(totals, failed(start(LINE, place, limit), place, ["Too many open files"]))
+        totals["lost"] += resumed(place, whole)
+        if totals["lost"]:
+            break
+        shutil.rmtree(place)
+    return totals
+
+
+def full_disk(n, folder, rng, in_time):
+    """A disk that fills up: a small file system in memory, which only root can mount."""
+    whole, totals = Undisturbed(folder / "whole"), {"failed": 0}
+    size = sum(path.stat().st_size for path in whole.run.iterdir())
+    while totals["failed"] < n and in_time():
+        small, place = folder / "small", folder / "limited"
+        small.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size * rng.random()) + 4096}"]
+        subprocess.run([*mount, "tmpfs", str(small)], check=True)
+        try:
+            add(totals, failed(start(LINE, small), small, ["No space left on device"]))
+            shutil.copytree(small, place, symlinks=True)
+        finally:
+            subprocess.run(["umount", str(small)], check=True)
+        small.rmdir()
+        totals["lost"] += resumed(place, whole)
+        if totals["lost"]:
+            break
+        shutil.rmtree(place)
+    return totals
+
+
+def long(n, folder, rng, in_time):
+    """A run of n epochs: memory, open files and threads from its 10th epoch on, seconds of epochs.
+
+    Medians of the 90 epochs from the 10th on, and of the last 90.
+    """
+    (folder / "long").mkdir()
+    process, rows, seen = start([*DIGITS, "--epochs", str(n)], folder / "long"), [], []
+    while not os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if not in_time():
+            os.kill(process, signal.SIGTERM)
+        run = the_run(folder / "long")
+        rows = read_metrics(run / "metrics.csv") if run else []
+        if rows and len(rows) > len(seen):
+            proc = Path("/proc", str(process))
+            status = dict(line.split(":", 1) for line in
+                          (proc / "status").read_text().splitlines())
+            seen += [(int(status["VmRSS"].split()[0]) / 1024, len(os.listdir(proc / "fd")),
+                      int(status["Threads"]))] * (len(rows) - len(seen))
+        time.sleep(0.2)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    memory, files, threads = zip(*seen[9:])
+    seconds = [row["seconds"] for row in rows]
+    return {"epochs": len(rows), "exit_code": code,
+            "MiB at epoch 10": memory[0], "MiB at the end": memory[-1], "MiB at most": max(memory),
+            "open files": [min(files), max(files)], "threads": [min(threads), max(threads)],
+            "seconds of an epoch, at first": median(seconds[9:99]),
+            "seconds of an epoch, at the end": median(seconds[-90:])}
+
+
+PARTS = {       # name: function, n
+    "kills": (interrupted([signal.SIGKILL]), 200),
+    "signals": (interrupted(SIGNALS), 100),
+    "large_files": (large_files, 30),
+    "open_files": (open_files, 30),
+    "full_disk": (full_disk, 30),
+    "long": (long, 2000),
+}
+
+
+def main():
+    parser = OneLineParser(description="Provoke faults at random.", allow_abbrev=False)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[*PARTS])
+    parser.add_argument("--n", type=int, help="faults of each part; by default those of PARTS")
+    parser.add_argument("--minutes", type=float, default=30, help="of each part, at most")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE.json")
+    args = parser.parse_args()
+    check_output(args.json)
+    report = {}
+    for name in args.parts:
+        (part, n), started = PARTS[name], time.monotonic()
+        stop = started + 60 * args.minutes
+        with tempfile.TemporaryDirectory() as folder:
+            counts = part(args.n or n, Path(folder), random.Random(args.seed),
+                          lambda stop=stop: time.monotonic() < stop)
+        report[name] = {**counts, "seconds": round(time.monotonic() - started)}
+        print(name, json.dumps(report[name]), flush=True)
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    sys.exit(any(part.get("lost") for part in report.values()))
+
+
+if __name__ == "__main__":
+    run_command(main)
