@@ -10,10 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import PROJECT, TINY, load_tiny, make_step, options, run_script, runs, words
 from torch.nn import functional as F
 
+from experiments import pictures, table
 from models import build_model
+from tools import ship
 from training.beyond import Beyond
 from training.device import choose_speed
 from training.distributed import Processes
@@ -25,6 +28,7 @@ from training.speed import Accelerated
 from utils import metrics
 from utils.data import Batch, SemiSupervisedData
 from utils.datasets import load_data
+from utils.errors import BadInput
 from utils.metrics import MetricsLog, average_is_better, names_of_kept
 from utils.settings import read_settings
 
@@ -249,6 +253,40 @@ def test_training_improves_the_density_and_the_labelled_accuracy(tmp_path, monke
     assert rows[-1]["test_log_p"] > rows[0]["test_log_p"] + 10
     assert rows[-1]["labelled_acc"] > rows[0]["labelled_acc"] + 0.2
     assert [row["epoch"] for row in rows] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("changes, picture, figure", [
+    ({"validation": 100, "ema": 0.5}, "redrawn", r"Test bits/dim \d\.\d{4}, of the"),
+    (POINTS, "latent", r"Test log p\(x\) -\d\.\d{3} nats")], ids=["images", "points"])
+def test_the_density_alone(tmp_path, monkeypatch, capsys, changes, picture, figure):
+    """Without labels log p(x) is all that is trained and shown: no error, nothing of classes."""
+    monkeypatch.chdir(tmp_path)
+    settings = {**TINY, **changes, "supervised": 0, "epochs": 2}
+    (tmp_path / "alone.yaml").write_text(yaml.dump(settings))
+    line = ["--config", "alone.yaml", "--seed", "0", "--data_seed", "0", "--name", "alone-seed0"]
+    assert run_script(line) == 0
+    run, = runs(tmp_path)
+    page = re.sub('src(set)?="[^"]*"', "", (run / "report.html").read_text())
+    for argv in (["--resume", str(run)], ["--pretrained", str(run)]):
+        assert run_script(argv) == 0
+    out = capsys.readouterr().out
+    assert len(re.findall(figure, out)) == 2
+    assert not re.search(r"\b(err|error|nan|calibration|confusion)\b", out + page, re.IGNORECASE)
+    for row in read_metrics(run):
+        assert row["train_loss"] == -row["log_likelihood"] and row["cl_loss"] == 0
+        assert all(math.isnan(row[f"{of}_acc"]) for of in ("labelled", "val", "ema_val", "test"))
+    assert table.main(["alone.yaml", "--seeds", "0", "--collect", "."]) == 0
+    error, bits, n, _ = capsys.readouterr().out.splitlines()[2].split(" | ")[-4:]
+    last = read_metrics(run)[-1]
+    assert (error, n) == ("-", "1")
+    assert bits == ("-" if math.isnan(last["test_bpd"]) else f"{last['test_bpd']:.3f}")
+    of_run = ["--pretrained", str(run), "--save", "x.png"]
+    with pytest.raises(BadInput, match=f"{picture} needs labels"):
+        pictures.main([picture, *of_run])
+    with pytest.raises(BadInput, match="a run without labels has none"):
+        ship.main([str(run), "alone", "--to", "home"])
+    if changes is POINTS:
+        pictures.main(["density", *of_run])
 
 
 @pytest.mark.parametrize("changes", [
