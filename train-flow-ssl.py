@@ -43,7 +43,7 @@ from training.evaluation import RunEvaluation
 from training.objective import objective
 from training.optim import Optimizer, learning_rate
 from training.progress import Limits, Progress
-from training.report import RunFiles, announce
+from training.report import RunFiles, announce, way_back
 from training.speed import Accelerated, Captured
 from utils.data import Batch
 from utils.datasets import load_data
@@ -98,10 +98,9 @@ def main(processes):
                 print(run.resume_command)
             processes.barrier()                     # no process leaves while the main one writes
     except (Failed, OSError) as error:      # an OSError is, for example, a full disk
-        last_good = run and run.run / "checkpoint.pt"
-        hint = f". The last good checkpoint is {last_good}" if run and last_good.exists() else ""
-        of_all = isinstance(error, Failed)
-        raise Failed(f"{one_line(error)}{hint}", of_all) from None
+        diverged = isinstance(error, Failed)
+        hint = way_back(run.run, settings, diverged) if run else ""
+        raise Failed(f"{one_line(error)}{hint}", of_all=diverged) from None
     except KeyboardInterrupt:
         if run and (run.run / "checkpoint.pt").exists():
             print(f"\nInterrupted; to continue:\n{run.resume_command}", file=sys.stderr)

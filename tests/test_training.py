@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import re
+import shlex
 import signal
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import PROJECT, TINY, load_tiny, make_step, options, run_script, runs, words
+from conftest import PROJECT, SCRIPT, TINY, load_tiny, make_step, options, run_script, runs, words
 from torch.nn import functional as F
 
 from experiments import pictures, table
@@ -622,6 +623,9 @@ def test_non_finite_values_end_the_run_and_keep_the_last_good_checkpoint(
     assert checkpoint["epoch"] == 1
     assert all(value.isfinite().all() for value in checkpoint["model"].values())
     assert "utils.errors.Failed: " in (failed / "traceback.txt").read_text()
+    _, script, *command = shlex.split(err.split("with a lower learning rate: ")[1])
+    assert script == str(SCRIPT) and command[-2:] == ["--lr", "0.0001"]
+    assert run_script(command) == 0
     assert run_script(["--resume", str(failed)]) == 0
 
 

@@ -5,6 +5,8 @@ import html
 import io
 import math
 import os
+import shlex
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -21,6 +23,7 @@ from utils.errors import Failed
 from utils.figures import TEMPERATURE, plot_curves, plot_run, save
 from utils.files import atomic_write
 from utils.metrics import MetricsLog, Row, average_is_better
+from utils.runs import PARAMS_FILE
 from utils.settings import differences
 from utils.terminal import epoch_line, result, say, show
 
@@ -69,6 +72,25 @@ def announce(model: SemiConditionalFlow, data: SemiSupervisedData, settings: Set
                    f"{', compiled' * speed.compile}")
     say("Training", f"{settings.epochs} epochs of {-(-len(data.train_x) // settings.train_bs)} "
                     f"steps{', after label spreading' * bool(data.spread_labels)}")
+
+
+def way_back(run_dir: Path, settings: Settings, diverged: bool) -> str:
+    """What the message of a run that failed adds: its last checkpoint, if there is one, and the
+    command that trains on from there.
+
+    run_dir: of the run, where it is now
+    settings: of the run
+    diverged: whether a number was not finite: only then is there a command, with a lower lr
+    """
+    checkpoint = run_dir / "checkpoint.pt"
+    if not checkpoint.exists():
+        return ""
+    hint = f". The last good checkpoint is {checkpoint}"
+    if not diverged:
+        return hint
+    run, params = (shlex.quote(os.path.relpath(path)) for path in (run_dir, run_dir / PARAMS_FILE))
+    return (f"{hint}; to train on from it with a lower learning rate: python {sys.argv[0]} "
+            f"--config {params} --initial_weights {run} --lr {settings.lr / 10:g}")
 
 
 class RunFiles:
