@@ -146,8 +146,9 @@ def train(model, data, settings, speed, processes, limits, run_dir, checkpoint):
     announce(model, data, settings, speed, processes, run_dir)
     data.prepare()
     if not checkpoint and not settings.initial_weights:
-        batch = data.sample_batch(settings.train_bs, generator, augmented=False)
-        with working("initialising the model"):
+        rows = max(settings.train_bs, 64)       # the spread of a few would be far from that of all
+        batch = data.sample_batch(rows, generator, augmented=False)
+        with value_errors_as_bad_input(), working("initialising the model"):
             model.initialize(batch.x, data.train_x)
     accelerated = Accelerated(model, *speed)
     training_step, optimizer = make_training_step(accelerated, settings, processes)

@@ -290,6 +290,48 @@ def test_the_density_alone(tmp_path, monkeypatch, capsys, changes, picture, figu
         pictures.main(["density", *of_run])
 
 
+def own_data(x, grey_levels=17):
+    """60 given examples of 3 classes, two of each labelled; the test set is the same."""
+    y = torch.arange(60) % 3
+    return SemiSupervisedData(x, y, x, y, torch.arange(6), grey_levels)
+
+
+BLACK_OR_WHITE = 16 * torch.randint(2, (60, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+PAIRS = {"train_bs": 2, "num_examples": 40}
+
+
+@pytest.mark.parametrize("changes, images", [
+    ({"supervised": 10}, None), ({"supervised": -1}, None),         # one label per class, and all
+    (PAIRS, None), *(({**POINTS, **PAIRS, "supervised": 2, "seed": seed}, None) for seed in (1, 3)),
+    ({"train_bs": 1000, "test_bs": 1000}, None),
+    *((pixels, torch.full((60, 1, 8, 8), level)) for level, pixels in (
+        (0, {}), (16, {"pixels": "marginal"}))),
+    ({}, BLACK_OR_WHITE), ({"pixels": "marginal"}, BLACK_OR_WHITE)])
+def test_few_labels_small_batches_and_plain_images(tmp_path, monkeypatch, capsys, changes, images):
+    monkeypatch.chdir(tmp_path)
+    if images is not None:
+        data = own_data(images)
+        monkeypatch.setattr("utils.datasets.load_data", lambda settings, device: data)
+    assert run_script(options(epochs=1, **changes)) == 0
+    run, = runs(tmp_path)
+    row, = read_metrics(run)
+    assert math.isfinite(row["test_log_p"]) and row["train_loss"] < 50 and 0 <= row["test_acc"] <= 1
+    assert all(value.isfinite().all() for value in torch.load(run / "model.torch").values())
+    out, err = capsys.readouterr()
+    assert "left out" not in out and "could not" not in out and not err
+    assert (run / "report.html").exists() and (run / "samples.png").exists()
+
+
+def test_equal_points_are_refused(tmp_path, monkeypatch, capsys):
+    """There is no scale to initialise the model with."""
+    monkeypatch.chdir(tmp_path)
+    data = own_data(torch.ones(60, 2, 1, 1), None)
+    monkeypatch.setattr("utils.datasets.load_data", lambda settings, device: data)
+    assert run_script(options(epochs=1, **POINTS)) == 2
+    err = capsys.readouterr().err
+    assert "two different examples at least, not from 64 equal ones" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("changes", [
     {"lr_schedule": "linear"},
     {"ema": 0.9, "validation": 100, "cons_weight": 1, "lr_schedule": "cosine", "warmup_steps": 6,
