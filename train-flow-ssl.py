@@ -43,7 +43,7 @@ from training.evaluation import RunEvaluation
 from training.objective import objective
 from training.optim import Optimizer, learning_rate
 from training.progress import Limits, Progress
-from training.report import RunFiles, announce
+from training.report import RunFiles, announce, way_back
 from training.speed import Accelerated, Captured
 from utils.data import Batch
 from utils.datasets import load_data
@@ -98,10 +98,9 @@ def main(processes):
                 show(run.resume_command)
             processes.barrier()                     # no process leaves while the main one writes
     except (Failed, OSError) as error:      # an OSError is, for example, a full disk
-        last_good = run and run.run / "checkpoint.pt"
-        hint = f". The last good checkpoint is {last_good}" if run and last_good.exists() else ""
-        of_all = isinstance(error, Failed)
-        raise Failed(f"{one_line(error)}{hint}", of_all) from None
+        diverged = isinstance(error, Failed)
+        hint = way_back(run.run, settings, diverged) if run else ""
+        raise Failed(f"{one_line(error)}{hint}", of_all=diverged) from None
     except KeyboardInterrupt:
         if run:
             print(f"\nInterrupted; to continue:\n{run.resume_command}", file=sys.stderr)
@@ -147,8 +146,9 @@ def train(model, data, settings, speed, processes, limits, run_dir, checkpoint):
     announce(model, data, settings, speed, processes, run_dir)
     data.prepare()
     if not checkpoint and not settings.initial_weights:
-        batch = data.sample_batch(settings.train_bs, generator, augmented=False)
-        with working("initialising the model"):
+        rows = max(settings.train_bs, 64)       # the spread of a few would be far from that of all
+        batch = data.sample_batch(rows, generator, augmented=False)
+        with value_errors_as_bad_input(), working("initialising the model"):
             model.initialize(batch.x, data.train_x)
     accelerated = Accelerated(model, *speed)
     training_step, optimizer = make_training_step(accelerated, settings, processes)

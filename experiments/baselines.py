@@ -167,6 +167,8 @@ def main(argv=None):
 def why_not(method, data):
     """Why `method` cannot be used on these examples, or None if it can."""
     per_class = torch.bincount(data.train_y[data.labelled], minlength=data.n_classes)
+    if not len(data.labelled):
+        return "it needs labelled examples"
     if method.fit_images and data.grey_levels is None:
         return "it is for images"
     if method.build is self_training:

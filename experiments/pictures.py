@@ -88,6 +88,8 @@ def picture(args, model, data, settings):
         raise BadInput(f"{args.command} is for {kind}, unlike {settings.data}")
     if args.command == "density":
         return plot_density(model, data)
+    if not len(data.labelled):
+        raise BadInput(f"{args.command} needs labels, and supervised is 0")
     if args.command == "latent":
         if model.ssl_dim != 2:
             raise BadInput(f"latent needs ssl_dim 2, not {model.ssl_dim}")

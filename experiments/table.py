@@ -180,7 +180,7 @@ def look_up_one(run, entry, folder):
     if epoch != recorded.epochs or not (run.directory / "model.torch").is_file():
         run.lacks = f"stopped after epoch {epoch} of {recorded.epochs}"
     else:
-        run.lacks = "" if math.isfinite(run.test_error) else "without test error"
+        run.lacks = "" if math.isfinite(run.rows[-1]["test_log_p"]) else "without test figures"
     if "commit" in entry:
         run.commit = str(entry["commit"])[:7] + "+" * bool(entry["dirty"])
 

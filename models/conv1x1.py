@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .bijections import Affine
-from .kernels import log_abs_dets
+from .kernels import LogAbsDet, log_abs_dets
 
 # Up to this many channels, broadcasting beats a matrix product on images.
 BROADCAST_CHANNELS = 16
+SHORTEST = 1e-30        # |v|^2 of a reflection: float32 has fewer digits of much smaller numbers
 
 
 def over_channels(w: Tensor, x: Tensor) -> Tensor:
@@ -27,16 +28,21 @@ def over_channels(w: Tensor, x: Tensor) -> Tensor:
 
 
 class InvertibleConv(Affine):
-    """z = W x: each kind defines `matrix`."""
+    """z = W x: each kind defines `matrix`. `inverse` raises ValueError if W has no inverse."""
 
-    matrix: Callable[[], Tensor]    # -> W (C, C)
+    matrix: Callable[..., Tensor]   # the type to compute in, by default its own -> W (C, C)
 
     def forward(self, x: Tensor) -> Tensor:
         return over_channels(self.matrix(), x)
 
     def inverse(self, z: Tensor) -> Tensor:
-        w = self.matrix()
-        return over_channels(torch.linalg.inv(w.double()).to(w.dtype), z)
+        # In double precision: float32 would lose the small values of R in W = Q R, and those digits
+        # of x in which large numbers cancel.
+        w = self.matrix(torch.float64)
+        if not LogAbsDet.apply(w.detach()).isfinite():
+            raise ValueError(f"a 1x1 convolution of {len(w)} channels has no inverse: W is "
+                             "singular, or not finite")
+        return over_channels(torch.linalg.inv(w), z.double()).to(z.dtype)
 
 
 class FullConv(InvertibleConv):
@@ -46,8 +52,8 @@ class FullConv(InvertibleConv):
         super().__init__()
         self.W = nn.Parameter(torch.eye(channels))
 
-    def matrix(self) -> Tensor:
-        return self.W
+    def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.W.to(dtype)
 
     def log_det_weights(self) -> Tensor:
         return self.W
@@ -68,10 +74,13 @@ class HouseholderConv(InvertibleConv):
         super().__init__()
         self.v = nn.Parameter(F.normalize(torch.rand(hh_factors, channels) * 2 - 1))
 
-    def matrix(self) -> Tensor:
-        q = torch.eye(self.v.shape[1], dtype=self.v.dtype, device=self.v.device)
-        for v in self.v:
-            q = q - 2 * torch.outer(q @ v, v) / v.dot(v)  # q H_i
+    def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
+        vectors = self.v.to(dtype)
+        q = torch.eye(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
+        for v in vectors:
+            length = v.dot(v)               # squared
+            length = length.masked_fill(length < SHORTEST, torch.nan)
+            q = q - 2 * torch.outer(q @ v, v) / length  # q H_i
         return q
 
     def log_det_weights(self) -> Tensor:
@@ -93,12 +102,13 @@ class QRConv(HouseholderConv):
         self.s = nn.Parameter(torch.zeros(channels))
         self.r = nn.Parameter(torch.zeros(channels, channels))
 
-    def diagonal(self) -> Tensor:
-        """The diagonal of R, (C,)."""
-        return F.softplus(self.s)
+    def diagonal(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The diagonal of R, (C,), computed in `dtype`."""
+        return F.softplus(self.s.to(dtype))
 
-    def matrix(self) -> Tensor:
-        return super().matrix() @ (self.diagonal().diag() + self.r.triu(1))
+    def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
+        r = self.diagonal(dtype).diag() + self.r.to(dtype).triu(1)
+        return super().matrix(dtype) @ r
 
     def log_det_weights(self) -> Tensor:
         return self.diagonal()
@@ -118,8 +128,8 @@ class QRAbsConv(QRConv):
         super().__init__(channels, hh_factors)
         nn.init.ones_(self.s)
 
-    def diagonal(self) -> Tensor:
-        return self.s
+    def diagonal(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.s.to(dtype)
 
 
 CONVS: dict[str, Callable[[int, int], InvertibleConv]] = {

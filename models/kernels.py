@@ -21,14 +21,19 @@ MIN_GPU_BATCH = 3
 class LogAbsDet(torch.autograd.Function):
     """log|det W| by LU in double precision, W (..., C, C) -> (...); d log|det W| / dW = W^-T.
 
-    It never waits for a GPU: a singular W gives -inf, and a gradient that is not finite.
+    It never waits for a GPU: a singular W gives -inf, and a gradient that means nothing.
     """
 
     @staticmethod
     def forward(ctx: Any, w: Tensor) -> Tensor:
-        lu, pivots, _ = torch.linalg.lu_factor_ex(w.double())
+        exact = w.double()
+        lu, pivots, _ = torch.linalg.lu_factor_ex(exact)
         ctx.save_for_backward(lu, pivots)
-        return lu.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1).to(w.dtype)
+        diagonal = lu.diagonal(dim1=-2, dim2=-1).abs()
+        # Rounding errors put a number of that size where a pivot of a singular W is 0.
+        rounding = w.shape[-1] * torch.finfo(exact.dtype).eps * exact.abs().amax((-2, -1))
+        diagonal = diagonal.masked_fill(diagonal <= rounding[..., None], 0)
+        return diagonal.log().sum(-1).to(w.dtype)
 
     @staticmethod
     @once_differentiable

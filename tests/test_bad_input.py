@@ -25,7 +25,7 @@ WRONG_VALUES = {
     "must be at least 0": [
         ("seed", -1), ("weight_decay", -1), ("cl_weight", -1), ("cons_weight", -1), ("width", -1),
         ("warmup_steps", -1), ("micro_bs", -1), ("time_limit", -1)],
-    "must be at least 0 or -1": [("aug_rotation", -2)],
+    "must be at least 0 or -1": [("aug_rotation", -2), ("supervised", -2)],
     "must be at least 1": [("epochs", 0), ("draws", 0)],
     "must be at least 2": [("train_bs", 1), ("ssl_dim", 0)],
     "must be more than 0": [("lr", -1), ("lr", 0), ("lr", "nan"), ("sup_weight", 0)],
@@ -82,6 +82,8 @@ CASES = [
     ({**MNIST, "data_root": "truncated"}, "train-images-idx3-ubyte is truncated"),
     ({"supervised": 201}, "supervised"),
     ({"supervised": 9}, "supervised"),
+    ({"supervised": 0, "cl_weight": 1, "cons_weight": 1, "spread_labels": 0.5},
+     "(supervised 0) the density alone is trained: set cl_weight, cons_weight, spread_labels to 0"),
     ({"num_examples": 5000}, "num_examples 5000"),
     ({"test": "false"}, "test false needs validation examples"),
     ({"validation": 9}, "validation must be at least one for each of the 10 classes"),

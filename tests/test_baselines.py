@@ -221,6 +221,7 @@ def test_points_leave_out_what_is_for_images(compare):
     (["--save", "nowhere/all.json"], "nowhere"),
     (["--sup_wieght", "2"], "did you mean --sup_weight?"),
     ([*options(data="moons", model="toy"), "--methods", "m1m2", "fixmatch"], "none of the methods"),
+    (options(supervised=0), "none of the methods"),
 ])
 def test_bad_input_is_one_line(argv, message, compare, tmp_path):
     code, _, err = compare(*argv)

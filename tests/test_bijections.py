@@ -1,5 +1,6 @@
 """Bijections and flows: exact inverse, log-determinant of the true Jacobian, in float64."""
 
+import copy
 import math
 from functools import partial
 
@@ -423,6 +424,44 @@ def test_convolutions_at_start():
         scale = math.log(2) if kind == "qr" else 1                          # softplus(0)
         torch.testing.assert_close(w @ w.T, torch.eye(4) * scale ** 2)
         assert torch.equal(z.view_as(x), x) == (kind == "full")
+
+
+def weak(kind, size):
+    """A convolution of 3 channels in float32 whose smallest value, a singular one of `full`, a
+    diagonal one of R, or the length of a v, has the given size."""
+    conv = randomize(invertible_conv(kind, 3, 2))
+    with torch.no_grad():
+        if kind == "full":
+            conv.W.copy_(torch.arange(1.0, 10).view(3, 3) + size * torch.eye(3))    # rank 2
+        elif kind == "hh":
+            conv.v[1] *= size
+        else:
+            conv.s[1] = size if kind == "qr-abs" or not size else math.log(math.expm1(size))
+            conv.s[1] -= 1e4 * (kind == "qr" and not size)
+    return conv.float()
+
+
+@pytest.mark.parametrize("kind", CONVS)
+@pytest.mark.parametrize("size", [1e-2, 1e-5, 1e-9, 1e-21, 0])
+def test_convolutions_that_are_almost_singular(kind, size):
+    """In float32 the numbers are those of float64, or there are none: an error, or not finite."""
+    conv, x = weak(kind, size), torch.randn(5, 3, dtype=torch.float32)
+    exact = copy.deepcopy(conv).double()
+    (z, log_det), (exact_z, exact_log_det) = ((f(v), f.log_dets([f.log_det_weights()[None]]))
+                                              for f, v in ((conv, x), (exact, x.double())))
+    if not log_det.isfinite().all() or not z.isfinite().all():
+        assert size < {"full": 1e-5, "hh": 1e-9}.get(kind, 1e-40)
+        with pytest.raises(ValueError, match="convolution of 3 channels has no inverse: W is sing"):
+            conv.inverse(x)
+        return
+    torch.testing.assert_close(z, exact_z.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log_det, exact_log_det.float(), rtol=1e-5, atol=1e-5)
+    try:
+        inverse = conv.inverse(z)
+    except ValueError:
+        assert size == 1e-21
+        return
+    torch.testing.assert_close(inverse, exact.inverse(z.double()).float(), rtol=1e-5, atol=1e-5)
 
 
 def test_householder_product_order():

@@ -7,8 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import load_tiny
+from conftest import TINY, load_tiny
 
+from models import build_model
+from training.evaluation import Inference, predict, summary
+from training.speed import Accelerated
 from utils.data import Augmentation, SemiSupervisedData, augment
 from utils.datasets import choose_labelled
 from utils.errors import BadInput
@@ -99,6 +102,19 @@ def test_own_data():
     assert math.isnan(points.bits_per_dim(0.0))
 
 
+@pytest.mark.parametrize("y, n_classes", [(torch.arange(30) % 3, 3), (torch.full((30,), -1), 1)])
+def test_own_data_without_labels(y, n_classes):
+    """What is there of labels is not used; the number of classes is that of the mixture p(x)."""
+    data = own_data(train_y=y, test_y=y, labelled=torch.arange(0), validation=(IMAGES, y))
+    assert data.n_classes == n_classes and (data.class_probs == 1 / n_classes).all()
+    assert all((labels == -1).all() for labels in (
+        data.train_y, data.val_y, data.test_y, data.sample_batch(100, generator()).y))
+    model = build_model(TINY, data.shape, data.n_classes, data.class_probs)
+    log_p, logits = predict(Inference(Accelerated(model)), data, data.test_x, 30, seed=0)
+    mean, accuracy = summary(log_p, logits, data.test_y)
+    assert mean == pytest.approx(float(log_p.mean())) and math.isnan(accuracy)
+
+
 LABELS, IMAGES = torch.arange(30) % 3, torch.randint(17, (30, 1, 8, 8))
 
 
@@ -126,7 +142,7 @@ LABELS, IMAGES = torch.arange(30) % 3, torch.randint(17, (30, 1, 8, 8))
     ({"labelled": torch.arange(30) < 6}, "labelled is a mask, and must be indices"),
     ({"labelled": torch.arange(6.0)}, "labelled must be integers"),
     ({"labelled": torch.tensor([0, 1, 2, 1])}, "it must be different indices"),
-    ({"labelled": torch.arange(0)}, "it must be different indices"),
+    ({"labelled": torch.arange(0), "spread_labels": 0.5}, "spread_labels needs labelled examples"),
     ({"labelled": torch.tensor([0, 1, 30])}, "indices from 0 to 30, and must have them from 0"),
     ({"labelled": torch.tensor([0, 1, -1])}, "indices from -1 to 1"),
     ({"labelled": torch.tensor([0, 1])}, "the labelled examples have none of class 2"),

@@ -54,6 +54,9 @@ def test_epoch_lines_fit_and_show_errors():
         assert header.rindex(name) + len(name) == line.rindex(value) + len(value)
     assert epoch_line(None, ("test",), "log_p").split() == [
         "epoch", "loss", "test", "err", "log", "p(x)", "seconds"]
+    alone = epoch_line(None, ("val", "ema_val", "test"), "bpd", errors=False)
+    assert "err" not in alone and len(alone) == len(header)
+    assert alone.rindex("avg bits/dim") + 12 == line.rindex("11.0000") + 7
 
 
 def test_the_result_says_which_weights():
@@ -61,7 +64,7 @@ def test_the_result_says_which_weights():
     assert result(row) == ("Validation error", "50.00%")
     row |= {"ema_val_log_p": 2.0, "ema_val_acc": 0.75}
     assert result(row)[1].startswith("25.00%, of the averaged weights, which have the higher")
-    assert result(row | {"val_log_p": math.nan, "test_acc": 0.8}) == (
+    assert result(row | {"val_log_p": math.nan, "test_log_p": 3.0, "test_acc": 0.8}) == (
         "Test error", "20.00%, of the averaged weights, which have the only finite validation "
                       "likelihood")
 

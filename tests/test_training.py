@@ -4,16 +4,20 @@ import contextlib
 import math
 import os
 import re
+import shlex
 import signal
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, TINY, load_tiny, make_step, options, run_script, runs, words
+import yaml
+from conftest import PROJECT, SCRIPT, TINY, load_tiny, make_step, options, run_script, runs, words
 from torch.nn import functional as F
 
+from experiments import pictures, table
 from models import build_model
+from tools import ship
 from training.beyond import Beyond
 from training.device import choose_speed
 from training.distributed import Processes
@@ -25,6 +29,7 @@ from training.speed import Accelerated
 from utils import metrics
 from utils.data import Batch, SemiSupervisedData
 from utils.datasets import load_data
+from utils.errors import BadInput
 from utils.metrics import MetricsLog, average_is_better, names_of_kept
 from utils.settings import read_settings
 
@@ -249,6 +254,82 @@ def test_training_improves_the_density_and_the_labelled_accuracy(tmp_path, monke
     assert rows[-1]["test_log_p"] > rows[0]["test_log_p"] + 10
     assert rows[-1]["labelled_acc"] > rows[0]["labelled_acc"] + 0.2
     assert [row["epoch"] for row in rows] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("changes, picture, figure", [
+    ({"validation": 100, "ema": 0.5}, "redrawn", r"Test bits/dim \d\.\d{4}, of the"),
+    (POINTS, "latent", r"Test log p\(x\) -\d\.\d{3} nats")], ids=["images", "points"])
+def test_the_density_alone(tmp_path, monkeypatch, capsys, changes, picture, figure):
+    """Without labels log p(x) is all that is trained and shown: no error, nothing of classes."""
+    monkeypatch.chdir(tmp_path)
+    settings = {**TINY, **changes, "supervised": 0, "epochs": 2}
+    (tmp_path / "alone.yaml").write_text(yaml.dump(settings))
+    line = ["--config", "alone.yaml", "--seed", "0", "--data_seed", "0", "--name", "alone-seed0"]
+    assert run_script(line) == 0
+    run, = runs(tmp_path)
+    page = re.sub('src(set)?="[^"]*"', "", (run / "report.html").read_text())
+    for argv in (["--resume", str(run)], ["--pretrained", str(run)]):
+        assert run_script(argv) == 0
+    out = capsys.readouterr().out
+    assert len(re.findall(figure, out)) == 2
+    assert not re.search(r"\b(err|error|nan|calibration|confusion)\b", out + page, re.IGNORECASE)
+    for row in read_metrics(run):
+        assert row["train_loss"] == -row["log_likelihood"] and row["cl_loss"] == 0
+        assert all(math.isnan(row[f"{of}_acc"]) for of in ("labelled", "val", "ema_val", "test"))
+    assert table.main(["alone.yaml", "--seeds", "0", "--collect", "."]) == 0
+    error, bits, n, _ = capsys.readouterr().out.splitlines()[2].split(" | ")[-4:]
+    last = read_metrics(run)[-1]
+    assert (error, n) == ("-", "1")
+    assert bits == ("-" if math.isnan(last["test_bpd"]) else f"{last['test_bpd']:.3f}")
+    of_run = ["--pretrained", str(run), "--save", "x.png"]
+    with pytest.raises(BadInput, match=f"{picture} needs labels"):
+        pictures.main([picture, *of_run])
+    with pytest.raises(BadInput, match="a run without labels has none"):
+        ship.main([str(run), "alone", "--to", "home"])
+    if changes is POINTS:
+        pictures.main(["density", *of_run])
+
+
+def own_data(x, grey_levels=17):
+    """60 given examples of 3 classes, two of each labelled; the test set is the same."""
+    y = torch.arange(60) % 3
+    return SemiSupervisedData(x, y, x, y, torch.arange(6), grey_levels)
+
+
+BLACK_OR_WHITE = 16 * torch.randint(2, (60, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+PAIRS = {"train_bs": 2, "num_examples": 40}
+
+
+@pytest.mark.parametrize("changes, images", [
+    ({"supervised": 10}, None), ({"supervised": -1}, None),         # one label per class, and all
+    (PAIRS, None), *(({**POINTS, **PAIRS, "supervised": 2, "seed": seed}, None) for seed in (1, 3)),
+    ({"train_bs": 1000, "test_bs": 1000}, None),
+    *((pixels, torch.full((60, 1, 8, 8), level)) for level, pixels in (
+        (0, {}), (16, {"pixels": "marginal"}))),
+    ({}, BLACK_OR_WHITE), ({"pixels": "marginal"}, BLACK_OR_WHITE)])
+def test_few_labels_small_batches_and_plain_images(tmp_path, monkeypatch, capsys, changes, images):
+    monkeypatch.chdir(tmp_path)
+    if images is not None:
+        data = own_data(images)
+        monkeypatch.setattr("utils.datasets.load_data", lambda settings, device: data)
+    assert run_script(options(epochs=1, **changes)) == 0
+    run, = runs(tmp_path)
+    row, = read_metrics(run)
+    assert math.isfinite(row["test_log_p"]) and row["train_loss"] < 50 and 0 <= row["test_acc"] <= 1
+    assert all(value.isfinite().all() for value in torch.load(run / "model.torch").values())
+    out, err = capsys.readouterr()
+    assert "left out" not in out and "could not" not in out and not err
+    assert (run / "report.html").exists() and (run / "samples.png").exists()
+
+
+def test_equal_points_are_refused(tmp_path, monkeypatch, capsys):
+    """There is no scale to initialise the model with."""
+    monkeypatch.chdir(tmp_path)
+    data = own_data(torch.ones(60, 2, 1, 1), None)
+    monkeypatch.setattr("utils.datasets.load_data", lambda settings, device: data)
+    assert run_script(options(epochs=1, **POINTS)) == 2
+    err = capsys.readouterr().err
+    assert "two different examples at least, not from 64 equal ones" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("changes", [
@@ -613,6 +694,9 @@ def test_non_finite_values_end_the_run_and_keep_the_last_good_checkpoint(
     assert checkpoint["epoch"] == 1
     assert all(value.isfinite().all() for value in checkpoint["model"].values())
     assert "utils.errors.Failed: " in (failed / "traceback.txt").read_text()
+    _, script, *command = shlex.split(err.split("with a lower learning rate: ")[1])
+    assert script == str(SCRIPT) and command[-2:] == ["--lr", "0.0001"]
+    assert run_script(command) == 0
     assert run_script(["--resume", str(failed)]) == 0
 
 

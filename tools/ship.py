@@ -73,6 +73,9 @@ def main(argv=None):
                if key not in MAY_CHANGE and value != vars(trained_with)[key]]
     if changed:
         raise BadInput(f"a run is evaluated with its own {changed[0]}")
+    if not settings.supervised:
+        raise BadInput("the evidence of shipped weights has a test error: a run without labels "
+                       "has none")
     device = set_up_torch(settings, Processes())
     data = load_data(settings, device)
     rows = read_metrics(args.run / "metrics.csv")

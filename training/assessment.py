@@ -31,7 +31,7 @@ N_MISTAKES = 25
 
 @dataclass(frozen=True)
 class Assessment:
-    """What a model says of N examples of K classes."""
+    """What a model says of N examples of K classes; what needs labels is NaN or empty without."""
 
     name: str                   # of the examples
     error: float                # share of wrong classes, from 0 to 1
@@ -48,13 +48,16 @@ class Assessment:
 
     def show(self) -> None:
         """Print what there is beyond error and likelihood."""
-        say("-log p(y|x)", f"{self.nll:.4f} nats")
-        say("Calibration", f"{self.calibration_error:.2%} expected calibration error")
+        if self.has_labels:
+            say("-log p(y|x)", f"{self.nll:.4f} nats")
+            say("Calibration", f"{self.calibration_error:.2%} expected calibration error")
         if self.auroc:
             kinds = ", ".join(f"{kind} {shown}".replace(" ", NO_BREAK)
                               for kind, shown in self.shown_auroc(3).items())
             say("AUROC", f"of log p(x), {self.name} images against images of other kinds: {kinds}. "
                          f"{self.meaning_of_auroc}")
+        if not self.has_labels:
+            return
         counts = self.confusion.sum(1)
         errors = 1 - self.confusion.diagonal() / counts         # NaN of a class without examples
         say("Confusion", "row: the true class; column: the predicted one")
@@ -63,6 +66,11 @@ class Assessment:
         for i, (row, error) in enumerate(zip(self.confusion.tolist(), errors.tolist())):
             shown = "-" if np.isnan(error) else f"{error:.2%}"
             print(f"{i:5}" + "".join(f"{n or '.':>{width}}" for n in row) + f"{shown:>9}")
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the examples have labels."""
+        return not np.isnan(self.error)
 
     @property
     def meaning_of_auroc(self) -> str:
@@ -107,11 +115,12 @@ def assess(infer: Inference, others: Inference, data: SemiSupervisedData, exampl
     images, y = examples
     batch, seed = settings.test_bs, settings.seed
     log_p, logits = predictions or predict(infer, data, images, batch, seed)
-    mean_log_p, _ = summary(log_p, logits, y)
+    mean_log_p, accuracy = summary(log_p, logits, y)
     log_posterior = logits.double().log_softmax(1)
     confidence, predicted = (t.cpu() for t in log_posterior.exp().max(1))
     y_cpu, k = y.cpu(), logits.shape[1]
-    wrong = torch.nonzero(predicted != y_cpu)[:, 0]
+    known = y_cpu >= 0          # all of them, or none
+    wrong = torch.nonzero(known & (predicted != y_cpu))[:, 0]
     auroc = {}
     if data.grey_levels is not None:
         kinds = other_images(data, images, settings)
@@ -119,11 +128,11 @@ def assess(infer: Inference, others: Inference, data: SemiSupervisedData, exampl
         parts = of_others.split([len(x) for x in kinds.values()])
         auroc = {kind: area_under_roc(log_p, part) for kind, part in zip(kinds, parts)}
     return Assessment(
-        name=name, error=len(wrong) / len(y), log_p=mean_log_p,
+        name=name, error=1 - accuracy, log_p=mean_log_p,
         bits_per_dim=data.bits_per_dim(mean_log_p),
-        nll=float(F.nll_loss(log_posterior, y)),
-        calibration_error=calibration_error(confidence, predicted == y_cpu),
-        confusion=(y_cpu * k + predicted).bincount(minlength=k * k).view(k, k),
+        nll=float(F.nll_loss(log_posterior, y, ignore_index=-1)),
+        calibration_error=calibration_error(confidence[known], (predicted == y_cpu)[known]),
+        confusion=(y_cpu * k + predicted)[known].bincount(minlength=k * k).view(k, k),
         mistakes=wrong[confidence[wrong].argsort(descending=True, stable=True)],
         predicted=predicted, confidence=confidence, auroc=auroc)
 
@@ -189,8 +198,8 @@ def other_images(data: SemiSupervisedData, images: Tensor,
 
 def print_evaluation(accelerated: Accelerated, data: SemiSupervisedData,
                      settings: Settings, processes: Processes) -> None:
-    """Print error, likelihood and the rest of an Assessment on the test set; with settings.test
-    false, on the validation set.
+    """Print error, if there are labels, likelihood and the rest of an Assessment on the test set;
+    with settings.test false, on the validation set.
 
     Error and likelihood are means over settings.draws samples of the dequantisation noise; the
     values follow them. The rest is of the first sample. Raises Failed if a value is not finite.
@@ -208,7 +217,8 @@ def print_evaluation(accelerated: Accelerated, data: SemiSupervisedData,
     title = name.capitalize()
     say(f"{title} set", f"{len(y):,} examples of {settings.data}, {seconds:.1f} s on "
                         f"{device_name(data.device)}")
-    say(f"{title} error", mean(100 * (1 - accuracy), 2, "%"))
+    if len(data.labelled):
+        say(f"{title} error", mean(100 * (1 - accuracy), 2, "%"))
     say("log p(x)", mean(log_p, 3, " nats"))
     if data.grey_levels:
         say("bits/dim", mean(data.bits_per_dim(log_p), 4))

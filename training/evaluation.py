@@ -100,7 +100,7 @@ def summary(log_p: Tensor, logits: Tensor, y: Tensor) -> tuple[float, float]:
     """Mean log p(x), in nats, and the accuracy of argmax p(y | x), from 0 to 1, of N examples.
 
     log_p, logits: what `predict` returns
-    y: the classes, (N,)
+    y: the classes, (N,), or all -1, for an accuracy of NaN
 
     Raises Failed if these are not finite, and ValueError if y has classes that the model lacks.
     """
@@ -112,8 +112,8 @@ def summary(log_p: Tensor, logits: Tensor, y: Tensor) -> tuple[float, float]:
     if any(n for n, _ in broken):
         counts = " and ".join(f"{name} of {n}" for n, name in broken if n)
         raise Failed(f"Not finite: {counts} of the {len(y)} examples")
-    correct = logits.argmax(1) == y
-    mean_log_p, accuracy = torch.stack((log_p.double(), correct.double())).mean(1).tolist()
+    correct = (logits.argmax(1) == y).double().where(y >= 0, torch.nan)
+    mean_log_p, accuracy = torch.stack((log_p.double(), correct)).mean(1).tolist()
     return mean_log_p, accuracy
 
 

@@ -1,6 +1,7 @@
 """How far a run is: epochs and training steps, what its epoch has summed up, when it has to stop.
 """
 
+import math
 import signal
 import threading
 import time
@@ -210,7 +211,8 @@ class Progress:
         self.epoch, self.steps_done, self.sums = self.epoch + 1, 0, {}
         self._estimate(time.perf_counter())
         return {"epoch": self.epoch, "train_loss": means.pop("loss"), **means,
-                "labelled_acc": sums["correct"] / max(sums["labelled"], 1)}
+                "labelled_acc": (sums["correct"] / sums["labelled"] if sums["labelled"]
+                                 else math.nan)}
 
     def lap(self) -> float:
         """The seconds of a row of metrics.csv: since the last call, at first since this object's

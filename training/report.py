@@ -5,6 +5,8 @@ import html
 import io
 import math
 import os
+import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from utils.data import SemiSupervisedData
 from utils.figures import TEMPERATURE, dispensable, plot_curves, plot_run, save
 from utils.files import atomic_write
 from utils.metrics import MetricsLog, Row, average_is_better
+from utils.runs import PARAMS_FILE
 from utils.settings import differences
 from utils.terminal import epoch_line, result, say, show
 
@@ -69,6 +72,25 @@ def announce(model: SemiConditionalFlow, data: SemiSupervisedData, settings: Set
                     f"steps{', after label spreading' * bool(data.spread_labels)}")
 
 
+def way_back(run_dir: Path, settings: Settings, diverged: bool) -> str:
+    """What the message of a run that failed adds: its last checkpoint, if there is one, and the
+    command that trains on from there.
+
+    run_dir: of the run, where it is now
+    settings: of the run
+    diverged: whether a number was not finite: only then is there a command, with a lower lr
+    """
+    checkpoint = run_dir / "checkpoint.pt"
+    if not checkpoint.exists():
+        return ""
+    hint = f". The last good checkpoint is {checkpoint}"
+    if not diverged:
+        return hint
+    run, params = (shlex.quote(os.path.relpath(path)) for path in (run_dir, run_dir / PARAMS_FILE))
+    return (f"{hint}; to train on from it with a lower learning rate: python {sys.argv[0]} "
+            f"--config {params} --initial_weights {run} --lr {settings.lr / 10:g}")
+
+
 class RunFiles:
     """What a run leaves beside its checkpoint: metrics.csv, labelled.txt, pictures, model.torch,
     report.html.
@@ -93,7 +115,7 @@ class RunFiles:
                 np.savetxt(f, data.labelled_ids, "%d")
         validated = ("val", "ema_val")[:bool(settings.validation) * (1 + bool(settings.ema))]
         self.shown = ((*validated, *("test",) * settings.test),
-                      "log_p" if data.grey_levels is None else "bpd")
+                      "log_p" if data.grey_levels is None else "bpd", len(data.labelled) > 0)
         show(epoch_line(None, *self.shown))
 
     def log(self, row: Row) -> None:
@@ -181,9 +203,11 @@ def write_report(run_dir: Path, settings: Settings, rows: list[Row], assessment:
     changed = ", with changes" if params.get("dirty") else ""
     done = (f"{rows[-1]['epoch']:.0f} epochs, {seconds:,.0f} s of training and evaluation; "
             f"{commit}{changed}, ended on {html.escape(device)}. The figures below are of the "
-            f"{assessment.confusion.sum():,} {assessment.name} examples.")
+            f"{len(assessment.predicted):,} {assessment.name} examples.")
     options = _table([(key, str(value)) for key, value in sorted(vars(settings).items())])
     auroc = f"<p>{assessment.meaning_of_auroc}</p>" if assessment.auroc else ""
+    confusion = ("<h2>Confusion</h2>\n<p>Row: the true class; column: the predicted one.</p>\n"
+                 f"{_confusion(assessment.confusion.tolist())}" if assessment.has_labels else "")
     page = f"""<!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -193,9 +217,7 @@ def write_report(run_dir: Path, settings: Settings, rows: list[Row], assessment:
 <p>{done}</p>
 <div class="scores">{_table(_scores(assessment))}</div>
 {auroc}
-<h2>Confusion</h2>
-<p>Row: the true class; column: the predicted one.</p>
-{_confusion(assessment.confusion.tolist())}
+{confusion}
 <h2>Training</h2>
 {curves}
 {pictures}
@@ -208,11 +230,13 @@ def write_report(run_dir: Path, settings: Settings, rows: list[Row], assessment:
 
 
 def _scores(assessment: Assessment) -> list[tuple[str, str]]:
-    scores = [("error", f"{assessment.error:.2%}"), ("log p(x)", f"{assessment.log_p:.3f} nats")]
+    scores = [("log p(x)", f"{assessment.log_p:.3f} nats")]
     if math.isfinite(assessment.bits_per_dim):
         scores.append(("bits/dim", f"{assessment.bits_per_dim:.4f}"))
-    scores += [("-log p(y | x)", f"{assessment.nll:.4f} nats"),
-                ("expected calibration error", f"{assessment.calibration_error:.2%}")]
+    if assessment.has_labels:
+        scores = [("error", f"{assessment.error:.2%}"), *scores,
+                  ("-log p(y | x)", f"{assessment.nll:.4f} nats"),
+                  ("expected calibration error", f"{assessment.calibration_error:.2%}")]
     return scores + [(f"AUROC of log p(x), against {kind}", shown)
                      for kind, shown in assessment.shown_auroc(4).items()]
 

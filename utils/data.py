@@ -49,7 +49,8 @@ class SemiSupervisedData:
     train_y, test_y: classes (N,), integers from 0; of the training labels only those of `labelled`
         are stored, and the others may be -1
     labelled: indices of the training examples whose labels are shown, at least one of each class
-        that occurs anywhere
+        that occurs anywhere; or none, for the density alone: all labels may then be -1, and those
+        of test and validation examples are not stored either
     grey_levels: 256 for MNIST; None for points
     device: of all tensors
     labelled_ids: the indices of the same examples in the full training set, if train_x is a part
@@ -79,13 +80,19 @@ class SemiSupervisedData:
             raise ValueError(f"spread_labels must be from 0 to 1, not {spread_labels}")
         if grey_levels is None and augmentation:
             raise ValueError("points cannot be augmented")
+        _check_indices(labelled, len(train_x))
         for name, x, y in (("train", train_x, train_y), ("test", test_x, test_y),
                            ("val", val_x, val_y)):
-            _check_examples(name, x, y, tuple(train_x.shape[1:]), grey_levels)
-        _check_indices(labelled, len(train_x))
+            lowest = -1 if name == "train" or not len(labelled) else 0
+            _check_examples(name, x, y, tuple(train_x.shape[1:]), grey_levels, lowest)
         labelled, train_y, test_y, val_y = (t.long() for t in (labelled, train_y, test_y, val_y))
-        self.n_classes = int(torch.cat((train_y, test_y, val_y)).max()) + 1
-        _check_classes(train_y[labelled], self.n_classes)
+        self.n_classes = max(int(torch.cat((train_y, test_y, val_y)).max()) + 1, 1)
+        if len(labelled):
+            _check_classes(train_y[labelled], self.n_classes)
+        elif spread_labels:
+            raise ValueError("spread_labels needs labelled examples")
+        else:                   # what the model calls a class has nothing to do with these
+            test_y, val_y = test_y.new_full(test_y.shape, -1), val_y.new_full(val_y.shape, -1)
         self.labelled = labelled.to(device)
         self.labelled_ids = labelled if labelled_ids is None else labelled_ids
         is_labelled = torch.zeros(len(train_y), dtype=torch.bool)
@@ -107,7 +114,10 @@ class SemiSupervisedData:
 
     @property
     def class_probs(self) -> Tensor:
-        """p(y): the frequencies of the classes among the labelled examples, (K,) float64."""
+        """p(y): the frequencies of the classes among the labelled examples, (K,) float64; uniform
+        without any."""
+        if not len(self.labelled):
+            return torch.full((self.n_classes,), 1 / self.n_classes, dtype=torch.float64)
         counts = torch.bincount(self.train_y[self.labelled], minlength=self.n_classes)
         return counts.double().cpu() / len(self.labelled)
 
@@ -153,14 +163,14 @@ class SemiSupervisedData:
         """A training batch of `batch_size` rows.
 
         Each row is, independently, a labelled example with probability `labelled_share` and
-        otherwise an unlabelled one, chosen uniformly with replacement; without unlabelled examples
-        all rows are labelled. `augmented` false leaves out the copies, and what goes with them.
+        otherwise an unlabelled one, chosen uniformly with replacement; without examples of one kind
+        all rows are of the other. `augmented` false leaves out the copies, and what goes with them.
         """
         def choose(indices: Tensor) -> Tensor:
             return indices[torch.randint(len(indices), (batch_size,), generator=generator,
                                          device=self.device)]
-        index = choose(self.labelled)
-        if len(self.unlabelled):
+        index = choose(self.labelled if len(self.labelled) else self.unlabelled)
+        if len(self.labelled) and len(self.unlabelled):
             u = torch.rand(batch_size, generator=generator, device=self.device)
             index = torch.where(u < self.labelled_share, index, choose(self.unlabelled))
         images, y = self.train_x[index], self.train_y[index]
@@ -186,14 +196,14 @@ class SemiSupervisedData:
 
 
 def _check_examples(name: str, x: Tensor, y: Tensor, shape: tuple[int, ...],
-                    grey_levels: int | None) -> None:
-    """Raise ValueError unless x (N, *shape) and y (N,) are examples as in SemiSupervisedData."""
+                    grey_levels: int | None, lowest: int) -> None:
+    """Raise ValueError unless x (N, *shape) and y (N,), from `lowest`, are examples as in
+    SemiSupervisedData."""
     if x.dim() != 4 or tuple(x.shape[1:]) != shape or y.shape != x.shape[:1]:
         wanted = ", ".join(map(str, shape)) if len(shape) == 3 else "C, H, W"
         raise ValueError(f"{name}_x and {name}_y have shapes {tuple(x.shape)} and "
                          f"{tuple(y.shape)}, and must have (N, {wanted}) and (N,)")
     check_integers(f"{name}_y", y)
-    lowest = -1 if name == "train" else 0
     if len(y) and int(y.min()) < lowest:
         raise ValueError(f"{name}_y has class {int(y.min())}, and classes start at {lowest}")
     if grey_levels is None:
@@ -209,10 +219,10 @@ def _check_indices(labelled: Tensor, n: int) -> None:
     if labelled.dtype == torch.bool:
         raise ValueError("labelled is a mask, and must be indices: labelled.nonzero()[:, 0]")
     check_integers("labelled", labelled)
-    if labelled.dim() != 1 or not len(labelled) or len(labelled.unique()) < len(labelled):
+    if labelled.dim() != 1 or len(labelled.unique()) < len(labelled):
         raise ValueError(f"labelled has shape {tuple(labelled.shape)} and {len(labelled.unique())} "
                          "values: it must be different indices, of shape (n,)")
-    if not 0 <= int(labelled.min()) <= int(labelled.max()) < n:
+    if len(labelled) and not 0 <= int(labelled.min()) <= int(labelled.max()) < n:
         raise ValueError(f"labelled has indices from {int(labelled.min())} to "
                          f"{int(labelled.max())}, and must have them from 0 to {n - 1}")
 

@@ -85,9 +85,12 @@ def choose_labelled(y: np.ndarray, n_classes: int, supervised: int,
     """Sorted indices of `supervised` random examples (-1: all), equally many of each class.
 
     y: the classes of all examples. Where equal numbers are impossible, the first classes get one
-    more, and a class that has too few gives all it has. Raises BadInput if `supervised` is less
-    than the number of classes or more than the examples, or if a class has no examples.
+    more, and a class that has too few gives all it has; 0 gives none. Raises BadInput if another
+    `supervised` is less than the number of classes or more than the examples, or if a class has no
+    examples.
     """
+    if supervised == 0:
+        return np.arange(0)
     of_class = [rng.permutation(np.flatnonzero(y == k)) for k in range(n_classes)]
     if not all(map(len, of_class)):
         missing = [len(members) for members in of_class].index(0)
@@ -97,7 +100,8 @@ def choose_labelled(y: np.ndarray, n_classes: int, supervised: int,
         return np.arange(len(y))
     if not n_classes <= supervised <= len(y):
         raise BadInput(f"supervised must be at least one for each of the {n_classes} classes and "
-                       f"at most the {len(y)} training examples (or -1 for all), not {supervised}")
+                       f"at most the {len(y)} training examples (or -1 for all, 0 for none), not "
+                       f"{supervised}")
     # Round j takes the j-th example of each class that has one.
     rounds = sorted((j, k, i) for k, members in enumerate(of_class)
                     for j, i in enumerate(members))

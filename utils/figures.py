@@ -100,12 +100,16 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def plot_curves(rows: list[Row], columns: int = 3) -> Figure:
-    """Loss, error and likelihood against the epoch, from the rows of a MetricsLog.
+    """Loss, error, if there are labels, and likelihood against the epoch, from the rows of a
+    MetricsLog.
 
     columns: of the panels, 3, or 1 for a narrow page
     """
-    figure = Figure(figsize=(4 * columns, 3.4 * (3 // columns)), layout="constrained")
-    loss, error, likelihood = figure.subplots(3 // columns, columns)
+    n = 3 if np.isfinite([row[f"{name}_acc"] for row in rows for name in CURVES
+                          if name != "train"]).any() else 2
+    columns = min(columns, n)
+    figure = Figure(figsize=(4 * columns, 3.4 * (n // columns)), layout="constrained")
+    loss, *errors, likelihood = figure.subplots(n // columns, columns)
     epoch = [row["epoch"] for row in rows]
 
     def curve(axes: Axes, name: str, quantity: str,
@@ -120,18 +124,18 @@ def plot_curves(rows: list[Row], columns: int = 3) -> Figure:
         return 100 * (1 - accuracy)
     curve(loss, "train", "loss")
     loss.set_ylabel("loss, nats")
-    curve(error, "labelled", "acc", error_percent)
     shown = [name for name in ("val", "ema_val", "test")
              if any(np.isfinite(row[f"{name}_log_p"]) for row in rows)]
-    for name in shown:
-        curve(error, name, "acc", error_percent)
-    error.set_ylabel("error, %")
-    error.set_ylim(bottom=0)
+    for error in errors:
+        for name in ("labelled", *shown):
+            curve(error, name, "acc", error_percent)
+        error.set_ylabel("error, %")
+        error.set_ylim(bottom=0)
     images = any(np.isfinite(row[f"{name}_bpd"]) for row in rows for name in shown)
     for name in shown:
         curve(likelihood, name, "bpd" if images else "log_p")
     likelihood.set_ylabel("bits/dim" if images else "log p(x), nats")
-    for axes in (loss, error, likelihood):
+    for axes in figure.axes:
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
@@ -201,7 +205,7 @@ def plot_samples(model: SemiConditionalFlow, seed: int, temperature: float = 1.0
         axes.set_ylabel("noise vector")
     else:
         figure = Figure(figsize=(4 * k, 4), layout="constrained")
-        for j, axes in enumerate(figure.subplots(1, k, sharex=True, sharey=True)):
+        for j, axes in enumerate(figure.subplots(1, k, sharex=True, sharey=True, squeeze=False)[0]):
             points = x[:, j, :, 0, 0]
             finite = points.isfinite().all(1)
             axes.scatter(*points[finite].numpy().T, s=4, color=POINT_COLOURS(j))
@@ -337,8 +341,8 @@ def plot_latent_space(model: SemiConditionalFlow, x: Tensor, y: Tensor) -> Figur
 
 @torch.no_grad()
 def plot_density(model: SemiConditionalFlow, data: SemiSupervisedData, cells: int = 200) -> Figure:
-    """For points: log p(x) with the training points, and p(y = 1 | x) with the test points; both
-    with the labelled training points.
+    """For points: log p(x) with the training points and, if there are labels, p(y = 1 | x) with the
+    test points; both with the labelled training points.
 
     They are evaluated on a grid of cells x cells. Raises Failed if none is finite.
     """
@@ -354,10 +358,9 @@ def plot_density(model: SemiConditionalFlow, data: SemiSupervisedData, cells: in
         raise Failed("Not finite: log p(x, y) of all points of the picture")
     log_joint[~finite] = torch.nan
     log_p = log_joint.logsumexp(1).view(cells, cells)
-    posterior = log_joint.softmax(1)[:, 1].view(cells, cells)
-    height = 4.6 * (top - bottom) / (right - left) + 1.1
-    figure = Figure(figsize=(12, height), layout="constrained")
-    density, regions = figure.subplots(1, 2)
+    height, panels = 4.6 * (top - bottom) / (right - left) + 1.1, 1 + (len(data.labelled) > 0)
+    figure = Figure(figsize=(6 * panels, height), layout="constrained")
+    density, *others = figure.subplots(1, panels, squeeze=False)[0]
 
     def colour_bar(image: AxesImage, axes: Axes, label: str) -> None:
         """As high as the panel, which is lower than its place."""
@@ -369,6 +372,9 @@ def plot_density(model: SemiConditionalFlow, data: SemiSupervisedData, cells: in
     density.scatter(*points.T, s=3, color="black", alpha=0.4, linewidths=0)
     density.set_title("Density and training points"
                       + left_out(int((~finite).sum()), len(finite)), fontsize=TITLE)
+    if not others:
+        return figure
+    regions, posterior = others[0], log_joint.softmax(1)[:, 1].view(cells, cells)
     image = regions.imshow(posterior.numpy(), origin="lower", extent=extent, cmap=POSTERIOR,
                            vmin=0, vmax=1)
     colour_bar(image, regions, "p(y = 1 | x)")

@@ -26,7 +26,7 @@ class MetricsLog:
     set; the same three of the averaged weights; the same three of the test set, with the weights
     that the run would keep; the learning rate; the seconds since the previous row, of training,
     evaluation, checkpoints and pictures. What does not apply (bits/dim of points, averages without
-    ema) is NaN.
+    ema, accuracies without labels) is NaN.
     """
 
     def __init__(self, path: str | Path, up_to_epoch: int = 0):

@@ -58,7 +58,8 @@ OPTION_GROUPS: dict[str, tuple[Option, ...]] = {
                "training examples that are set aside, to choose settings and weights by", low=0),
         Option("test", bool, True, "evaluate the test set; false: only validation examples",
                resumable=True),
-        Option("supervised", int, 100, "labelled examples; -1: all", low=1, also=(-1,)),
+        Option("supervised", int, 100, "labelled examples; -1: all; 0: none, for the density alone",
+               low=0, also=(-1,)),
         Option("sup_sample_weight", float, 0.5,
                "w: a row of a batch is labelled with probability w / (1 + w); -1: the share of "
                "labelled examples", low=0, open_below=True, also=(-1,)),
@@ -283,7 +284,12 @@ class SettingsParser(RunParser):
             s = self._parse_evaluated(s.pretrained, argv)
         if os.path.isdir(s.initial_weights):
             s.initial_weights = str(weights_of_run(s.initial_weights))
+        of_labels = [key for key in ("cl_weight", "cons_weight", "vat_weight", "spread_labels")
+                     if vars(s)[key]]
         for is_wrong, message in (
+                (not s.supervised and of_labels,
+                 "without labels (supervised 0) the density alone is trained: set "
+                 f"{', '.join(of_labels)} to 0"),
                 (s.epochs == 1 and s.lr_schedule == "linear" and not s.pretrained,
                  "with lr_schedule linear the last epoch has learning rate zero, so a single one "
                  "would change nothing: use more epochs, or lr_schedule cosine or no"),

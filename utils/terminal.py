@@ -15,7 +15,7 @@ from .metrics import Row, average_is_better
 
 WIDTH, LABEL = 79, 13       # characters of a line, and of the label at its beginning
 NO_BREAK = "\xa0"           # a space at which `say` does not break a line
-HEADERS = {"val": "val err", "ema_val": "avg err", "test": "test err"}     # of the table's errors
+HEADERS = {"val": "val", "ema_val": "avg", "test": "test"}      # of the table's columns
 QUANTITIES = {"bpd": ("bits/dim", 4), "log_p": ("log p(x)", 3)}     # header, digits
 UNITS = (("day", 86_400), ("hour", 3600), ("minute", 60), ("second", 1))
 
@@ -98,16 +98,18 @@ def duration(seconds: float) -> str:
     return f"about {number:g} {name}{'s' * (number > 1)}"
 
 
-def epoch_line(row: Row | None, sets: Sequence[str], quantity: str) -> str:
+def epoch_line(row: Row | None, sets: Sequence[str], quantity: str, errors: bool = True) -> str:
     """The terminal's line for a row of metrics.csv; for None, the header of such lines.
 
     sets: the examples that the run evaluates, of HEADERS; errors are in %
     quantity: the likelihood that is shown, of QUANTITIES
+    errors: whether there are errors, or the header is one of likelihoods alone
     """
     name, digits = QUANTITIES[quantity]
     if row is None:
-        return (f"epoch{'loss':>11}" + "".join(f"{HEADERS[s]:>9}{name:>9}" for s in sets)
-                + f"{'seconds':>8}")
+        headers = [f"{f'{HEADERS[s]} err':>9}{name:>9}" if errors else
+                   f"{f'{HEADERS[s]} {name}':>18}" for s in sets]
+        return f"epoch{'loss':>11}{''.join(headers)}{'seconds':>8}"
 
     def cell(value: float, form: str) -> str:
         return " " * 9 if math.isnan(value) else f"{value:{form}}"
@@ -117,12 +119,18 @@ def epoch_line(row: Row | None, sets: Sequence[str], quantity: str) -> str:
 
 
 def result(row: Row) -> tuple[str, str]:
-    """The error of the weights that a run keeps, from its last row: a label and words."""
+    """The error of the weights that a run keeps or, without labels, their likelihood, from its last
+    row: a label and words."""
     averaged, which = average_is_better(row), ""
     if not math.isnan(row["ema_val_log_p"]):
         which = (f", of the {'averaged' if averaged else 'last'} weights, which have the "
                  f"{'only finite' if math.isnan(row['val_log_p']) else 'higher'} validation "
                  "likelihood")
-    if math.isnan(row["test_acc"]):
-        return "Validation error", f"{1 - row['ema_val_acc' if averaged else 'val_acc']:.2%}{which}"
-    return "Test error", f"{1 - row['test_acc']:.2%}{which}"
+    title, name = "Test", "test"
+    if math.isnan(row["test_log_p"]):
+        title, name = "Validation", "ema_val" if averaged else "val"
+    if not math.isnan(row[f"{name}_acc"]):
+        return f"{title} error", f"{1 - row[f'{name}_acc']:.2%}{which}"
+    quantity = "log_p" if math.isnan(row[f"{name}_bpd"]) else "bpd"
+    (header, digits), value = QUANTITIES[quantity], row[f"{name}_{quantity}"]
+    return f"{title} {header}", f"{value:.{digits}f}{' nats' * (quantity == 'log_p')}{which}"
