@@ -37,7 +37,7 @@ from training.assessment import print_evaluation
 from training.beyond import Beyond
 from training.checkpoint import (CheckpointWriter, load_checkpoint, load_pretrained, load_weights,
                                  restore, state_of_run)
-from training.device import choose_speed, measure_cpu, set_up_torch
+from training.device import choose_speed, measure_cpu, memory_errors_as_failed, set_up_torch
 from training.distributed import Processes
 from training.evaluation import RunEvaluation
 from training.objective import objective
@@ -87,7 +87,7 @@ def main(processes):
         speed = speed._replace(precision=settings.precision)
     run = None
     try:
-        with limits, contextlib.ExitStack() as stack:
+        with memory_errors_as_failed(), limits, contextlib.ExitStack() as stack:
             if processes.is_main:
                 start = Run.resumed if checkpoint else parser.start_run
                 run = stack.enter_context(start(settings))
@@ -100,8 +100,7 @@ def main(processes):
     except (Failed, OSError) as error:      # an OSError is, for example, a full disk
         last_good = run and run.run / "checkpoint.pt"
         hint = f". The last good checkpoint is {last_good}" if run and last_good.exists() else ""
-        of_all = isinstance(error, Failed)
-        raise Failed(f"{one_line(error)}{hint}", of_all) from None
+        raise Failed(f"{one_line(error)}{hint}", getattr(error, "of_all", False)) from None
     except KeyboardInterrupt:
         if run and (run.run / "checkpoint.pt").exists():
             print(f"\nInterrupted; to continue:\n{run.resume_command}", file=sys.stderr)
@@ -194,7 +193,8 @@ def cli():
     processes = None
     try:
         processes = Processes()
-        with contextlib.redirect_stdout(sys.stdout if processes.is_main else None):
+        stdout = sys.stdout if processes.is_main else None
+        with contextlib.redirect_stdout(stdout), memory_errors_as_failed():
             main(processes)
     except (BadInput, Failed, OSError) as error:
         message = f"train-flow-ssl.py: error: {one_line(error)}"

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from matplotlib.figure import Figure
 
 from models import SemiConditionalFlow
@@ -21,6 +20,7 @@ from utils.errors import Failed
 from utils.figures import TEMPERATURE, plot_curves, plot_run, save
 from utils.files import atomic_write
 from utils.metrics import MetricsLog, Row, average_is_better
+from utils.runs import read_params
 from utils.settings import differences
 from utils.terminal import epoch_line, result, say, show
 
@@ -182,8 +182,9 @@ def write_report(run_dir: Path, settings: Settings, rows: list[Row], assessment:
     curves = (f'<picture><source media="(max-width: 700px)" srcset="{_uri(narrow)}">'
               f'{_image(wide, "curves")}</picture>')
     seconds = sum(row["seconds"] for row in rows)
-    params = yaml.safe_load((run_dir / "params.yaml").read_text(encoding="utf-8"))
-    commit = f"started at commit {params['commit'][:7]}" if params.get("commit") else "no commit"
+    params = read_params(run_dir / "params.yaml")
+    commit = params.get("commit")
+    commit = f"started at commit {str(commit)[:7]}" if commit else "no commit"
     changed = ", with changes" if params.get("dirty") else ""
     done = (f"{rows[-1]['epoch']:.0f} epochs, {seconds:,.0f} s of training and evaluation; "
             f"{commit}{changed}, ended on {html.escape(device)}. The figures below are of the "

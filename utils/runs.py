@@ -134,7 +134,7 @@ class Run(exman.parser.SafeExperiment):
                 run.symlink.unlink(missing_ok=True)
                 run.symlink.symlink_to(Path("..", "runs", place.name, PARAMS_FILE))
         path = run.run / PARAMS_FILE
-        params = yaml.safe_load(path.read_text())
+        params = read_params(path)
         params.update({key: value for key, value in vars(settings).items()
                        if key not in ("config_file", "resume")})
         params["data_root"] = relative_to(settings.data_root, Path.cwd(),
@@ -162,6 +162,17 @@ class Run(exman.parser.SafeExperiment):
         self.run = self.run.rename(place)
         self.symlink.unlink(missing_ok=True)
         (self.run / TRACEBACK_FILE).write_text(trace)
+
+
+def read_params(path: Path) -> dict[str, Any]:
+    """The content of a run's params.yaml, with YAML's types, such as dates. Raises BadInput."""
+    try:
+        params = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as e:   # ValueError: of a date
+        raise BadInput(f"{path} is damaged: {' '.join(str(e).split())}") from None
+    if not isinstance(params, dict):
+        raise BadInput(f"{path} is damaged: it is not a mapping")
+    return params
 
 
 def started_in(run_dir: str) -> Path:

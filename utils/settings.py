@@ -24,7 +24,7 @@ from models.options import Option
 from . import Settings
 from .datasets import DATASETS
 from .errors import BadInput, given_twice, names_of_options
-from .runs import PARAMS_FILE, RunParser, relative_to, started_in
+from .runs import PARAMS_FILE, RunParser, read_params, relative_to, started_in
 from .terminal import NO_BREAK, say
 
 SHIPPED = "shipped"     # the value of a bare --pretrained
@@ -49,12 +49,13 @@ OPTION_GROUPS: dict[str, tuple[Option, ...]] = {
         Option("data", str, "mnist", "dataset", choices=tuple(DATASETS)),
         Option("data_root", str, "data", "folder of MNIST/raw", resumable=True),
         Option("num_examples", int, -1, "training examples; -1: all, or 1000 points",
-               low=1, also=(-1,)),
+               low=1, high=10**6, also=(-1,)),
         Option("data_seed", int, 0,
                "seed of the choice of labelled examples and num_examples, and of the points",
                low=0),
         Option("validation", int, 0,
-               "training examples that are set aside, to choose settings and weights by", low=0),
+               "training examples that are set aside, to choose settings and weights by", low=0,
+               high=10**6),
         Option("test", bool, True, "evaluate the test set; false: only validation examples",
                resumable=True),
         Option("supervised", int, 100, "labelled examples; -1: all", low=1, also=(-1,)),
@@ -72,7 +73,7 @@ OPTION_GROUPS: dict[str, tuple[Option, ...]] = {
         Option("weight_decay", float, 1e-5, "L2 penalty", low=0),
         Option("epochs", int, 500, "epochs of ceil(training examples / train_bs) training steps",
                low=1, resumable=True),
-        Option("train_bs", int, 256, "batch size in training", low=2),
+        Option("train_bs", int, 256, "batch size in training", low=2, high=2**16),
         Option("test_bs", int, 512, "batch size in evaluation", low=1),
         Option("ema", float, 0.0, "decay of a moving average of the weights; 0: none",
                low=0, high=1 - 1e-9),
@@ -333,7 +334,9 @@ class SettingsParser(RunParser):
 
         Raises BadInput for changes of settings that are not in RESUMABLE.
         """
-        base = vars(self._parse(["--config", str(self.params_to_resume(run_dir))]))
+        params = self.params_to_resume(run_dir)
+        base = vars(self._parse(["--config", str(params)]))
+        read_params(params)                 # its dates have to be right, too, before the run starts
         del base["config_file"]             # as a default, it would be read again
         base.update(data_root=data_root_of_run(base["data_root"], run_dir), time_limit=0.0)
         self.set_defaults(**base)
