@@ -37,13 +37,13 @@ from training.assessment import print_evaluation
 from training.beyond import Beyond
 from training.checkpoint import (CheckpointWriter, load_checkpoint, load_pretrained, load_weights,
                                  restore, state_of_run)
-from training.device import choose_speed, measure_cpu, set_up_torch
+from training.device import choose_speed, measure_cpu, memory_errors_as_failed, set_up_torch
 from training.distributed import Processes
 from training.evaluation import RunEvaluation
 from training.objective import objective
 from training.optim import Optimizer, learning_rate
 from training.progress import Limits, Progress
-from training.report import RunFiles, announce, way_back
+from training.report import RunFiles, announce
 from training.speed import Accelerated, Captured
 from utils.data import Batch
 from utils.datasets import load_data
@@ -63,7 +63,7 @@ def main(processes):
         raise BadInput(f"train_bs {settings.train_bs} is not a multiple of the {processes.size} "
                        "processes")
     processes.connect(device)
-    with processes.together(), processes.main_first():      # it may have to download the data
+    with processes.together(), processes.main_first(), working("loading the data"):
         data = load_data(settings, device)
     torch.manual_seed(settings.seed)
     with value_errors_as_bad_input(), working("building the model"):
@@ -98,9 +98,9 @@ def main(processes):
                 show(run.resume_command)
             processes.barrier()                     # no process leaves while the main one writes
     except (Failed, OSError) as error:      # an OSError is, for example, a full disk
-        diverged = isinstance(error, Failed)
-        hint = way_back(run.run, settings, diverged) if run else ""
-        raise Failed(f"{one_line(error)}{hint}", of_all=diverged) from None
+        of_all = getattr(error, "of_all", False)            # a number was not finite
+        hint = run.way_back(settings.lr / 10 if of_all else None) if run else ""
+        raise Failed(f"{one_line(error)}{hint}", of_all) from None
     except KeyboardInterrupt:
         if run:
             print(f"\nInterrupted; to continue:\n{run.resume_command}", file=sys.stderr)
@@ -194,7 +194,8 @@ def cli():
     processes = None
     try:
         processes = Processes()
-        with contextlib.redirect_stdout(sys.stdout if processes.is_main else None):
+        stdout = sys.stdout if processes.is_main else None
+        with contextlib.redirect_stdout(stdout), memory_errors_as_failed():
             main(processes)
     except (BadInput, Failed, OSError) as error:
         message = f"train-flow-ssl.py: error: {one_line(error)}"
@@ -214,7 +215,5 @@ def cli():
 if __name__ == "__main__":
     if HEEDS_CTRL_C:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if sys.stderr and sys.stderr.isatty():      # what is printed next covers it
-        print("Loading the data", end="\r", file=sys.stderr, flush=True)
     with sturdy_output():
         sys.exit(cli())

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import hypothesis
 import pytest
 import torch
 
@@ -25,6 +26,10 @@ from utils.settings import OPTIONS
 PROJECT = Path(__file__).resolve().parent.parent
 SCRIPT = PROJECT / "train-flow-ssl.py"
 MNIST_FOLDERS = [Path(p) for p in (os.environ.get("SCNF_DATA_ROOT"), PROJECT / "data") if p]
+
+# Every run of the tests has the same examples.
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("fixed")
 
 # A model and a run that take seconds.
 TINY = {"data": "digits", "model": "digits-masked", "ssl_dim": 16, "ssl_l": 2, "ssl_k": 1,

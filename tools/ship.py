@@ -22,7 +22,6 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -37,6 +36,7 @@ from utils.datasets import load_data
 from utils.errors import BadInput, OneLineParser, run_command, value_errors_as_bad_input
 from utils.files import PROJECT, atomic_write, sha256
 from utils.metrics import average_is_better, read_metrics
+from utils.runs import read_params
 from utils.settings import read_settings
 
 EVIDENCE = ("params.yaml", "metrics.csv", "log.txt", "labelled.txt", "curves.png", "samples.png",
@@ -107,7 +107,7 @@ def main(argv=None):
     save_atomically(weights, path)
     digest = sha256(path)
     copy_evidence(args.run, evidence)
-    params = yaml.safe_load((args.run / "params.yaml").read_text())
+    params = read_params(args.run / "params.yaml")
     evaluation = {
         "file": path.name, "sha256": digest, "bytes": path.stat().st_size, "stored": stored,
         "weights": "averaged" if average_is_better(rows[-1]) else "last",

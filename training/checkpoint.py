@@ -1,12 +1,17 @@
 """Files of weights, and checkpoints."""
 
+import io
+import math
+import os
 import random
+import reprlib
 import warnings
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -30,9 +35,13 @@ CHECKPOINT_FORMAT = 5
 # What DataParallel and DistributedDataParallel, and torch.compile, put into the names of weights,
 # and the entry that AveragedModel adds.
 WRAPPERS, NOT_WEIGHTS = ("module", "_orig_mod"), "n_averaged"
+LONGEST_NAME = 200      # of weights and settings, in characters
 LOG_SUM = 0.01      # the largest |log sum p(y)|, of log p(y) in half precision
-CHECKPOINT_KEYS = {"format", "model", "average", "optimizer", "epoch", "step", "sums", "seconds",
-                   "generator", "rng", "settings"}
+CHECKPOINT_TYPES = {"format": int, "model": dict, "average": dict, "optimizer": dict, "epoch": int,
+                    "step": int, "sums": dict, "seconds": float, "generator": Tensor, "rng": dict,
+                    "settings": dict}
+REAL = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16,
+        torch.bfloat16, torch.float32, torch.float64}
 
 
 def load_weights(model: SemiConditionalFlow, path: str | Path, averaged: bool = False) -> str:
@@ -72,9 +81,7 @@ def load_weights(model: SemiConditionalFlow, path: str | Path, averaged: bool = 
             raise BadInput(f"{path} has {key} of type {value.dtype}, and the model of "
                            f"{of_model[key].dtype}")
         state[key] = value.to(of_model[key].dtype)
-    not_finite = [key for key, value in state.items() if not value.isfinite().all()]
-    if not_finite:
-        raise BadInput(f"{path} has values that are not finite: {not_finite[0]}")
+    check_finite(state.items(), path)
     if abs(float(state.get("log_p_y", of_model["log_p_y"]).logsumexp(0))) > LOG_SUM:
         raise BadInput(f"{path} has a log_p_y that is not the logarithm of probabilities")
     model.load_state_dict(state, strict=False)
@@ -145,20 +152,18 @@ def load_checkpoint(path: Path, model: SemiConditionalFlow,
     """The content of a run's checkpoint.pt; None if the run was ended before its first one.
 
     Raises BadInput if it is not a checkpoint of a run of `model`, has another format, is of a run
-    with other settings than `settings`, apart from those that may change, has begun more epochs, or
-    lacks metrics.
+    with other settings than `settings`, apart from those that may change, has begun more epochs,
+    holds values that are not finite, or lacks metrics.
     """
     rows = read_metrics(path.with_name("metrics.csv"))
     if not rows and not path.exists() and not path.with_name("model.torch").exists():
         return None
     checkpoint = load_file(path)
     written = checkpoint.get("format", 1 if "optimizer" in checkpoint else None)
-    if written not in (None, CHECKPOINT_FORMAT):
+    if isinstance(written, int) and written != CHECKPOINT_FORMAT:
         raise BadInput(f"{path} has format {written}, and this version reads format "
                        f"{CHECKPOINT_FORMAT}: continue the run with the commit in its params.yaml")
-    sums = shapes_of(checkpoint.get("sums"))
-    if (set(checkpoint) != CHECKPOINT_KEYS or "log_p_y" not in checkpoint["model"]
-            or "" in sums or any(sums.values()) or ("loss" in sums) != (checkpoint["step"] > 0)):
+    if not is_checkpoint(checkpoint):
         raise BadInput(f"{path} is not a checkpoint of a run")
     check_architecture(model, as_state_dict(checkpoint["model"], path), path)
     done = checkpoint["epoch"] + (checkpoint["step"] > 0)
@@ -173,22 +178,64 @@ def load_checkpoint(path: Path, model: SemiConditionalFlow,
                if key not in RESUMABLE and vars(settings).get(key) != value]
     if changed:
         key = changed[0]
-        raise BadInput(f"{path} was trained with {key} {checkpoint['settings'][key]!r}, and the "
-                       f"run's params.yaml says {vars(settings).get(key)!r}: restore it")
+        raise BadInput(f"{path} was trained with {key} "
+                       f"{reprlib.repr(checkpoint['settings'][key])}, and the run's params.yaml "
+                       f"says {vars(settings).get(key)!r}: restore it")
     optimizer, shapes = checkpoint["optimizer"], shapes_of(dict(model.named_parameters()))
     average_fits = shapes_of(checkpoint["average"]) == (shapes if settings.ema else {})
     _, moments = OPTIMIZERS[settings.optimizer]
-    if not average_fits or (optimizer and any(
-            shapes_of(optimizer.get(key, {})) != shapes for key in moments)):
+    if not average_fits or (optimizer and (
+            shapes_of({"step": optimizer.get("step")}) != {"step": ()}
+            or any(shapes_of(optimizer.get(key)) != shapes for key in moments))):
         raise BadInput(f"{path} is damaged: the optimiser's state does not fit the weights")
+    for name in ("model", "average", "sums"):
+        check_finite(checkpoint[name].items(), path)
+    for key in moments if optimizer else ():
+        check_finite(((f"{key} of {name}", t) for name, t in optimizer[key].items()), path)
+    check_rng_state(checkpoint["rng"], path)
     return checkpoint
 
 
+def is_checkpoint(content: dict[str, Any]) -> bool:
+    """Whether `content` has the keys and types of a checkpoint of a run."""
+    if content.keys() != CHECKPOINT_TYPES.keys() or not all(
+            isinstance(content[key], kind) for key, kind in CHECKPOINT_TYPES.items()):
+        return False
+    sums, generator = shapes_of(content["sums"]), content["generator"]
+    return ("log_p_y" in content["model"] and min(content["epoch"], content["step"]) >= 0
+            and math.isfinite(content["seconds"])
+            and "" not in sums and not any(sums.values())
+            and ("loss" in sums) == (content["step"] > 0)
+            and is_plain(generator) and generator.dtype == torch.uint8 and generator.dim() == 1
+            and "epochs" in content["settings"]
+            and all(isinstance(key, str) and len(key) < LONGEST_NAME
+                    and isinstance(value, str | int | float | None)
+                    for key, value in content["settings"].items()))
+
+
+def is_plain(value: Any) -> bool:
+    """Whether `value` is a dense tensor of real numbers, each of which its storage holds.
+
+    An expanded one has a shape of any size, and nothing is to be computed with it.
+    """
+    return (isinstance(value, Tensor) and value.layout == torch.strided and value.dtype in REAL
+            and not (value.is_meta or value.is_nested)
+            and value.numel() * value.element_size() <= value.untyped_storage().nbytes())
+
+
 def shapes_of(tensors: Any) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of a mapping of names to tensors; {"": ()} of anything else."""
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+    """{name: shape} of a mapping of names to plain tensors; {"": ()} of anything else."""
+    if not isinstance(tensors, dict) or not all(map(is_plain, tensors.values())):
         return {"": ()}
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]], path: str | Path) -> None:
+    """Raise BadInput, which names the first of the named tensors with a value that is not finite.
+    """
+    for name, tensor in tensors:
+        if not tensor.isfinite().all():
+            raise BadInput(f"{path} has values that are not finite: {name}")
 
 
 def as_state_dict(state: Any, path: str | Path, content: Any = None) -> dict[str, Tensor]:
@@ -206,19 +253,24 @@ def as_state_dict(state: Any, path: str | Path, content: Any = None) -> dict[str
 def is_state_dict(state: Any) -> bool:
     """Whether `state` maps names to tensors of real numbers."""
     return isinstance(state, dict) and bool(state) and all(
-        isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided
-        and not (value.is_meta or value.is_complex() or value.is_quantized)
+        isinstance(key, str) and len(key) < LONGEST_NAME and is_plain(value)
         for key, value in state.items())
 
 
-def entries_with_weights(content: Any, name: str = "") -> list[str]:
-    """The names of all state dicts within nested mappings, in the form ['a']['b']."""
-    if name and is_state_dict(content):
-        return [name]
-    parts = content.items() if isinstance(content, dict) else ()
-    return [entry for key, part in parts
-            if isinstance(key, str)             # an optimiser's state has numbers
-            for entry in entries_with_weights(part, f"{name}[{key!r}]")]
+def entries_with_weights(content: Any) -> list[str]:
+    """The names of the state dicts within nested mappings, in the form ['a']['b'].
+
+    Only short names are looked for, and each mapping once: it may be within others, even itself.
+    """
+    entries, places, seen = [], [("", content)], set()
+    for name, part in places:       # which grows
+        if name and is_state_dict(part):
+            entries.append(name)
+        elif isinstance(part, dict) and id(part) not in seen and len(name) < LONGEST_NAME:
+            seen.add(id(part))
+            places += [(f"{name}[{reprlib.repr(key)}]", value) for key, value in part.items()
+                       if isinstance(key, str)]     # an optimiser's state has numbers
+    return entries
 
 
 def without_wrappers(state: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
@@ -254,18 +306,40 @@ def check_architecture(model: SemiConditionalFlow, state: Mapping[str, Tensor],
 
 
 def load_file(path: str | Path) -> dict[str, Any]:
-    """The mapping that torch.save wrote to `path`, with its tensors on the CPU. Raises BadInput."""
+    """The mapping that torch.save wrote to `path`, with its tensors on the CPU.
+
+    Raises BadInput if it is none, or damaged, which files of PyTorch 1.5 and earlier do not reveal.
+    """
+    if not os.path.isfile(path):
+        raise BadInput(f"no file {path}")
     try:
-        with warnings.catch_warnings(action="ignore"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise BadInput(f"no file {path}") from None
+        with open(path, "rb") as f, warnings.catch_warnings(action="ignore"):
+            without_checksums = f.read(1) == b"\x80"        # of PyTorch 1.5 and earlier: a pickle
+            f.seek(0)
+            content = torch.load(f if without_checksums else verified(f), map_location="cpu",
+                                 weights_only=True)
     except Exception as e:  # damaged bytes raise errors of many types
         raise BadInput(f"{path} is no checkpoint that torch.load can read safely "
                        f"({type(e).__name__})") from None
     if not isinstance(content, dict):
         raise BadInput(f"{path} holds a {type(content).__name__}, not the mapping of a checkpoint")
     return content
+
+
+def verified(f: IO[bytes]) -> IO[bytes]:
+    """A copy in memory of the zip file `f`, whose entries have the checksums that `f` has for them.
+
+    torch.load compares none, and takes the sizes of entries, and what is an entry, from other bytes
+    of the file than zipfile. Raises an error of any type if `f` is damaged.
+    """
+    copy = io.BytesIO()
+    with zipfile.ZipFile(f) as entries, zipfile.ZipFile(copy, "w") as copied:
+        if sum(entry.file_size for entry in entries.infolist()) > os.fstat(f.fileno()).st_size:
+            raise zipfile.BadZipFile("compressed entries, which could be of any size")
+        for entry in entries.infolist():
+            copied.writestr(entry.filename, entries.read(entry))
+    copy.seek(0)
+    return copy
 
 
 class CheckpointWriter:
@@ -339,7 +413,18 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     """Restore what `get_rng_state` returned, for GPUs only if their number is the same."""
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    np.random.set_state((kind, np.fromiter(keys, np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def check_rng_state(state: Mapping[str, Any], path: str | Path) -> None:
+    """Raise BadInput unless `set_rng_state` can restore `state`. The generators keep theirs."""
+    own = get_rng_state()
+    try:
+        set_rng_state(state)
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError, RuntimeError):
+        raise BadInput(f"{path} is damaged: it has no states of the random generators") from None
+    finally:
+        set_rng_state(own)

@@ -1,5 +1,6 @@
 """What a run computes with: device, threads, precision, compilation, chosen or measured."""
 
+import contextlib
 import math
 import os
 import platform
@@ -8,6 +9,7 @@ import statistics
 import sysconfig
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from models import SemiConditionalFlow
 from utils import Settings
 from utils.datasets import DATASETS
-from utils.errors import BadInput
+from utils.errors import BadInput, Failed
 from utils.terminal import say
 
 from .distributed import Processes
@@ -30,6 +32,18 @@ MEASURE_SECONDS, MEASURE_ROUNDS, PASS_SECONDS = 0.4, 3, 0.3
 # times scatter, rounding costs likelihood, and what is not measured, such as the optimiser, gains
 # by threads.
 BF16_TIME, ONE_THREAD_TIME = 0.9, 0.8
+
+
+@contextlib.contextmanager
+def memory_errors_as_failed() -> Iterator[None]:
+    """Turn an error of the block that says that memory was too small into Failed."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if (isinstance(error, MemoryError | torch.OutOfMemoryError)
+                or "can't allocate memory" in str(error)):
+            raise Failed("The memory is too small for these settings", of_all=False) from error
+        raise
 
 
 def set_up_torch(settings: Settings, processes: Processes) -> torch.device:

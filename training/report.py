@@ -5,14 +5,11 @@ import html
 import io
 import math
 import os
-import shlex
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from matplotlib.figure import Figure
 
 from models import SemiConditionalFlow
@@ -21,7 +18,7 @@ from utils.data import SemiSupervisedData
 from utils.figures import TEMPERATURE, dispensable, plot_curves, plot_run, save
 from utils.files import atomic_write
 from utils.metrics import MetricsLog, Row, average_is_better
-from utils.runs import PARAMS_FILE
+from utils.runs import read_params
 from utils.settings import differences
 from utils.terminal import epoch_line, result, say, show
 
@@ -70,25 +67,6 @@ def announce(model: SemiConditionalFlow, data: SemiSupervisedData, settings: Set
                    f"{', compiled' * speed.compile}")
     say("Training", f"{settings.epochs} epochs of {-(-len(data.train_x) // settings.train_bs)} "
                     f"steps{', after label spreading' * bool(data.spread_labels)}")
-
-
-def way_back(run_dir: Path, settings: Settings, diverged: bool) -> str:
-    """What the message of a run that failed adds: its last checkpoint, if there is one, and the
-    command that trains on from there.
-
-    run_dir: of the run, where it is now
-    settings: of the run
-    diverged: whether a number was not finite: only then is there a command, with a lower lr
-    """
-    checkpoint = run_dir / "checkpoint.pt"
-    if not checkpoint.exists():
-        return ""
-    hint = f". The last good checkpoint is {checkpoint}"
-    if not diverged:
-        return hint
-    run, params = (shlex.quote(os.path.relpath(path)) for path in (run_dir, run_dir / PARAMS_FILE))
-    return (f"{hint}; to train on from it with a lower learning rate: python {sys.argv[0]} "
-            f"--config {params} --initial_weights {run} --lr {settings.lr / 10:g}")
 
 
 class RunFiles:
@@ -198,8 +176,9 @@ def write_report(run_dir: Path, settings: Settings, rows: list[Row], assessment:
     curves = (f'<picture><source media="(max-width: 700px)" srcset="{_uri(narrow)}">'
               f'{_image(wide, "curves")}</picture>')
     seconds = sum(row["seconds"] for row in rows)
-    params = yaml.safe_load((run_dir / "params.yaml").read_text(encoding="utf-8"))
-    commit = f"started at commit {params['commit'][:7]}" if params.get("commit") else "no commit"
+    params = read_params(run_dir / "params.yaml")
+    commit = params.get("commit")
+    commit = f"started at commit {str(commit)[:7]}" if commit else "no commit"
     changed = ", with changes" if params.get("dirty") else ""
     done = (f"{rows[-1]['epoch']:.0f} epochs, {seconds:,.0f} s of training and evaluation; "
             f"{commit}{changed}, ended on {html.escape(device)}. The figures below are of the "

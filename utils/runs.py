@@ -134,6 +134,24 @@ class Run(exman.parser.ExmanDirectory):
         """The command line that continues the run."""
         return f"python {sys.argv[0]} --resume {shlex.quote(os.path.relpath(self.run))}"
 
+    def way_back(self, lr: float | None) -> str:
+        """What the message of a run that failed adds: its last checkpoint, if there is one, and the
+        command that goes on from there.
+
+        lr: of a new run that starts from it, if a number was not finite; else the run is resumed
+        """
+        checkpoint = self.run / "checkpoint.pt"
+        if not checkpoint.exists():
+            return ""
+        command = self.resume_command
+        if lr:
+            run, params = (shlex.quote(os.path.relpath(path))
+                           for path in (self.run, self.run / PARAMS_FILE))
+            command = (f"python {sys.argv[0]} --config {params} --initial_weights {run} "
+                       f"--lr {lr:g}")
+        return (f". The last good checkpoint is {checkpoint}; to "
+                f"go on from it{' with a lower learning rate' if lr else ''}: {command}")
+
     @classmethod
     def resumed(cls, settings: argparse.Namespace) -> "Run":
         """The run that is resumed, moved back to `runs`, or `tmp`, if it had failed.
@@ -151,7 +169,7 @@ class Run(exman.parser.ExmanDirectory):
             run._enter_index()
         (run.run / TRACEBACK_FILE).unlink(missing_ok=True)
         path = run.run / PARAMS_FILE
-        params = yaml.safe_load(path.read_text())
+        params = read_params(path)
         params.update({key: value for key, value in vars(settings).items()
                        if key not in ("config_file", "resume")})
         params["data_root"] = relative_to(settings.data_root, Path.cwd(),
@@ -186,6 +204,17 @@ class Run(exman.parser.ExmanDirectory):
         self.run = self.run.rename(place)
         self.symlink.unlink(missing_ok=True)
         (self.run / TRACEBACK_FILE).write_text(trace, "utf-8", "backslashreplace")
+
+
+def read_params(path: Path) -> dict[str, Any]:
+    """The content of a run's params.yaml, with YAML's types, such as dates. Raises BadInput."""
+    try:
+        params = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as e:   # ValueError: of a date
+        raise BadInput(f"{path} is damaged: {' '.join(str(e).split())}") from None
+    if not isinstance(params, dict):
+        raise BadInput(f"{path} is damaged: it is not a mapping")
+    return params
 
 
 def started_in(run_dir: str) -> Path:

@@ -5,9 +5,12 @@ The format is that of exman's `ExParser`. `SettingsParser` also refuses what exm
 
 import argparse
 import difflib
+import errno
 import itertools
 import os
+import reprlib
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -21,7 +24,7 @@ from models.options import Option
 from . import Settings
 from .datasets import DATASETS
 from .errors import BadInput, given_twice, names_of_options
-from .runs import PARAMS_FILE, RunParser, relative_to, started_in
+from .runs import PARAMS_FILE, RunParser, read_params, relative_to, started_in
 from .terminal import NO_BREAK, say
 
 SHIPPED = "shipped"     # the value of a bare --pretrained
@@ -50,12 +53,13 @@ OPTION_GROUPS: dict[str, tuple[Option, ...]] = {
         Option("data", str, "mnist", "dataset", choices=tuple(DATASETS)),
         Option("data_root", _path, "data", "folder of MNIST/raw", resumable=True),
         Option("num_examples", int, -1, "training examples; -1: all, or 1000 points",
-               low=1, also=(-1,)),
+               low=1, high=10**6, also=(-1,)),
         Option("data_seed", int, 0,
                "seed of the choice of labelled examples and num_examples, and of the points",
                low=0),
         Option("validation", int, 0,
-               "training examples that are set aside, to choose settings and weights by", low=0),
+               "training examples that are set aside, to choose settings and weights by", low=0,
+               high=10**6),
         Option("test", bool, True, "evaluate the test set; false: only validation examples",
                resumable=True),
         Option("supervised", int, 100, "labelled examples; -1: all; 0: none, for the density alone",
@@ -74,7 +78,7 @@ OPTION_GROUPS: dict[str, tuple[Option, ...]] = {
         Option("weight_decay", float, 1e-5, "L2 penalty", low=0),
         Option("epochs", int, 500, "epochs of ceil(training examples / train_bs) training steps",
                low=1, resumable=True),
-        Option("train_bs", int, 256, "batch size in training", low=2),
+        Option("train_bs", int, 256, "batch size in training", low=2, high=2**16),
         Option("test_bs", int, 512, "batch size in evaluation", low=1),
         Option("ema", float, 0.0, "decay of a moving average of the weights; 0: none",
                low=0, high=1 - 1e-9),
@@ -186,6 +190,8 @@ COMMON_NAMES = {
     "precision": ("amp", "fp16", "bf16", "dtype"), "micro_bs": ("micro_batch_size",),
     "config": ("cfg", "config_file", "conf")}
 EXTENDS = "extends"     # the key of a config file that names another one
+LARGEST_FILE = 20_000   # of a config file, in characters: PyYAML reads as many in a second
+LONGEST_MESSAGE, LONGEST_KEY, MOST_KEYS = 1000, 60, 5       # characters; of unknown settings
 
 
 def read_settings(argv: Sequence[str] | None = None, fixed: Sequence[str] = ()
@@ -237,6 +243,7 @@ class SettingsParser(RunParser):
         super().__init__(
             prog="train-flow-ssl.py", allow_abbrev=False, add_config_file_help=False,
             add_env_var_help=False, conflict_handler="resolve",     # our `name` replaces exman's
+            config_file_open_func=_open,
             description="Train or evaluate a semi-conditional normalizing flow; see config.yaml.")
         for title, options in OPTION_GROUPS.items():
             group = self.add_argument_group(title)
@@ -257,7 +264,8 @@ class SettingsParser(RunParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise BadInput, which of several processes only the main one prints."""
-        raise BadInput(" ".join(message.split()))
+        line = " ".join(message.split())
+        raise BadInput(line[:LONGEST_MESSAGE] + "..." * (len(line) > LONGEST_MESSAGE))
 
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
         """The settings that a command line and its config file give, checked. No run is created.
@@ -337,7 +345,9 @@ class SettingsParser(RunParser):
 
         Raises BadInput for changes of settings that are not in RESUMABLE.
         """
-        base = vars(self._parse(["--config", str(self.params_to_resume(run_dir))]))
+        params = self.params_to_resume(run_dir)
+        base = vars(self._parse(["--config", str(params)]))
+        read_params(params)                 # its dates have to be right, too, before the run starts
         del base["config_file"]             # as a default, it would be read again
         base.update(data_root=data_root_of_run(base["data_root"], run_dir), time_limit=0.0)
         self.set_defaults(**base)
@@ -399,13 +409,14 @@ def _unknown_keys(keys: Sequence[str]) -> str:
     """The message for settings that do not exist, with the closest ones that do."""
     ours = {other: name for name, others in COMMON_NAMES.items() for other in (name, *others)}
     shown = []
-    for key in keys:
+    for key in (key[:LONGEST_KEY] for key in keys[:MOST_KEYS]):
         hyphens, plain = "--" * key.startswith("-"), key.lstrip("-").replace("-", "_").lower()
         names = [plain] if plain in ours else difflib.get_close_matches(
             plain, [*OPTIONS, "config", "tmp", *ours], 1, 0.6)
         close = [f" (did you mean {hyphens}{ours.get(name, name)}?)" for name in names]
         shown.append(key + "".join(close))
-    return f"unknown setting{'s' * (len(keys) > 1)} {', '.join(shown)}"
+    more = f" and {len(keys) - MOST_KEYS} more" if len(keys) > MOST_KEYS else ""
+    return f"unknown setting{'s' * (len(keys) > 1)} {', '.join(shown)}{more}"
 
 
 def _unknown_words(words: Sequence[str]) -> str:
@@ -424,13 +435,26 @@ def _unknown_words(words: Sequence[str]) -> str:
     return "; ".join(messages)
 
 
-class _WithoutDuplicates(yaml.BaseLoader):
-    """A loader that refuses a mapping with the same key twice, of which YAML's keeps the last."""
+def _open(path: str | Path) -> IO[str]:
+    """Open a config file, which is UTF-8 whatever the locale. A pipe or device is refused."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "Not a file", str(path))
+    return open(path, encoding="utf-8-sig")
+
+
+class _StrictLoader(yaml.BaseLoader):
+    """A loader that refuses a mapping with the same key twice, of which YAML's keeps the last, and
+    tags, which it would ignore."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        if node.tag not in (self.DEFAULT_SCALAR_TAG, self.DEFAULT_SEQUENCE_TAG,
+                            self.DEFAULT_MAPPING_TAG):
+            raise yaml.YAMLError(f"it has the tag {node.tag}")
+        return super().construct_object(node, deep)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        twice = [key for i, key in enumerate(keys) if key in keys[:i] and isinstance(key, str)]
-        if twice:
+        counts = Counter(key.value for key, _ in node.value if isinstance(key.value, str))
+        if twice := [key for key, n in counts.items() if n > 1]:
             raise yaml.YAMLError(f"it has {twice[0]} twice")
         return super().construct_mapping(node, deep)
 
@@ -454,43 +478,48 @@ class _ConfigFile(configargparse.YAMLConfigFileParser):
         extending: the files that extend it, directly or not.
         Raises BadInput if it is not such a mapping.
         """
+        error = self.parser.error
         try:
-            content = yaml.load(stream, Loader=_WithoutDuplicates)
+            text = stream.read(LARGEST_FILE + 1)
+            if len(text) > LARGEST_FILE:
+                error(f"{stream.name} has more than {LARGEST_FILE} characters: no config file does")
+            content = yaml.load(text, Loader=_StrictLoader)
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
-            raise BadInput(f"{stream.name} is not YAML: {' '.join(str(e).split())}") from None
+            error(f"{stream.name} is not YAML: {e}")
         if not content:
-            raise BadInput(f"{stream.name} has no settings")
+            error(f"{stream.name} has no settings")
         if not isinstance(content, dict):
-            raise BadInput(f"{stream.name} is not a YAML mapping of settings to values")
+            error(f"{stream.name} is not a YAML mapping of settings to values")
         known = [action.dest for action in self.parser._actions if action.dest != "help"]
         settings = {}
         if EXTENDS in content:
             settings = self._parse_extended(stream.name, content.pop(EXTENDS), extending)
         if unknown := [str(key) for key in content if key not in (*known, *EXMAN_KEYS)]:
-            raise BadInput(f"{stream.name}: {_unknown_keys(unknown)}")
+            error(f"{stream.name}: {_unknown_keys(unknown)}")
         for key, value in content.items():
             if key in EXMAN_KEYS:
                 continue
-            if isinstance(value, dict) or (
-                    isinstance(value, list) and key not in UNUSED_PUBLISHED_KEYS):
-                raise BadInput(f"{stream.name}: {key} takes one value, not {value}")
+            values = value if key in UNUSED_PUBLISHED_KEYS and isinstance(value, list) else [value]
+            if not all(isinstance(value, str) for value in values):
+                error(f"{stream.name}: {key} takes one value, not {reprlib.repr(value)}")
             if value not in ("", "null", "~"):
                 settings[key] = value
             elif key in OPTIONS and OPTIONS[key].default != "":
-                raise BadInput(f"{stream.name}: {key} has no value")
+                error(f"{stream.name}: {key} has no value")
         return settings
 
     def _parse_extended(self, name: str, extended: Any,
                         extending: Sequence[Path]) -> dict[str, Any]:
         """The settings of the file that the one called `name` extends."""
-        if not isinstance(extended, str) or not extended:
-            raise BadInput(f"{name}: {EXTENDS} takes the name of one file, not {extended}")
+        error = self.parser.error
+        if not isinstance(extended, str) or not extended or not extended.isprintable():
+            error(f"{name}: {EXTENDS} takes the name of one file, not {reprlib.repr(extended)}")
         path = Path(name).parent / os.path.expanduser(extended)
-        if path.resolve() in (chain := [*extending, Path(name).resolve()]):
-            raise BadInput(f"{name}: {EXTENDS} goes in a circle, back to {path}")
         try:
-            with open(path) as stream:
-                return self.parse(stream, chain)
+            stream = _open(path)
         except OSError as e:
-            raise BadInput(
-                f"{name}: cannot read {path}, which it {EXTENDS}: {e.strerror}") from None
+            error(f"{name}: cannot read {path}, which it {EXTENDS}: {e.strerror}")
+        if path.resolve() in (chain := [*extending, Path(name).resolve()]):
+            error(f"{name}: {EXTENDS} goes in a circle, back to {path}")
+        with stream:
+            return self.parse(stream, chain)
