@@ -9,6 +9,7 @@ names of the files. A part ends early after --minutes, and reports how far it ca
 """
 
 import json
+import math
 import os
 import random
 import resource
@@ -24,14 +25,13 @@ from statistics import median
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 import torch
-from conftest import PROJECT, options, run_script, runs
+from conftest import options, run_script, runs
 
 from utils.errors import OneLineParser, check_output, run_command
 from utils.metrics import read_metrics
 
-LINE = options(epochs=6, ema=0.9, validation=100, cl_weight=1)
-DIGITS = ["--config", str(PROJECT / "configs" / "digits.yaml"), "--log_each", "1", "--threads", "1",
-          "--precision", "fp32"]
+LINE = options(epochs=12, ema=0.9, validation=100, cl_weight=1)
+POINTS = {"data": "moons", "model": "toy", "ssl_dim": -1, "ssl_l": 1, "conv": "qr", "l": 3}
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
@@ -247,13 +247,39 @@ def full_disk(n, folder, rng, in_time):
     return totals
 
 
+def seeds(n, folder, rng, in_time):
+    """Short runs of images and of points with the seeds 0 to n - 1: what is not finite."""
+    totals = {"runs": 0, "lost": []}
+    for seed in range(n):
+        for data, changes in {"digits": {}, "moons": POINTS}.items():
+            place = folder / f"{data}{seed}"
+            if not in_time():
+                return totals
+            place.mkdir()
+            code = end(start(options(epochs=2, seed=seed, data_seed=seed, **changes), place))
+            totals["runs"] += 1
+            if code or not the_run(place):
+                totals["lost"].append(f"{place.name}: exit code {code}: {errors(place)[-300:]}")
+                continue
+            run = the_run(place)
+            weights = torch.load(run / "model.torch")
+            figures = [row[key] for row in read_metrics(run / "metrics.csv")
+                       for key in ("train_loss", "labelled_acc", "test_log_p", "test_acc")]
+            totals["lost"] += [f"{place.name}: {name}" for name, t in weights.items()
+                               if not t.isfinite().all()]
+            if not all(map(math.isfinite, figures)) or not (run / "report.html").exists():
+                totals["lost"].append(f"{place.name}: figures or pictures")
+            shutil.rmtree(place)
+    return totals
+
+
 def long(n, folder, rng, in_time):
     """A run of n epochs: memory, open files and threads from its 10th epoch on, seconds of epochs.
 
     Medians of the 90 epochs from the 10th on, and of the last 90.
     """
     (folder / "long").mkdir()
-    process, rows, seen = start([*DIGITS, "--epochs", str(n)], folder / "long"), [], []
+    process, rows, seen = start(options(epochs=n), folder / "long"), [], []
     while not os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         if not in_time():
             os.kill(process, signal.SIGTERM)
@@ -282,6 +308,7 @@ PARTS = {       # name: function, n
     "large_files": (large_files, 30),
     "open_files": (open_files, 30),
     "full_disk": (full_disk, 30),
+    "seeds": (seeds, 50),
     "long": (long, 2000),
 }
 
