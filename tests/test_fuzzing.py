@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from models import build_model
 from training.checkpoint import load_checkpoint, load_file, load_weights
-from utils.errors import BadInput
+from training.device import memory_errors_as_failed
+from utils.errors import BadInput, Failed
 from utils.runs import read_params
 from utils.settings import (GONE, LARGEST_FILE, OPTIONS, UNUSED_PUBLISHED_KEYS, SettingsParser,
                             read_settings)
@@ -390,6 +391,21 @@ def test_random_config_files(parser, content):
 def test_random_bytes_as_config_files(parser, content):
     Path("c.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     read_or_refuse(parser, ["--config", "c.yaml"])
+
+
+@pytest.mark.parametrize("name", ["width", "n_blocks", "hh_factors", "l", "ssl_l", "ssl_k",
+                                  "ssl_hd", "ssl_hh", "num_examples", "validation", "train_bs"])
+def test_sizes_that_no_memory_holds(name):
+    with pytest.raises(BadInput, match=f"--{name}: must be at most"):
+        read_settings([f"--{name}", str(10**9)])
+
+
+def test_too_little_memory():
+    for allocate in (lambda: torch.empty(10**15), lambda: bytearray(10**15)):
+        with pytest.raises(Failed, match="memory is too small"), memory_errors_as_failed():
+            allocate()
+    with pytest.raises(RuntimeError, match="must match"), memory_errors_as_failed():
+        torch.zeros(2) + torch.zeros(3)
 
 
 def plausible(option):
