@@ -26,9 +26,12 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 import torch
 from conftest import options, run_script, runs
+from test_fuzzing import new_model, outcomes, weights
 
+from training.checkpoint import load_checkpoint
 from utils.errors import OneLineParser, check_output, run_command
 from utils.metrics import read_metrics
+from utils.settings import read_settings
 
 LINE = options(epochs=12, ema=0.9, validation=100, cl_weight=1)
 POINTS = {"data": "moons", "model": "toy", "ssl_dim": -1, "ssl_l": 1, "conv": "qr", "l": 3}
@@ -103,10 +106,10 @@ def lost(run, whole):
 class Undisturbed:
     """A run that nothing disturbs: what it leaves, and how long it takes."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, line=LINE):
         folder.mkdir()
         started = time.monotonic()
-        assert end(start(LINE, folder)) == 0, errors(folder)
+        assert end(start(line, folder)) == 0, errors(folder)
         self.seconds = time.monotonic() - started
         self.run, = runs(folder)
         self.left = left_by(self.run)
@@ -247,6 +250,23 @@ def full_disk(n, folder, rng, in_time):
     return totals
 
 
+def damages(n, folder, rng, in_time):
+    """Random bits of weights and of a checkpoint flipped, or their ends cut off.
+
+    The error is one line, or the numbers are those of the file as it was: others are "lost".
+    """
+    whole = Undisturbed(folder / "whole", options(epochs=1, ema=0.5, validation=100))
+    _, resumed = read_settings(["--resume", str(whole.run), "--epochs", "3"])
+    model, totals = new_model(), {"lost": []}
+
+    def checkpoint(path):
+        return load_checkpoint(path, model, resumed)
+    for name, load in (("model.torch", weights), ("checkpoint.pt", checkpoint)):
+        totals[name] = outcomes(whole.run / name, load, n, rng.random())
+        totals["lost"] += [name] * totals[name]["different"]
+    return totals
+
+
 def seeds(n, folder, rng, in_time):
     """Short runs of images and of points with the seeds 0 to n - 1: what is not finite."""
     totals = {"runs": 0, "lost": []}
@@ -262,10 +282,10 @@ def seeds(n, folder, rng, in_time):
                 totals["lost"].append(f"{place.name}: exit code {code}: {errors(place)[-300:]}")
                 continue
             run = the_run(place)
-            weights = torch.load(run / "model.torch")
+            kept = torch.load(run / "model.torch")
             figures = [row[key] for row in read_metrics(run / "metrics.csv")
                        for key in ("train_loss", "labelled_acc", "test_log_p", "test_acc")]
-            totals["lost"] += [f"{place.name}: {name}" for name, t in weights.items()
+            totals["lost"] += [f"{place.name}: {name}" for name, t in kept.items()
                                if not t.isfinite().all()]
             if not all(map(math.isfinite, figures)) or not (run / "report.html").exists():
                 totals["lost"].append(f"{place.name}: figures or pictures")
@@ -308,6 +328,7 @@ PARTS = {       # name: function, n
     "large_files": (large_files, 30),
     "open_files": (open_files, 30),
     "full_disk": (full_disk, 30),
+    "damages": (damages, 1000),
     "seeds": (seeds, 50),
     "long": (long, 2000),
 }

@@ -5,7 +5,6 @@ The format is that of exman's `ExParser`. `SettingsParser` also refuses what exm
 
 import argparse
 import difflib
-import errno
 import itertools
 import os
 import reprlib
@@ -40,6 +39,8 @@ def _name(text: str) -> str:
 
 
 def _path(text: str) -> str:
+    if not text.isprintable():
+        raise argparse.ArgumentTypeError(f"must be a path, not {text!r}")
     return os.path.expanduser(text)
 
 
@@ -436,9 +437,7 @@ def _unknown_words(words: Sequence[str]) -> str:
 
 
 def _open(path: str | Path) -> IO[str]:
-    """Open a config file, which is UTF-8 whatever the locale. A pipe or device is refused."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(errno.EINVAL, "Not a file", str(path))
+    """Open a config file, which is UTF-8 whatever the locale."""
     return open(path, encoding="utf-8-sig")
 
 
