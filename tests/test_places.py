@@ -108,6 +108,14 @@ def test_an_output_that_is_closed_or_full(tmp_path, redirected):
     assert finished(run) and "Test error" in (run / "log.txt").read_text()
 
 
+def test_a_result_that_cannot_be_written(tmp_path):
+    line = " ".join([*COMMAND, "--config", f"{SCRIPT.parent}/configs/digits.yaml", "--pretrained"])
+    done = subprocess.run(["bash", "-c", f"{line} > /dev/full"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr == "train-flow-ssl.py: error: No space left on device\n"
+
+
 @pytest.mark.slow
 def test_a_limit_on_the_size_of_files(tmp_path, monkeypatch):
     """Like a quota or a full disk, at the first file of a run, and at its checkpoint."""

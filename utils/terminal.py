@@ -1,6 +1,7 @@
 """What the terminal shows, in 80 columns: labelled lines, progress bars, the table of epochs."""
 
 import contextlib
+import errno
 import io
 import math
 import os
@@ -21,11 +22,11 @@ UNITS = (("day", 86_400), ("hour", 3600), ("minute", 60), ("second", 1))
 
 
 class Output:
-    """A text stream like stdout, that ends no program: what cannot be shown is dropped.
+    """A text stream like stdout, which no character and no reader makes fail.
 
     stream: to a terminal, a file or a pipe, or None. Characters that its encoding lacks are
-        replaced; after an error, as when `| head` or a terminal has closed it, nothing is written.
-    log: a file that gets all of it, too; its errors are raised
+        replaced; once a reader such as `head`, or a terminal, has closed it, nothing is written
+    log: a file that gets all of it, too; then no error of `stream` is raised, as of a full disk
     """
 
     def __init__(self, stream: Any, log: IO[str] | None = None):
@@ -41,10 +42,12 @@ class Output:
             if self.stream:
                 self.stream.write(text)
                 self.stream.flush()
-        except OSError:
+        except OSError as error:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())      # it is flushed again when Python ends
             os.close(nowhere)
+            if not self.log and error.errno not in (errno.EPIPE, errno.EIO):
+                raise
         return len(text)
 
     def flush(self) -> None:
