@@ -26,6 +26,11 @@ from utils.settings import OPTIONS
 PROJECT = Path(__file__).resolve().parent.parent
 SCRIPT = PROJECT / "train-flow-ssl.py"
 MNIST_FOLDERS = [Path(p) for p in (os.environ.get("SCNF_DATA_ROOT"), PROJECT / "data") if p]
+# Warnings of the project's modules are errors in the commands that the tests start too. pyproject's
+# pattern cannot be said here: PYTHONWARNINGS takes whole names.
+MODULES = ["__main__", *(f"{path.parent.name}.{path.stem}".removesuffix(".__init__")
+                         for path in PROJECT.glob("*/*.py"))]
+os.environ["PYTHONWARNINGS"] = ",".join(f"error:::{module}" for module in MODULES)
 
 # Every run of the tests has the same examples.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)

@@ -1,16 +1,17 @@
 """The semi-conditional flow as a density: log_joint, posterior, samples, initialisation."""
 
 import math
-import warnings
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import randomize
+from conftest import PROJECT, execute, randomize
 from torch.nn import functional as F
 
 from models import SemiConditionalFlow, build_model
 from models.bijections import ActNorm
+from models.checks import check_values
 from models.scnf import DiagonalGaussian
 from training.speed import Accelerated
 
@@ -232,8 +233,17 @@ def test_images_that_are_not_dequantised_are_warned_of():
     for bad in (torch.zeros(2, 1, 8, 8), (x > 0.9).float(), (x - 0.6).clamp(min=0)):
         with pytest.warns(UserWarning, match="most values of x are 0 or 1: log p"):
             model.log_prob(bad)
-    with warnings.catch_warnings(action="error"):
-        model.log_prob(torch.where(x < 0.3, 0.0, x))
+    model.log_prob(torch.where(x < 0.3, 0.0, x))        # a warning would be an error
+
+
+def test_warnings_of_the_project_are_errors(tmp_path):
+    """In the tests, and in the commands that they start."""
+    with pytest.raises(UserWarning, match="most values of x are 0 or 1"):
+        check_values("x", torch.zeros(2), torch.ones(2), is_image=True)
+    code = ("import torch; from models.checks import check_values\n"
+            "check_values('x', torch.zeros(2), torch.ones(2), is_image=True)")
+    done = execute(tmp_path, [sys.executable, "-c", code], PYTHONPATH=str(PROJECT))
+    assert done.returncode == 1 and "UserWarning: most values of x are 0 or 1" in done.stderr
 
 
 @pytest.mark.parametrize("ssl_model", ["cond-flow", "cond-shift", "cond-gmm"])
