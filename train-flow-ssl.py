@@ -87,7 +87,7 @@ def main(processes):
         speed = speed._replace(precision=settings.precision)
     run = None
     try:
-        with limits, contextlib.ExitStack() as stack:
+        with memory_errors_as_failed(), limits, contextlib.ExitStack() as stack:
             if processes.is_main:
                 start = Run.resumed if settings.resume else parser.start_run
                 run = stack.enter_context(start(settings))
@@ -99,7 +99,7 @@ def main(processes):
             processes.barrier()                     # no process leaves while the main one writes
     except (Failed, OSError) as error:      # an OSError is, for example, a full disk
         of_all = getattr(error, "of_all", False)            # a number was not finite
-        hint = run.way_back(settings.lr / 10 if of_all else None) if run else ""
+        hint = run.way_back(settings, diverged=of_all) if run else ""
         raise Failed(f"{one_line(error)}{hint}", of_all) from None
     except KeyboardInterrupt:
         if run:

@@ -60,7 +60,8 @@ def main(argv=None):
         if args.command == "curves":
             figure = curves(args.runs, rest)
         else:
-            figure = picture(args, *load(rest))
+            with value_errors_as_bad_input():       # a matrix in the weights that has no inverse
+                figure = picture(args, *load(rest))
         save(figure, args.save)
     print(f"Saved {args.save}")
 

@@ -21,10 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments.fixmatch import fit_fixmatch
 from experiments.pictures import MAX_TEMPERATURE, load
-from utils.errors import BadInput, Failed, OneLineParser, check_output, run_command
+from utils.errors import (BadInput, Failed, OneLineParser, check_output, run_command,
+                          value_errors_as_bad_input)
 from utils.files import atomic_write
 
 
+@value_errors_as_bad_input()        # of a matrix in the weights that has no inverse
 def main(argv=None):
     parser = OneLineParser(description="Samples from p(x | y), recognised and inverted.",
                            allow_abbrev=False,

@@ -30,7 +30,8 @@ class LogAbsDet(torch.autograd.Function):
         lu, pivots, _ = torch.linalg.lu_factor_ex(exact)
         ctx.save_for_backward(lu, pivots)
         diagonal = lu.diagonal(dim1=-2, dim2=-1).abs()
-        # Rounding errors put a number of that size where a pivot of a singular W is 0.
+        # Rounding errors put a number of that size where a pivot of a singular W is 0. On a GPU
+        # the size and the largest entry are those of the padded W.
         rounding = w.shape[-1] * torch.finfo(exact.dtype).eps * exact.abs().amax((-2, -1))
         diagonal = diagonal.masked_fill(diagonal <= rounding[..., None], 0)
         return diagonal.log().sum(-1).to(w.dtype)

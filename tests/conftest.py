@@ -6,9 +6,11 @@ import os
 # wait for each other are slow beside other programs. To be set before PyTorch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import random
 import runpy
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,11 +18,14 @@ import hypothesis
 import pytest
 import torch
 
+from models import build_model
 from models.bijections import ActNorm
 from models.conv1x1 import HouseholderConv, QRConv
+from training.checkpoint import load_weights
 from training.distributed import Processes
 from training.speed import Accelerated
 from utils.datasets import load_data
+from utils.errors import BadInput
 from utils.settings import OPTIONS
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -110,6 +115,7 @@ def words(text):
 
 def runs(folder, kind="runs"):
     """The directories of the runs started in `folder`: its runs, fails, tmp or index."""
+    assert kind in ("runs", "fails", "tmp", "index")
     return sorted((folder / "logs" / "exman-train-flow-ssl.py" / kind).glob("*"))
 
 
@@ -146,3 +152,53 @@ def randomize(module, seed=0, scale=1.0):
             else:
                 p.copy_(0.5 / p[0].numel() ** 0.5 * noise(p))
     return module
+
+
+def new_model():
+    """The model of TINY."""
+    return build_model(TINY, (1, 8, 8), 10)
+
+
+def weights_in(path):
+    """The state dict of the model of TINY with the weights in a file."""
+    model = new_model()
+    load_weights(model, path)
+    return model.state_dict()
+
+
+def same(a, b):
+    """Whether two contents of files are equal, tensors bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return (isinstance(b, torch.Tensor) and (a.dtype, a.shape) == (b.dtype, b.shape)
+                and a.numpy().tobytes() == b.numpy().tobytes())
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def outcome(path, data, load, expected):
+    """What becomes of `data` as the content of `path`."""
+    path.write_bytes(data)
+    try:
+        return "right" if same(load(path), expected) else "different"
+    except BadInput:
+        return "error"
+
+
+def outcomes(path, load, n, seed=0):
+    """How often each outcome follows n damages of the file at `path`: flipped bits, or, of every
+    fourth, a truncation."""
+    whole, expected, rng = path.read_bytes(), load(path), random.Random(seed)
+    counts = Counter()
+    for i in range(n):
+        data = bytearray(whole)
+        if i % 4 == 3:
+            del data[rng.randrange(len(data)):]
+        else:
+            for _ in range(rng.choice((1, 1, 1, 2, 8))):
+                data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        counts[outcome(path, data, load, expected)] += 1
+    path.write_bytes(whole)
+    return counts

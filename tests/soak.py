@@ -25,8 +25,7 @@ from statistics import median
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 import torch
-from conftest import options, run_script, runs
-from test_fuzzing import new_model, outcomes, weights
+from conftest import new_model, options, outcomes, run_script, runs, weights_in
 
 from training.checkpoint import load_checkpoint
 from utils.errors import OneLineParser, check_output, run_command
@@ -261,7 +260,7 @@ def damages(n, folder, rng, in_time):
 
     def checkpoint(path):
         return load_checkpoint(path, model, resumed)
-    for name, load in (("model.torch", weights), ("checkpoint.pt", checkpoint)):
+    for name, load in (("model.torch", weights_in), ("checkpoint.pt", checkpoint)):
         totals[name] = outcomes(whole.run / name, load, n, rng.random())
         totals["lost"] += [name] * totals[name]["different"]
     return totals
@@ -336,15 +335,17 @@ PARTS = {       # name: function, n
 
 def main():
     parser = OneLineParser(description="Provoke faults at random.", allow_abbrev=False)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[*PARTS])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--n", type=int, help="faults of each part; by default those of PARTS")
     parser.add_argument("--minutes", type=float, default=30, help="of each part, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE.json")
     args = parser.parse_args()
     check_output(args.json)
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"unknown parts: {', '.join(unknown)}")
     report = {}
-    for name in args.parts:
+    for name in args.parts or PARTS:
         (part, n), started = PARTS[name], time.monotonic()
         stop = started + 60 * args.minutes
         with tempfile.TemporaryDirectory() as folder:

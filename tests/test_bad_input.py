@@ -129,7 +129,7 @@ CASES = [
     ({"pretrained": "other.torch", "weights": "averaged"}, "has no averaged weights"),
     ({"weights": "averaged"}, "weights averaged is for"),
     ({"initial_weights": "other.torch"}, "another architecture"),
-    ({"initial_weights": "typo.torch"}, "no file typo.torch"),
+    ({"initial_weights": "typo.torch"}, "typo.torch"),
     (["--config", "mine.yaml", "--pretrained"],
      "no weights ship for mine.yaml (there is no pretrained/mine.torch)"),
     (["--config", str(CONFIGS / "moons.yaml"), "--device", "cpu", "--pretrained"],
@@ -252,6 +252,11 @@ def test_a_run_that_another_process_trains(folder, refusal):
         assert "another process trains the run" in refusal(resume)
     assert run_script(resume) == 0
     assert not (run / ".lock").exists()
+
+
+def test_a_folder_that_cannot_be_written(folder, refusal):
+    (folder / "logs").touch()
+    assert "cannot create the folders of runs" in refusal(options())
 
 
 def test_missing_mnist_names_folder_files_and_the_offline_config(refusal):

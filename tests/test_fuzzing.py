@@ -4,7 +4,6 @@ import io
 import itertools
 import os
 import pickle
-import random
 import struct
 import subprocess
 import sys
@@ -16,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import PROJECT, TINY, options, run_script, runs
+from conftest import (PROJECT, new_model, options, outcome, outcomes, run_script, runs,
+                      weights_in)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from models import build_model
 from training.checkpoint import load_checkpoint, load_file, load_weights
 from training.device import memory_errors_as_failed
 from utils.errors import BadInput, Failed
@@ -32,48 +31,6 @@ from utils.settings import (GONE, LARGEST_FILE, OPTIONS, UNUSED_PUBLISHED_KEYS, 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def new_model():
-    return build_model(TINY, (1, 8, 8), 10)
-
-
-def same(a, b):
-    """Whether two contents of files are equal, tensors bit by bit."""
-    if isinstance(a, torch.Tensor):
-        return (isinstance(b, torch.Tensor) and (a.dtype, a.shape) == (b.dtype, b.shape)
-                and a.numpy().tobytes() == b.numpy().tobytes())
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and a == b
-
-
-def outcome(path, data, load, expected):
-    """What becomes of `data` as the content of `path`."""
-    path.write_bytes(data)
-    try:
-        return "right" if same(load(path), expected) else "different"
-    except BadInput:
-        return "error"
-
-
-def outcomes(path, load, n, seed=0):
-    """How often each outcome follows n damages of the file at `path`: flipped bits, or, of every
-    fourth, a truncation."""
-    whole, expected, rng = path.read_bytes(), load(path), random.Random(seed)
-    counts = Counter()
-    for i in range(n):
-        data = bytearray(whole)
-        if i % 4 == 3:
-            del data[rng.randrange(len(data)):]
-        else:
-            for _ in range(rng.choice((1, 1, 1, 2, 8))):
-                data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        counts[outcome(path, data, load, expected)] += 1
-    path.write_bytes(whole)
-    return counts
 
 
 @pytest.fixture(scope="module")
@@ -98,14 +55,8 @@ def checkpoint(trained):
     path.write_bytes(whole)
 
 
-def weights(path):
-    model = new_model()
-    load_weights(model, path)
-    return model.state_dict()
-
-
 def test_random_damages_of_weights(trained):
-    counts = outcomes(trained[0] / "model.torch", weights, 60)
+    counts = outcomes(trained[0] / "model.torch", weights_in, 60)
     assert counts["different"] == 0 and counts["error"] > 40
 
 

@@ -1,9 +1,7 @@
 """Hostile places: no symbolic links, no locks, nothing to write to, closed or narrow outputs, ~."""
 
 import errno
-import fcntl
 import os
-import resource
 import subprocess
 import sys
 from functools import partial
@@ -11,6 +9,8 @@ from functools import partial
 import pytest
 import torch
 from conftest import SCRIPT, options, run_script, runs, words
+
+fcntl, resource = map(pytest.importorskip, ("fcntl", "resource"))     # not on Windows
 
 COMMAND = [sys.executable, str(SCRIPT)]
 
@@ -97,7 +97,8 @@ def test_characters_that_the_output_lacks(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("redirected", ["| head -1", ">&-", "> /dev/full", "2>&1 | head -1"])
+@pytest.mark.parametrize("redirected", [
+    "| head -1", ">&-", "> /dev/full", "2>&-", "2>&1 | head -1"])
 def test_an_output_that_is_closed_or_full(tmp_path, redirected):
     """The run goes on, and its log has all."""
     line = " ".join([*COMMAND, *options(epochs=1, name="'a b'")])
@@ -106,6 +107,40 @@ def test_an_output_that_is_closed_or_full(tmp_path, redirected):
     assert done.returncode == 0 and not done.stderr, done.stderr
     run, = runs(tmp_path)
     assert finished(run) and "Test error" in (run / "log.txt").read_text()
+
+
+def test_an_interrupt_while_a_run_is_created_leaves_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("exman.parser.yaml.dump", interrupt)
+    assert run_script(options(epochs=1)) == 130
+    assert not runs(tmp_path) and not runs(tmp_path, "fails")
+
+
+def test_a_resumed_run_finds_its_initial_weights_from_another_folder(tmp_path, monkeypatch):
+    """Also if it ended before it had a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    assert run_script(options(epochs=1)) == 0
+    run, = runs(tmp_path)
+    line = options(epochs=1, initial_weights=run.relative_to(tmp_path), lr=0.01)
+    assert run_script(line) == 0
+    stopped = runs(tmp_path)[1]
+    weights = torch.load(stopped / "model.torch")
+    for name in ("model.torch", "checkpoint.pt", "metrics.csv"):
+        (stopped / name).unlink()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run_script(["--resume", str(stopped)]) == 0
+    again = torch.load(stopped / "model.torch")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_bad_input_without_stderr(tmp_path):
+    line = " ".join([*COMMAND, "--data_root", "nowhere", "--device", "cpu"])
+    done = subprocess.run(["bash", "-c", f"{line} 2>&-"], cwd=tmp_path, timeout=300)
+    assert done.returncode == 2 and not (tmp_path / "nowhere").exists()
 
 
 def test_a_result_that_cannot_be_written(tmp_path):

@@ -29,7 +29,7 @@ from training.speed import Accelerated
 from utils import metrics
 from utils.data import Batch, SemiSupervisedData
 from utils.datasets import load_data
-from utils.errors import BadInput
+from utils.errors import BadInput, Failed
 from utils.metrics import MetricsLog, average_is_better, names_of_kept
 from utils.settings import read_settings
 
@@ -330,6 +330,7 @@ def test_equal_points_are_refused(tmp_path, monkeypatch, capsys):
     assert run_script(options(epochs=1, **POINTS)) == 2
     err = capsys.readouterr().err
     assert "two different examples at least, not from 64 equal ones" in err and err.count("\n") == 1
+    assert not runs(tmp_path) and not runs(tmp_path, "fails") and not runs(tmp_path, "index")
 
 
 @pytest.mark.parametrize("changes", [
@@ -440,7 +441,7 @@ def test_the_weights_of_a_resumed_run_are_those_of_its_last_figures(tmp_path, mo
     assert evaluated == pytest.approx(rows[-1]["test_log_p"], abs=2e-3)
 
 
-def test_stopping_by_time_and_by_signal(monkeypatch):
+def test_stopping_by_time_and_by_signal():
     assert Limits().reason is None and Limits(1).reason is None
     late = Limits(1)
     late.start -= 60
@@ -459,9 +460,13 @@ def test_stopping_by_time_and_by_signal(monkeypatch):
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGUSR2)
     assert signal.getsignal(signal.SIGTERM) == handler
-    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)     # as nohup does
-    with Limits():
-        assert signal.signal(signal.SIGHUP, signal.SIG_DFL) == signal.SIG_DFL
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)       # as nohup does
+    try:
+        with Limits() as limits:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert limits.reason is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def interrupt(*args, **kwargs):
@@ -487,9 +492,10 @@ def test_a_run_interrupted_after_its_last_epoch_can_be_completed(tmp_path, monke
 
 def test_a_failure_in_drawing_costs_pictures_only(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    error = RuntimeError("no ink")
 
     def fail(*args):
-        raise RuntimeError("no ink")
+        raise error
     monkeypatch.setattr("utils.figures.plot_samples", fail)
     assert run_script(options(epochs=2)) == 0
     run, = runs(tmp_path)
@@ -499,6 +505,10 @@ def test_a_failure_in_drawing_costs_pictures_only(tmp_path, monkeypatch, capsys)
             in words((run / "log.txt").read_text()))
     assert "no ink" in (run / "traceback.txt").read_text() and "Test error" in out and not err
     assert (run / "model.torch").exists() and not (run / "samples.png").exists()
+    error = Failed("Not finite: samples")
+    assert run_script(["--resume", str(run)]) == 0
+    assert "Pictures failed (Not finite: samples); the run is" in words(capsys.readouterr().out)
+    assert not (run / "traceback.txt").exists()
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full, a disk that is full")

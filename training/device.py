@@ -41,7 +41,7 @@ def memory_errors_as_failed() -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         if (isinstance(error, MemoryError | torch.OutOfMemoryError)
-                or "can't allocate memory" in str(error)):
+                or "DefaultCPUAllocator" in str(error) or "bad_alloc" in str(error)):
             raise Failed("The memory is too small for these settings", of_all=False) from error
         raise
 

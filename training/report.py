@@ -4,7 +4,6 @@ import base64
 import html
 import io
 import math
-import os
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from models import SemiConditionalFlow
 from utils import Settings
 from utils.data import SemiSupervisedData
 from utils.figures import TEMPERATURE, dispensable, plot_curves, plot_run, save
-from utils.files import atomic_write
+from utils.files import atomic_write, from_here
 from utils.metrics import MetricsLog, Row, average_is_better
 from utils.runs import read_params
 from utils.settings import differences
@@ -26,7 +25,7 @@ from .assessment import Assessment, assess, assessed_examples
 from .checkpoint import copy_to_cpu, save_atomically
 from .device import device_name
 from .distributed import Processes
-from .evaluation import Inference, RunEvaluation
+from .evaluation import Inference, RunEvaluation, predict
 from .speed import Speed
 
 SECONDS_BETWEEN_PLOTS = 300     # during training
@@ -55,7 +54,7 @@ def announce(model: SemiConditionalFlow, data: SemiSupervisedData, settings: Set
     """Print what a run is going to do. run_dir: None where nothing is printed."""
     if run_dir is None:
         return
-    say("Run", os.path.relpath(run_dir))
+    say("Run", from_here(run_dir))
     changed = differences(settings)
     say("Settings", f"{changed}; the others as in config.yaml" if changed else "as in config.yaml")
     counts = {"labelled": data.labelled, "unlabelled": data.unlabelled, "validation": data.val_x,
@@ -123,7 +122,7 @@ class RunFiles:
         save_atomically(copy_to_cpu(self.model.state_dict()), self.weights)
         plot_run(self.model, self.data, rows, self.run_dir, self.settings.seed)
         report_run(evaluation, rows, self.run_dir)
-        say("Files", f"report.html, model.torch and more in {os.path.relpath(self.run_dir)}")
+        say("Files", f"report.html, model.torch and more in {from_here(self.run_dir)}")
         say(*result(rows[-1]))
 
 
@@ -142,10 +141,11 @@ def report_run(evaluation: RunEvaluation, rows: list[Row], run_dir: Path) -> Non
     data, settings = evaluation.data, evaluation.settings
     name, examples = assessed_examples(data, settings)
     infer = evaluation.infer["test" if settings.test else "val"]
+    predictions = (infer.predictions if settings.test else None) or predict(
+        infer, data, examples[0], settings.test_bs, settings.seed)
     with dispensable("Report", run_dir):
         assessment = assess(infer, Inference(evaluation.accelerated, compiled=False), data,
-                            examples, name, settings,
-                            infer.predictions if settings.test else None)
+                            examples, name, settings, predictions)
         assessment.show()
         picture = run_dir / "mistakes.png"
         if data.grey_levels is not None and len(assessment.mistakes):

@@ -6,7 +6,6 @@ which writes those of a run to its directory. experiments/pictures.py has comman
 
 import contextlib
 import itertools
-import os
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from models import SemiConditionalFlow
 
 from .data import SemiSupervisedData
 from .errors import Failed, one_line
-from .files import atomic_write
+from .files import atomic_write, from_here
 from .metrics import Row, names_of_kept
 from .runs import TRACEBACK_FILE
 from .terminal import bar, say
@@ -77,18 +76,16 @@ def plot_run(model: SemiConditionalFlow, data: SemiSupervisedData, rows: list[Ro
 def dispensable(what: str, run_dir: Path) -> Iterator[None]:
     """A block that makes what a run can do without: its weights are worth more than its pictures.
 
-    An error costs a line, not the run; unless it is one of the system, such as a full disk, its
-    traceback is in the run's directory. Raises Failed if the block does.
+    An error costs a line, not the run. Unless its message says all, as of a full disk, its
+    traceback is in the run's directory.
     """
     try:
         yield
-    except Failed:
-        raise
     except Exception as error:
-        of_system, where = isinstance(error, OSError), run_dir / TRACEBACK_FILE
-        say(what, f"failed ({one_line(error) if of_system else type(error).__name__}); the run "
-                  f"is not affected{'' if of_system else f'. See {os.path.relpath(where)}'}")
-        if not of_system:
+        is_clear, where = isinstance(error, OSError | Failed), run_dir / TRACEBACK_FILE
+        say(what, f"failed ({one_line(error) if is_clear else type(error).__name__}); the run "
+                  f"is not affected{'' if is_clear else f'. See {from_here(where)}'}")
+        if not is_clear:
             with contextlib.suppress(OSError):
                 where.write_text(traceback.format_exc(), "utf-8", "backslashreplace")
 

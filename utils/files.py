@@ -46,6 +46,14 @@ def atomic_write(path: str | Path, mode: str = "w", **options: Any) -> Iterator[
         raise
 
 
+def from_here(path: Path) -> str:
+    """`path` as seen from the working directory; as it is where that lies on another drive."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return str(path)
+
+
 def has_locks(path: str | Path) -> bool:
     """Whether the file system of the file at `path`, which is created, has locks. filelock waits
     for ever, or reports another process, where it has none."""

@@ -20,7 +20,7 @@ import filelock
 import yaml
 
 from .errors import BadInput
-from .files import PROJECT, atomic_write, has_locks
+from .files import PROJECT, atomic_write, from_here, has_locks
 from .terminal import Output, say
 
 PARAMS_FILE = exman.parser.PARAMS_FILE
@@ -51,11 +51,11 @@ class RunParser(exman.ExParser):
         """
         try:
             self.lock = exman.parser.ExmanDirectory(self.root).lock
+            if not has_locks(self.root / "lock"):
+                self.lock = contextlib.nullcontext()
         except OSError as e:
             raise BadInput(
                 f"cannot create the folders of runs in {self.root}: {e.strerror}") from None
-        if not has_locks(self.root / "lock"):
-            self.lock = contextlib.nullcontext()
         run, relative, _, time, number, _ = self.new_directory(settings.tmp, settings.name)
         partial = run / f"{PARAMS_FILE}.partial"
         try:
@@ -63,9 +63,11 @@ class RunParser(exman.ExParser):
             if self.repo is not None and self.repo.is_dirty():
                 self.dump_git_diff(run / exman.parser.DIFF_FILE)
             partial.rename(run / PARAMS_FILE)
-        except OSError as e:
+        except BaseException as e:
             shutil.rmtree(run, ignore_errors=True)
-            raise OSError(e.errno, e.strerror, str(run / PARAMS_FILE)) from None
+            if isinstance(e, OSError):
+                raise OSError(e.errno, e.strerror, str(run / PARAMS_FILE)) from None
+            raise
         return Run(self.root, run)
 
     def params_to_resume(self, run_dir: str) -> Path:
@@ -132,25 +134,27 @@ class Run(exman.parser.ExmanDirectory):
     @property
     def resume_command(self) -> str:
         """The command line that continues the run."""
-        return f"python {sys.argv[0]} --resume {shlex.quote(os.path.relpath(self.run))}"
+        return shlex.join(["python", sys.argv[0], "--resume", from_here(self.run)])
 
-    def way_back(self, lr: float | None) -> str:
+    def way_back(self, settings: argparse.Namespace, diverged: bool) -> str:
         """What the message of a run that failed adds: its last checkpoint, if there is one, and the
         command that goes on from there.
 
-        lr: of a new run that starts from it, if a number was not finite; else the run is resumed
+        settings: of the run
+        diverged: whether a number was not finite: then a new run has a lower learning rate
         """
         checkpoint = self.run / "checkpoint.pt"
         if not checkpoint.exists():
             return ""
-        command = self.resume_command
-        if lr:
-            run, params = (shlex.quote(os.path.relpath(path))
-                           for path in (self.run, self.run / PARAMS_FILE))
-            command = (f"python {sys.argv[0]} --config {params} --initial_weights {run} "
-                       f"--lr {lr:g}")
-        return (f". The last good checkpoint is {checkpoint}; to "
-                f"go on from it{' with a lower learning rate' if lr else ''}: {command}")
+        command, how = self.resume_command, ""
+        if diverged:
+            here = [] if started_in(str(self.run)) == Path.cwd() else [
+                "--data_root", settings.data_root]      # the config's is seen from there
+            command, how = shlex.join([
+                "python", sys.argv[0], "--config", from_here(self.run / PARAMS_FILE), *here,
+                "--initial_weights", from_here(self.run), "--lr", f"{settings.lr / 10:g}",
+            ]), " with a lower learning rate"
+        return f". The last good checkpoint is {checkpoint}; to go on from it{how}: {command}"
 
     @classmethod
     def resumed(cls, settings: argparse.Namespace) -> "Run":
@@ -193,9 +197,13 @@ class Run(exman.parser.ExmanDirectory):
             self.log.close()
         with contextlib.suppress(OSError):
             (self.run / LOCK_FILE).unlink(missing_ok=True)
-            if failed:
-                self._move_to_fails("".join(traceback.format_exception(exc_type, exc_val, exc_tb)))
         self.lock_of_run.release()
+        with contextlib.suppress(OSError):
+            if failed and isinstance(exc_val, BadInput) and not any(self.run.glob("*.pt")):
+                shutil.rmtree(self.run)         # there is nothing to keep
+                self.symlink.unlink()
+            elif failed:
+                self._move_to_fails("".join(traceback.format_exception(exc_type, exc_val, exc_tb)))
 
     def _move_to_fails(self, trace: str) -> None:
         place = self.fails / self.run.name

@@ -39,9 +39,17 @@ def _name(text: str) -> str:
 
 
 def _path(text: str) -> str:
-    if not text.isprintable():
+    try:
+        valid = not set(os.fsencode(text)) & set(b"\0\r\n")
+    except UnicodeEncodeError:
+        valid = False
+    if not valid:
         raise argparse.ArgumentTypeError(f"must be a path, not {text!r}")
     return os.path.expanduser(text)
+
+
+def _path_from_anywhere(text: str) -> str:
+    return os.path.abspath(_path(text)) if text else ""
 
 
 # All options, in the groups and the order of config.yaml, which explains them at length.
@@ -126,7 +134,7 @@ OPTION_GROUPS: dict[str, tuple[Option, ...]] = {
                low=1, high=1000, resumable=True),
     ),
     "Where and how": (
-        Option("initial_weights", _path, "",
+        Option("initial_weights", _path_from_anywhere, "",
                "start from the weights in FILE, not from random ones"),
         Option("resume", _path, "", "continue the run in this directory", resumable=True),
         Option("device", str, "auto", "auto, cpu, cuda or cuda:N; auto: cuda if available",
@@ -199,7 +207,7 @@ def read_settings(argv: Sequence[str] | None = None, fixed: Sequence[str] = ()
                   ) -> tuple["SettingsParser", argparse.Namespace]:
     """Parse a command line -> (parser, settings).
 
-    settings is a namespace with every option. Nothing is written except exman's empty folders.
+    settings is a namespace with every option. Nothing is written.
 
     argv: the command line; None: sys.argv[1:].
     fixed: options that the calling program sets; argv must not contain them.
@@ -511,11 +519,13 @@ class _ConfigFile(configargparse.YAMLConfigFileParser):
                         extending: Sequence[Path]) -> dict[str, Any]:
         """The settings of the file that the one called `name` extends."""
         error = self.parser.error
-        if not isinstance(extended, str) or not extended or not extended.isprintable():
-            error(f"{name}: {EXTENDS} takes the name of one file, not {reprlib.repr(extended)}")
-        path = Path(name).parent / os.path.expanduser(extended)
         try:
+            if not isinstance(extended, str) or not extended:
+                raise argparse.ArgumentTypeError
+            path = Path(name).parent / _path(extended)
             stream = _open(path)
+        except argparse.ArgumentTypeError:
+            error(f"{name}: {EXTENDS} takes the name of one file, not {reprlib.repr(extended)}")
         except OSError as e:
             error(f"{name}: cannot read {path}, which it {EXTENDS}: {e.strerror}")
         if path.resolve() in (chain := [*extending, Path(name).resolve()]):

@@ -24,9 +24,10 @@ UNITS = (("day", 86_400), ("hour", 3600), ("minute", 60), ("second", 1))
 class Output:
     """A text stream like stdout, which no character and no reader makes fail.
 
-    stream: to a terminal, a file or a pipe, or None. Characters that its encoding lacks are
-        replaced; once a reader such as `head`, or a terminal, has closed it, nothing is written
-    log: a file that gets all of it, too; then no error of `stream` is raised, as of a full disk
+    stream: to a terminal, a file or a pipe. Characters that its encoding lacks are replaced; once
+        its reader has closed it, nothing is written. Other errors, as of a full disk, are raised
+        if there is no log
+    log: a file that gets all of it, too. Its errors are raised
     """
 
     def __init__(self, stream: Any, log: IO[str] | None = None):
@@ -36,12 +37,14 @@ class Output:
 
     def write(self, text: str) -> int:
         if self.log:
-            self.log.write(text)
-            self.log.flush()
+            try:
+                self.log.write(text)
+                self.log.flush()
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, self.log.name) from None
         try:
-            if self.stream:
-                self.stream.write(text)
-                self.stream.flush()
+            self.stream.write(text)
+            self.stream.flush()
         except OSError as error:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())      # it is flushed again when Python ends
@@ -59,10 +62,11 @@ class Output:
 
 @contextlib.contextmanager
 def sturdy_output() -> Iterator[None]:
-    """A context in which stdout and stderr are each an Output."""
-    with contextlib.redirect_stdout(Output(sys.stdout)):
-        with contextlib.redirect_stderr(Output(sys.stderr)):
-            yield
+    """A context in which stdout and stderr are each an Output, to nowhere if there is none."""
+    with open(os.devnull, "w") as nowhere:
+        with contextlib.redirect_stdout(Output(sys.stdout or nowhere)):
+            with contextlib.redirect_stderr(Output(sys.stderr or nowhere)):
+                yield
 
 
 def say(label: str, text: str) -> None:
