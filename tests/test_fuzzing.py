@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import (PROJECT, new_model, options, outcome, outcomes, run_script, runs,
-                      weights_in)
+                      same, weights_in)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -178,7 +178,7 @@ def test_files_of_earlier_versions_of_pytorch(tmp_path):
     with torch.no_grad():
         model.base_h.logsigma.uniform_()
     torch.save(model.state_dict(), tmp_path / "old.torch", _use_new_zipfile_serialization=False)
-    assert same(weights(tmp_path / "old.torch"), dict(model.state_dict()))
+    assert same(weights_in(tmp_path / "old.torch"), dict(model.state_dict()))
 
 
 def nested(n):

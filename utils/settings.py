@@ -334,7 +334,7 @@ class SettingsParser(RunParser):
             self.error(_unknown_words(unknown))
         values = vars(settings)
         for key in OPTIONS:
-            if isinstance(values[key], list):       # what argparse makes of the value --
+            if values[key] in ([], "--"):   # what argparse makes of the value --: [] until 3.12
                 self.error(f"{key} cannot be --")
         n_classes = DATASETS[settings.data].n_classes
         for key, accepted in GONE.items():
