@@ -12,7 +12,8 @@ nox.options.default_venv_backend = "uv"     # pip cannot choose the lowest versi
 nox.options.download_python = "never"       # a Python that is missing is skipped
 
 
-@nox.session(python=["3.11", "3.12", "3.13", "3.14"])
+# --seed: torch.compile needs setuptools.
+@nox.session(python=["3.11", "3.12", "3.13", "3.14"], venv_params=["--seed"])
 @nox.parametrize("resolution", ["highest", "lowest-direct"], ids=["newest", "lowest"])
 def tests(session: nox.Session, resolution: str) -> None:
     """Run pytest."""
