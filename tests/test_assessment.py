@@ -164,7 +164,8 @@ def test_a_report_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys)
     assert run_script(options(epochs=1)) == 0
     run, = runs(tmp_path)
     assert (run / "model.torch").exists() and not (run / "report.html").exists()
-    assert "Report       could not be written (RuntimeError)" in capsys.readouterr().out
+    assert "Report failed (RuntimeError); the run is not" in words(capsys.readouterr().out)
+    assert "no report" in (run / "traceback.txt").read_text()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
