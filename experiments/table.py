@@ -101,7 +101,7 @@ def main(argv=None):
         raise BadInput(f"there is no folder {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()
-    runs = [wanted(config, seed, options, folder)
+    runs = [wanted(config, seed, options)
             for config in args.configs for seed in args.seeds]
     names = [run.name for run in runs]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -121,17 +121,16 @@ def main(argv=None):
     return 1 if any(run.lacks for run in runs) else 0
 
 
-def wanted(config, seed, options, folder):
+def wanted(config, seed, options):
     """The Run of a config, not looked up yet. Raises BadInput if its settings are wrong."""
     fixed = ["--config", str(config.resolve()), "--seed", str(seed), "--data_seed", str(seed),
              "--name", f"{config.stem}-seed{seed}"]
-    with contextlib.chdir(folder):              # where the parser makes its folders
-        _, settings = read_settings(options, fixed)
+    _, settings = read_settings(options, fixed)
     argv = [*fixed, *options]
     if settings.resume or settings.pretrained or settings.tmp or not settings.test:
         raise BadInput("a table is of new runs, kept and tested: no --resume, --pretrained, --tmp "
                        "or --test false")
-    for key in "data_root", "initial_weights":      # paths, from here and not from `folder`
+    for key in "data_root", "initial_weights":      # paths, from here, not from the folder of the runs
         if path := getattr(settings, key):
             setattr(settings, key, str(Path(path).resolve()))
             argv = [*without(argv, f"--{key}"), f"--{key}", getattr(settings, key)]

@@ -516,4 +516,5 @@ def test_a_damaged_shipped_file_is_refused(tmp_path, monkeypatch, capsys):
     assert run_script([*line, "--pretrained"]) == 2
     err = capsys.readouterr().err
     assert "SHA-256" in err and "digits.torch is damaged" in err and err.count("\n") == 1
-    assert run_script([*line, "--pretrained", str(path)]) == 0  # only shipped files are compared
+    assert run_script([*line, "--pretrained", str(path)]) == 2  # by the checksums inside the file
+    assert "is no checkpoint that torch.load can read" in capsys.readouterr().err

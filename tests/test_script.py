@@ -42,10 +42,11 @@ def start(folder, *argv):
 
 def start_and_signal(folder, beginning, number, *argv):
     """Start the script, and send it a signal after a line with this beginning -> the process."""
-    def heed_ctrl_c():      # a shell has its background jobs ignore it, and theirs inherit that
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    def heed_signals():     # a shell's background jobs ignore Ctrl-C, nohup's SIGHUP: inherited
+        for heeded in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(heeded, signal.SIG_DFL)
     process = subprocess.Popen([*COMMAND, *argv], cwd=folder, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c)
+                               stderr=subprocess.PIPE, text=True, preexec_fn=heed_signals)
     next(line for line in process.stdout if line.startswith(beginning))
     process.send_signal(number)
     return process

@@ -113,8 +113,7 @@ def test_a_failed_run_is_named(tmp_path, configs):
 
 def test_paths_are_those_of_the_folder_where_it_is_called(tmp_path, monkeypatch, configs):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "out").mkdir()
-    run = table.wanted(Path(configs[0]), 0, ["--initial_weights", "a.torch"], tmp_path / "out")
+    run = table.wanted(Path(configs[0]), 0, ["--initial_weights", "a.torch"])
     data, weights = str(tmp_path / "data"), str(tmp_path / "a.torch")
     assert run.argv[-4:] == ["--data_root", data, "--initial_weights", weights]
     assert (run.settings.data_root, run.settings.initial_weights) == (data, weights)
@@ -144,14 +143,14 @@ def test_bad_input(tmp_path, monkeypatch, configs, argv, message):
 def test_the_rows_have_the_settings_of_the_paper_s_table(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     paths = [PROJECT / "config.yaml", *sorted((PROJECT / "configs" / "table").glob("mnist-*"))]
-    rows = [table.wanted(path, 0, [], tmp_path).settings for path in paths]
+    rows = [table.wanted(path, 0, []).settings for path in paths]
     kinds = {(row.ssl_model, row.ssl_alg, row.cl_weight > 0) for row in rows}
     assert kinds == {*table.PUBLISHED, ("cond-gmm", "sgd", False)} and len(rows) == len(kinds)
     kept = {key: value for key, value in vars(rows[0]).items()
             if key not in ("ssl_model", "ssl_alg", "cl_weight", "config_file", "name")}
     assert all(kept.items() <= vars(row).items() for row in rows)
     for name in ("digits-*", "small-*"):
-        rows = [table.wanted(path, 0, [], tmp_path).settings
+        rows = [table.wanted(path, 0, []).settings
                 for path in (PROJECT / "configs" / "table").glob(name)]
         assert {(row.ssl_model, row.ssl_alg, row.cl_weight > 0) for row in rows} == kinds
         assert len(rows) == len(kinds)
@@ -167,7 +166,7 @@ def test_the_rows_have_the_settings_of_the_paper_s_table(tmp_path, monkeypatch):
 def test_the_paper_s_figures_stand_where_they_belong(tmp_path, monkeypatch, config, options,
                                                      figures):
     monkeypatch.chdir(tmp_path)
-    run = table.wanted(PROJECT / "configs" / f"{config}.yaml", 0, options, tmp_path)
+    run = table.wanted(PROJECT / "configs" / f"{config}.yaml", 0, options)
     row = dict(zip(table.COLUMNS, table.row_of([run]), strict=True))
     assert (row["error, % (paper)"], row["bits/dim (paper)"]) == figures
     assert row["epochs"] == run.settings.epochs and row["data"].startswith(run.settings.data)

@@ -441,12 +441,14 @@ def test_the_weights_of_a_resumed_run_are_those_of_its_last_figures(tmp_path, mo
     assert evaluated == pytest.approx(rows[-1]["test_log_p"], abs=2e-3)
 
 
-def test_stopping_by_time_and_by_signal():
+def test_stopping_by_time_and_by_signal(request):
     assert Limits().reason is None and Limits(1).reason is None
     late = Limits(1)
     late.start -= 60
     assert "time limit of 1 minutes" in late.reason
     handler = signal.getsignal(signal.SIGTERM)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)       # nohup, which ignores it, or not
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
     for name in SIGNALS:
         number = getattr(signal, name)
         with Limits() as limits:
@@ -460,13 +462,10 @@ def test_stopping_by_time_and_by_signal():
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGUSR2)
     assert signal.getsignal(signal.SIGTERM) == handler
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)       # as nohup does
-    try:
-        with Limits() as limits:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert limits.reason is None
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Limits() as limits:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert limits.reason is None
 
 
 def interrupt(*args, **kwargs):
