@@ -101,8 +101,7 @@ def main(argv=None):
         raise BadInput(f"there is no folder {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()
-    runs = [wanted(config, seed, options)
-            for config in args.configs for seed in args.seeds]
+    runs = [wanted(config, seed, options) for config in args.configs for seed in args.seeds]
     names = [run.name for run in runs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise BadInput(f"{twice[0]} is there twice: each config has a name of its own, and each "
@@ -130,7 +129,7 @@ def wanted(config, seed, options):
     if settings.resume or settings.pretrained or settings.tmp or not settings.test:
         raise BadInput("a table is of new runs, kept and tested: no --resume, --pretrained, --tmp "
                        "or --test false")
-    for key in "data_root", "initial_weights":      # paths, from here, not from the folder of the runs
+    for key in "data_root", "initial_weights":      # paths from here, and not from the runs
         if path := getattr(settings, key):
             setattr(settings, key, str(Path(path).resolve()))
             argv = [*without(argv, f"--{key}"), f"--{key}", getattr(settings, key)]

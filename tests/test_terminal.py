@@ -107,12 +107,12 @@ def test_the_duration_is_told_once_from_the_first_steps(monkeypatch, capsys):
         "Duration     about 72 seconds to the end of epoch 10, evaluations aside\n")
     train_epoch(progress, 2, monkeypatch)
     assert not capsys.readouterr().out
-    short = progress_of(steps_per_epoch=10, epochs=40)      # epochs of a second
+    short = progress_of(steps_per_epoch=10, epochs=40)
     for _ in range(8):
-        train_epoch(short, 0.1, monkeypatch)
+        train_epoch(short, 0.125, monkeypatch)
         later = time.perf_counter() + 60                    # of evaluation
         monkeypatch.setattr("training.progress.time.perf_counter", lambda later=later: later)
-    assert capsys.readouterr().out.startswith("Duration     about 33 seconds to the end of")
+    assert capsys.readouterr().out.startswith("Duration     about 44 seconds to the end of")
 
 
 def test_a_slow_epoch_is_told_once_if_there_are_several_threads(monkeypatch, capsys):
