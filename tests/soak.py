@@ -293,12 +293,11 @@ def seeds(n, folder, rng, in_time):
 
 
 def long(n, folder, rng, in_time):
-    """A run of n epochs: memory, open files and threads from its 10th epoch on, seconds of epochs.
-
-    Medians of the 90 epochs from the 10th on, and of the last 90.
+    """A run of n epochs: memory, open files and threads at every 10th; the seconds of an epoch, as
+    medians of the 90 after the 10th and of the last 90.
     """
     (folder / "long").mkdir()
-    process, rows, seen = start(options(epochs=n), folder / "long"), [], []
+    process, rows, seen = start(options(epochs=n, log_each=10), folder / "long"), [], []
     while not os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         if not in_time():
             os.kill(process, signal.SIGTERM)
@@ -312,13 +311,13 @@ def long(n, folder, rng, in_time):
                       int(status["Threads"]))] * (len(rows) - len(seen))
         time.sleep(0.2)
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    memory, files, threads = zip(*seen[9:])
-    seconds = [row["seconds"] for row in rows]
-    return {"epochs": len(rows), "exit_code": code,
+    memory, files, threads = zip(*seen)
+    seconds = [row["seconds"] / 10 for row in rows]
+    return {"epochs": 10 * len(rows), "exit_code": code,
             "MiB at epoch 10": memory[0], "MiB at the end": memory[-1], "MiB at most": max(memory),
             "open files": [min(files), max(files)], "threads": [min(threads), max(threads)],
-            "seconds of an epoch, at first": median(seconds[9:99]),
-            "seconds of an epoch, at the end": median(seconds[-90:])}
+            "seconds of an epoch, at first": median(seconds[1:10]),
+            "seconds of an epoch, at the end": median(seconds[-9:])}
 
 
 PARTS = {       # name: function, n
