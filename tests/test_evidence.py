@@ -315,23 +315,6 @@ def test_the_readme_s_training_steps_agree_with_the_benchmarks():
         assert row["% of a convolution's TFLOP/s"] == f"{share:.0f}"
 
 
-def test_the_faults_that_cost_nothing():
-    report = json.loads((RESULTS / "soak.json").read_text())
-    assert not any(part.get("lost") for part in report.values())
-    times = {"kills": ("signals", "half_written"), "signals": ("signals",),
-             "large_files": ("failed",), "open_files": ("failed",), "full_disk": ("failed",),
-             "seeds": ("runs",)}
-    for row in table("results/README.md", "part"):
-        part = report[row["part"]]
-        expected = ([sum(part[name].values()) for name in ("model.torch", "checkpoint.pt")]
-                    if row["part"] == "damages" else
-                    [part[key] for key in times[row["part"]]])
-        assert numbers(row["times"]) == expected
-    memory = [report["long"][f"MiB at {when}"] for when in ("epoch 10", "the end")]
-    text = (RESULTS / "README.md").read_text()
-    assert f"{memory[0]:.0f} MiB at epoch 10, {memory[1]:.0f} at the end" in text
-
-
 def test_the_accuracies_on_latents():
     rows = table("results/README.md", "weights")
     reports = {name: json.loads((RESULTS / "obfuscation" / f"{name}.json").read_text())
