@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -145,9 +146,9 @@ def interrupt(folder, whole, numbers, rng):
             return {**counts, "lost": [f"exit code {code}: {errors(folder)[-300:]}"]}
         counts["before_params"] += run is None
         counts["before_checkpoint"] += bool(run) and not (run / "checkpoint.pt").exists()
-        partial = {(p, p.stat().st_mtime_ns) for p in run.glob("*.partial")} if run else set()
-        counts["half_written"] += not partial <= seen
-        seen |= partial
+        halves = {(p, p.stat().st_mtime_ns) for p in run.glob("*.partial")} if run else set()
+        counts["half_written"] += not halves <= seen
+        seen |= halves
     return {**counts, "lost": lost(run, whole.left)}
 
 
@@ -164,10 +165,9 @@ def interrupted(numbers):
         while totals["signals"] < n and in_time():
             place = folder / "interrupted"
             add(totals, {"runs": 1, **interrupt(place, whole, numbers, rng)})
-            if not totals["lost"]:
-                shutil.rmtree(place)
-            else:
+            if totals["lost"]:
                 break
+            shutil.rmtree(place)
         return totals
     return part
 
@@ -176,8 +176,7 @@ def failed(process, place, message):
     """Wait for a run that has too little of something -> counts, with what is wrong in "lost"."""
     code, err, run = end(process), errors(place), the_run(place)
     wrong = []
-    if code and (code not in (1, 2) or err.count("\n") != 1
-                 or not any(words in err for words in message)):
+    if code and (code not in (1, 2) or err.count("\n") != 1 or message not in err):
         wrong.append(f"exit code {code}: {err[-300:]}")
     if run and list(run.glob("*.partial")):
         wrong.append("a .partial is left")
@@ -191,62 +190,58 @@ def resumed(place, whole):
     return lost(the_run(place), whole.left) if code == 0 else [f"resumed: {errors(place)[-300:]}"]
 
 
-def large_files(n, folder, rng, in_time):
+def limited(start_one):
+    """-> the part in which runs have too little of something, and are then resumed with enough.
+
+    start_one: of a folder that it creates, the run `whole` and the random numbers -> what `failed`
+    returns of a run that it starts; the folder then contains what that run has left.
+    """
+    def part(n, folder, rng, in_time):
+        whole, totals = Undisturbed(folder / "whole"), {"failed": 0, "lost": []}
+        while totals["failed"] < n and in_time():
+            place = folder / "limited"
+            add(totals, start_one(place, whole, rng))
+            totals["lost"] += resumed(place, whole)
+            if totals["lost"]:
+                break
+            shutil.rmtree(place)
+        return totals
+    return part
+
+
+def large_files(place, whole, rng):
     """A limit on the size of a file, as of a quota, below the size of the largest one."""
-    whole, totals = Undisturbed(folder / "whole"), {"failed": 0}
-    largest = max(path.stat().st_size for path in whole.run.iterdir())
-    while totals["failed"] < n and in_time():
-        place, size = folder / "limited", int(largest * rng.random())
-        place.mkdir()
-
-        def limit(limits=(size, size)):
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        add(totals, failed(start(LINE, place, limit), place, ["File too large"]))
-        totals["lost"] += resumed(place, whole)
-        if totals["lost"]:
-            break
-        shutil.rmtree(place)
-    return totals
+    size = int(rng.random() * max(path.stat().st_size for path in whole.run.iterdir()))
+    place.mkdir()
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+    return failed(start(LINE, place, limit), place, "File too large")
 
 
-def open_files(n, folder, rng, in_time):
+def open_files(place, whole, rng):
     """A limit on the number of open files, from what the process has at its start."""
-    whole, totals = Undisturbed(folder / "whole"), {"failed": 0}
-    while totals["failed"] < n and in_time():
-        place, number = folder / "limited", rng.randint(0, 8)
-        place.mkdir()
+    more = rng.randint(0, 8)
+    place.mkdir()
 
-        def limit(more=number):
-            most = len(os.listdir("/proc/self/fd")) + more
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        add(totals, failed(start(LINE, place, limit), place, ["Too many open files"]))
-        totals["lost"] += resumed(place, whole)
-        if totals["lost"]:
-            break
-        shutil.rmtree(place)
-    return totals
+    def limit():
+        most = len(os.listdir("/proc/self/fd")) + more
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return failed(start(LINE, place, limit), place, "Too many open files")
 
 
-def full_disk(n, folder, rng, in_time):
+def full_disk(place, whole, rng):
     """A disk that fills up: a small file system in memory, which only root can mount."""
-    whole, totals = Undisturbed(folder / "whole"), {"failed": 0}
     size = sum(path.stat().st_size for path in whole.run.iterdir())
-    while totals["failed"] < n and in_time():
-        small, place = folder / "small", folder / "limited"
-        small.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size * rng.random()) + 4096}"]
-        subprocess.run([*mount, "tmpfs", str(small)], check=True)
-        try:
-            add(totals, failed(start(LINE, small), small, ["No space left on device"]))
-            shutil.copytree(small, place, symlinks=True)
-        finally:
-            subprocess.run(["umount", str(small)], check=True)
-        small.rmdir()
-        totals["lost"] += resumed(place, whole)
-        if totals["lost"]:
-            break
-        shutil.rmtree(place)
-    return totals
+    small = place.with_name("small")
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size * rng.random()) + 4096}"]
+    subprocess.run([*mount, "tmpfs", str(small)], check=True)
+    try:
+        counts = failed(start(LINE, small), small, "No space left on device")
+        shutil.copytree(small, place, symlinks=True)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+    small.rmdir()
+    return counts
 
 
 def damages(n, folder, rng, in_time):
@@ -323,9 +318,9 @@ def long(n, folder, rng, in_time):
 PARTS = {       # name: function, n
     "kills": (interrupted([signal.SIGKILL]), 200),
     "signals": (interrupted(SIGNALS), 100),
-    "large_files": (large_files, 30),
-    "open_files": (open_files, 30),
-    "full_disk": (full_disk, 30),
+    "large_files": (limited(large_files), 30),
+    "open_files": (limited(open_files), 30),
+    "full_disk": (limited(full_disk), 30),
     "damages": (damages, 1000),
     "seeds": (seeds, 50),
     "long": (long, 2000),
