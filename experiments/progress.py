@@ -91,10 +91,10 @@ def progress(run, which, epoch_seconds=None):
     """
     rows = read_metrics(run / "metrics.csv")
     kept = ["test"] * len(rows) if which == "test" else names_of_kept(rows)
-    missing = [math.isnan(row[f"{key}_bpd"]) for row, key in zip(rows, kept)]
+    missing = [math.isnan(row[f"{key}_bpd"] + row[f"{key}_acc"]) for row, key in zip(rows, kept)]
     if ("test" in kept) != (which == "test") or all(missing) or (which == "test" and missing[0]):
-        raise BadInput(f"{run} is not the directory of a run on images that was evaluated on "
-                       f"{which} images after each logged epoch")
+        raise BadInput(f"{run} is not the directory of a run on images with labels that was "
+                       f"evaluated on {which} images after each logged epoch")
     epochs = [row["epoch"] for row in rows]
     if epoch_seconds is None:
         epoch_seconds = min(row["seconds"] / (epoch - before)

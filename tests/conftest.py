@@ -45,6 +45,8 @@ hypothesis.settings.load_profile("fixed")
 TINY = {"data": "digits", "model": "digits-masked", "ssl_dim": 16, "ssl_l": 2, "ssl_k": 1,
         "ssl_hd": 8, "supervised": 20, "num_examples": 200, "train_bs": 64, "test_bs": 256,
         "lr_schedule": "no", "log_each": 1, "device": "cpu", "precision": "fp32"}
+# The changes of TINY for a model of points.
+POINTS = {"data": "moons", "model": "toy", "ssl_dim": -1, "ssl_l": 1, "conv": "qr", "l": 3}
 
 
 @pytest.fixture(scope="session")

@@ -26,15 +26,15 @@ from statistics import median
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 import torch
-from conftest import new_model, options, outcomes, run_script, runs, weights_in
+from conftest import POINTS, new_model, options, outcomes, run_script, runs, weights_in
 
+import training.report
 from training.checkpoint import load_checkpoint
 from utils.errors import OneLineParser, check_output, run_command
 from utils.metrics import read_metrics
 from utils.settings import read_settings
 
 LINE = options(epochs=12, ema=0.9, validation=100, cl_weight=1)
-POINTS = {"data": "moons", "model": "toy", "ssl_dim": -1, "ssl_l": 1, "conv": "qr", "l": 3}
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
@@ -287,26 +287,31 @@ def seeds(n, folder, rng, in_time):
     return totals
 
 
+def draw_always():
+    training.report.SECONDS_BETWEEN_PLOTS = 0
+
+
 def long(n, folder, rng, in_time):
-    """A run of n epochs: memory, open files and threads at every 10th; the seconds of an epoch, as
-    medians of the 90 after the 10th and of the last 90.
+    """A run of n epochs, which draws its pictures after every 10th: memory, open files and threads
+    then, before the next row of metrics; the seconds of an epoch, as medians of the 90 after the
+    10th and of the last 90.
     """
     (folder / "long").mkdir()
-    process, rows, seen = start(options(epochs=n, log_each=10), folder / "long"), [], []
+    process = start(options(epochs=n, log_each=10), folder / "long", draw_always)
+    rows, seen = [], {}
     while not os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         if not in_time():
             os.kill(process, signal.SIGTERM)
         run = the_run(folder / "long")
         rows = read_metrics(run / "metrics.csv") if run else []
-        if rows and len(rows) > len(seen):
-            proc = Path("/proc", str(process))
-            status = dict(line.split(":", 1) for line in
-                          (proc / "status").read_text().splitlines())
-            seen += [(int(status["VmRSS"].split()[0]) / 1024, len(os.listdir(proc / "fd")),
-                      int(status["Threads"]))] * (len(rows) - len(seen))
+        proc = Path("/proc", str(process))
+        status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
+        if "VmRSS" in status and len(rows) < n // 10:       # it has not ended, and is not ending
+            seen[len(rows)] = (int(status["VmRSS"].split()[0]) / 1024, len(os.listdir(proc / "fd")),
+                               int(status["Threads"]))
         time.sleep(0.2)
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    memory, files, threads = zip(*seen)
+    memory, files, threads = zip(*(values for row, values in seen.items() if row))
     seconds = [row["seconds"] / 10 for row in rows]
     return {"epochs": 10 * len(rows), "exit_code": code,
             "MiB at epoch 10": memory[0], "MiB at the end": memory[-1], "MiB at most": max(memory),

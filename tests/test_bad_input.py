@@ -8,13 +8,12 @@ import filelock
 import pytest
 import torch
 import torchvision
-from conftest import PROJECT, TINY, options, run_script, runs
+from conftest import POINTS, PROJECT, TINY, options, run_script, runs
 
 from models import build_model
 from utils.metrics import read_metrics
 
 CONFIGS = PROJECT / "configs"
-POINTS = {"data": "moons", "model": "toy", "ssl_dim": -1, "ssl_l": 1}
 
 # What the line says after "--OPTION: ", and the options with values of which it says that.
 WRONG_VALUES = {

@@ -478,7 +478,8 @@ def test_shipped_weights_have_the_name_of_their_config(tmp_path, monkeypatch, co
     names = ("model.torch", "digits.torch", "mnist-small.torch")
     for name in names:
         (tmp_path / name).write_text(name)
-    sums = "".join(f"{sha256(tmp_path / name)}  {name}\n" for name in names)
+    sums = "three words here\n\n" + "".join(
+        f"{sha256(tmp_path / name)}  {name}\n" for name in names)
     (tmp_path / "SHA256SUMS").write_text(sums)
     monkeypatch.setattr(checkpoint, "PRETRAINED", tmp_path)
     assert checkpoint.shipped_weights(config) == tmp_path / weights

@@ -1,6 +1,7 @@
 """What a trained model shows: obfuscation.py, samples.py, pictures.py, utils/figures.py."""
 
 import json
+import math
 import re
 
 import numpy as np
@@ -88,6 +89,14 @@ def test_the_legend_of_seven_runs_is_inside_the_picture(length):
     box, panel = legend.get_window_extent(), figure.axes[0].get_window_extent()
     assert box.x0 > 0 and box.x1 < figure.bbox.x1 and box.y0 >= 0 and box.y1 < panel.y0
     assert panel.height > 200
+
+
+def test_the_curves_of_runs_without_labels_have_no_panel_of_errors():
+    rows = read_metrics(PROJECT / "results" / "digits" / "seed0" / "metrics.csv")
+    unlabelled = [{key: math.nan if key.endswith("acc") else value for key, value in row.items()}
+                  for row in rows]
+    for runs_, panels in (({"a": rows, "b": unlabelled}, 3), ({"b": unlabelled}, 2)):
+        assert len(figures.plot_curves_of_runs(runs_).axes) == panels
 
 
 @pytest.mark.parametrize("command", ["samples", "redrawn", "interpolation", "mistakes"])

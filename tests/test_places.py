@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import SCRIPT, options, run_script, runs, words
 
+from experiments import pictures
+
 fcntl, resource = map(pytest.importorskip, ("fcntl", "resource"))     # not on Windows
 
 COMMAND = [sys.executable, str(SCRIPT)]
@@ -79,6 +81,8 @@ def test_home_folder_in_paths(tmp_path, monkeypatch, capsys):
     assert run_script([f"--resume={short}", "--epochs=2"]) == 0
     assert run_script([f"--pretrained={short}/nothing"]) == 2
     assert f"no file {run}/nothing" in capsys.readouterr().err
+    pictures.main(["curves", short, "--save=~/curves.png"])
+    assert (home / "curves.png").exists()
     assert not (tmp_path / "~").exists()
 
 

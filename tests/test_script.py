@@ -7,15 +7,17 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PROJECT, SCRIPT, TINY, execute, options, runs, words
+from conftest import POINTS, PROJECT, SCRIPT, TINY, execute, options, runs, words
 from PIL import Image
 
 from models import build_model
 from training.checkpoint import load_weights
+from training.progress import SAME_EVENT
 from utils.errors import run_command
 from utils.metrics import read_metrics
 
@@ -25,7 +27,6 @@ FILES = {"params.yaml", "log.txt", "metrics.csv", "checkpoint.pt", "model.torch"
          "curves.png", "labelled.txt", "report.html"}
 HEADER = ("epoch       loss test err bits/dim seconds",
           "epoch       loss test err log p(x) seconds")
-POINTS = {"data": "moons", "model": "toy", "ssl_dim": -1, "ssl_l": 1, "l": 2}
 
 
 def succeed(folder, command, **environment):
@@ -113,6 +114,19 @@ def test_time_limit_and_termination(tmp_path):
         before, done = done, steps_done()
         assert done > before
     assert not (run / "traceback.txt").exists()
+
+
+def test_a_second_signal_ends_a_run_within_a_training_step(tmp_path):
+    """A step of seconds: the first signal would stop the run after it."""
+    large = options(epochs=1, ssl_hd=512, ssl_k=4, num_examples=400, train_bs=400)
+    process = start_and_signal(tmp_path, "epoch ", signal.SIGTERM, *large)
+    time.sleep(1.5 * SAME_EVENT)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Stopped" not in out
+    assert "Interrupted; to continue:\n" in err and "Traceback" not in err
+    run = run_of(tmp_path)
+    assert torch.load(run / "checkpoint.pt")["step"] == 0 and not list(run.glob("*.partial"))
 
 
 def torchrun(program):

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import PROJECT, SCRIPT, TINY, load_tiny, make_step, options, run_script, runs, words
+from conftest import (POINTS, PROJECT, SCRIPT, TINY, load_tiny, make_step, options, run_script,
+                      runs, words)
 from torch.nn import functional as F
 
 from experiments import pictures, table
@@ -35,7 +36,6 @@ from utils.settings import read_settings
 
 SGD = {"ssl_alg": "sgd", "sup_weight": 1.0, "cl_weight": 0.0, "cons_weight": 0.0,
        "vat_weight": 0.0}
-POINTS = {"data": "moons", "model": "toy", "ssl_dim": -1, "ssl_l": 1, "conv": "qr", "l": 3}
 
 
 def terms_of(log_joint, y, of_copies=None, target=None, divergence=None, batch_y=None, **changes):

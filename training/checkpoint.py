@@ -114,7 +114,8 @@ def shipped_weights(config_file: str | None) -> Path:
                        "run's model.torch to --pretrained")
     sums = PRETRAINED / "SHA256SUMS"
     lines = sums.read_text().splitlines() if sums.is_file() else []
-    expected = {name: digest for digest, name in map(str.split, filter(None, lines))}.get(path.name)
+    expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}.get(
+        path.name)
     found = sha256(path)
     if found != expected:
         raise BadInput(f"{path} is damaged, or not the file that ships: "

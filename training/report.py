@@ -1,6 +1,7 @@
 """What a run leaves: metrics, weights, pictures, and report.html, which needs no other file."""
 
 import base64
+import gc
 import html
 import io
 import math
@@ -107,6 +108,7 @@ class RunFiles:
             return
         if time.perf_counter() - self.plotted > SECONDS_BETWEEN_PLOTS:
             plot_run(self.model, self.data, self.metrics.rows, self.run_dir, self.settings.seed)
+            gc.collect()        # figures are cycles, which by itself Python collects late
             self.plotted = time.perf_counter()
 
     @property

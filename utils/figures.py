@@ -141,7 +141,7 @@ def plot_curves(rows: list[Row], columns: int = 3) -> Figure:
 
 
 def plot_curves_of_runs(runs: dict[str, list[Row]]) -> Figure:
-    """Training loss, error and likelihood of several runs against the epoch.
+    """Training loss, error, if a run has labels, and likelihood of several runs against the epoch.
 
     runs: {label: rows of a MetricsLog}
 
@@ -151,18 +151,21 @@ def plot_curves_of_runs(runs: dict[str, list[Row]]) -> Figure:
     """
     columns = max(1, min(3, LEGEND // (max(map(len, runs)) + 8)))
     figure = Figure(figsize=(12, 3.4 + 0.22 * -(-len(runs) // columns)), layout="constrained")
-    loss, error, likelihood = figure.subplots(1, 3)
+    judged = {label: names_of_kept(rows) for label, rows in runs.items()}
+    labelled = any(np.isfinite(row[f"{name}_acc"]) for label, rows in runs.items()
+                   for row, name in zip(rows, judged[label]))
+    loss, *errors, likelihood = figure.subplots(1, 2 + labelled)
     styles = ((dashes, colour) for dashes in itertools.cycle(LINES) for colour in COLOURS)
     units = set()
     for (label, rows), (dashes, colour) in zip(runs.items(), styles):
-        epoch = [row["epoch"] for row in rows]
-        names = names_of_kept(rows)
+        epoch, names = [row["epoch"] for row in rows], judged[label]
         images = np.isfinite([row[f"{name}_bpd"] for row, name in zip(rows, names)]).any()
         style = {"color": colour, "linestyle": dashes, "marker": "." if len(rows) < 30 else None}
         units.add("bits/dim" if images else "log p(x), nats")
         loss.plot(epoch, [row["train_loss"] for row in rows], label=label, **style)
-        error.plot(epoch, [100 * (1 - row[f"{name}_acc"]) for row, name in zip(rows, names)],
-                   **style)
+        for error in errors:
+            error.plot(epoch, [100 * (1 - row[f"{name}_acc"]) for row, name in zip(rows, names)],
+                       **style)
         likelihood.plot(epoch, [row[f"{name}_{'bpd' if images else 'log_p'}"]
                                 for row, name in zip(rows, names)], **style)
     if len(units) > 1:
@@ -171,9 +174,10 @@ def plot_curves_of_runs(runs: dict[str, list[Row]]) -> Figure:
     likelihood.set_ylabel(units.pop())
     loss.set_ylabel("training loss, nats")
     figure.legend(loc="outside lower center", ncols=columns)
-    error.set_ylabel("error (validation, else test), %")
-    error.set_ylim(bottom=0)
-    for axes in (loss, error, likelihood):
+    for error in errors:
+        error.set_ylabel("error (validation, else test), %")
+        error.set_ylim(bottom=0)
+    for axes in figure.axes:
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
