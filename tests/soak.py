@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -21,7 +22,6 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
@@ -123,12 +123,14 @@ def the_run(folder):
     return found[0] if found else None
 
 
-def interrupt(folder, whole, numbers, rng):
-    """Start a run and send it signals at random instants, resuming it, until it has ended.
+def interrupt(numbers, folder, whole, rng):
+    """Start a run in `folder` and send it signals, of these numbers, at random instants, resuming
+    it, until it has ended.
 
     -> counts of what was provoked; "lost", the names of what differs from the run `whole`.
     """
-    counts = {"signals": 0, "before_params": 0, "before_checkpoint": 0, "half_written": 0}
+    counts = {"runs": 1, "signals": 0, "half_written": 0, "before_params": 0,
+              "before_checkpoint": 0}
     folder.mkdir()
     seen = set()
     while True:
@@ -158,13 +160,17 @@ def add(totals, counts):
         totals[key] = totals.get(key, type(value)()) + value
 
 
-def interrupted(numbers):
-    """-> the part that sends these signals."""
+def repeated(fault, provoke):
+    """-> the part that calls `provoke` until it has counted n times the `fault`.
+
+    provoke: of a folder that it creates, the run that nothing disturbed and the random numbers ->
+        counts and, in "lost", what is wrong; the part then ends
+    """
     def part(n, folder, rng, in_time):
-        whole, totals = Undisturbed(folder / "whole"), {"runs": 0, "signals": 0}
-        while totals["signals"] < n and in_time():
-            place = folder / "interrupted"
-            add(totals, {"runs": 1, **interrupt(place, whole, numbers, rng)})
+        whole, totals = Undisturbed(folder / "whole"), {fault: 0, "lost": []}
+        while totals[fault] < n and in_time():
+            place = folder / "disturbed"
+            add(totals, provoke(place, whole, rng))
             if totals["lost"]:
                 break
             shutil.rmtree(place)
@@ -193,20 +199,13 @@ def resumed(place, whole):
 def limited(start_one):
     """-> the part in which runs have too little of something, and are then resumed with enough.
 
-    start_one: of a folder that it creates, the run `whole` and the random numbers -> what `failed`
-    returns of a run that it starts; the folder then contains what that run has left.
+    start_one: of what `provoke` takes in `repeated` -> what `failed` returns of a run that it
+        starts; the folder then contains what that run has left
     """
-    def part(n, folder, rng, in_time):
-        whole, totals = Undisturbed(folder / "whole"), {"failed": 0, "lost": []}
-        while totals["failed"] < n and in_time():
-            place = folder / "limited"
-            add(totals, start_one(place, whole, rng))
-            totals["lost"] += resumed(place, whole)
-            if totals["lost"]:
-                break
-            shutil.rmtree(place)
-        return totals
-    return part
+    def provoke(place, whole, rng):
+        counts = start_one(place, whole, rng)
+        return {**counts, "lost": counts["lost"] + resumed(place, whole)}
+    return repeated("failed", provoke)
 
 
 def large_files(place, whole, rng):
@@ -287,42 +286,68 @@ def seeds(n, folder, rng, in_time):
     return totals
 
 
-def draw_always():
-    training.report.SECONDS_BETWEEN_PLOTS = 0
+class Watched:
+    """A run of n epochs that draws its pictures after every 10th, and what its process has used.
+
+    seen: at the last look before each row of metrics.csv but the first: MiB of memory, open files,
+        threads, and seconds of the CPU, which depend less than others on what else runs
+    """
+
+    def __init__(self, n, folder):
+        folder.mkdir()
+        self.process, self.folder = start(options(epochs=n, log_each=10), folder, self.draw), folder
+        self.rows, self.n_rows, self.seen = 0, n // 10, {}
+
+    @staticmethod
+    def draw():
+        training.report.SECONDS_BETWEEN_PLOTS = 0
+
+    def look(self):
+        """-> whether it runs."""
+        if os.waitid(os.P_PID, self.process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return False
+        run, proc = the_run(self.folder), Path("/proc", str(self.process))
+        self.rows = len(read_metrics(run / "metrics.csv")) if run else 0
+        if 0 < self.rows < self.n_rows:         # later its files close
+            status = dict(re.findall(r"(\w+):\s+(\d+)", (proc / "status").read_text()))
+            cpu = sum(map(int, (proc / "stat").read_text().rpartition(")")[2].split()[11:13]))
+            self.seen[self.rows] = (int(status["VmRSS"]) / 1024, len(os.listdir(proc / "fd")),
+                                    int(status["Threads"]), cpu / os.sysconf("SC_CLK_TCK"))
+        return True
+
+    def seconds_of_an_epoch(self):
+        """Of the CPU, in the last 80 epochs that were seen."""
+        first, *_, last = sorted(self.seen)[-9:]
+        return (self.seen[last][3] - self.seen[first][3]) / (last - first) / 10
 
 
 def long(n, folder, rng, in_time):
-    """A run of n epochs, which draws its pictures after every 10th: memory, open files and threads
-    then, before the next row of metrics; the seconds of an epoch, as medians of the 90 after the
-    10th and of the last 90.
+    """A run of n epochs: memory, open files and threads; the time of an epoch at its end, beside
+    that of a run that has just begun.
     """
-    (folder / "long").mkdir()
-    process = start(options(epochs=n, log_each=10), folder / "long", draw_always)
-    rows, seen = [], {}
-    while not os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+    old, young = Watched(n, folder / "old"), None
+    while old.look():
         if not in_time():
-            os.kill(process, signal.SIGTERM)
-        run = the_run(folder / "long")
-        rows = read_metrics(run / "metrics.csv") if run else []
-        proc = Path("/proc", str(process))
-        status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
-        if "VmRSS" in status and len(rows) < n // 10:       # it has not ended, and is not ending
-            seen[len(rows)] = (int(status["VmRSS"].split()[0]) / 1024, len(os.listdir(proc / "fd")),
-                               int(status["Threads"]))
+            os.kill(old.process, signal.SIGTERM)
+        if not young and old.rows >= n // 10 - 11:
+            young = Watched(100, folder / "young")
+        if young:
+            young.look()
         time.sleep(0.2)
-    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    memory, files, threads = zip(*(values for row, values in seen.items() if row))
-    seconds = [row["seconds"] / 10 for row in rows]
-    return {"epochs": 10 * len(rows), "exit_code": code,
-            "MiB at epoch 10": memory[0], "MiB at the end": memory[-1], "MiB at most": max(memory),
-            "open files": [min(files), max(files)], "threads": [min(threads), max(threads)],
-            "seconds of an epoch, at first": median(seconds[1:10]),
-            "seconds of an epoch, at the end": median(seconds[-9:])}
+    memory, files, threads, _ = zip(*old.seen.values())
+    report = {"epochs": 10 * old.rows, "exit_code": end(old.process), "MiB at epoch 10": memory[0],
+              "MiB at the end": memory[-1], "MiB at most": max(memory),
+              "open files": [min(files), max(files)], "threads": [min(threads), max(threads)]}
+    if young:
+        end(young.process)
+        report.update({"CPU seconds of an epoch, in a new run": young.seconds_of_an_epoch(),
+                       "CPU seconds of an epoch, at the end": old.seconds_of_an_epoch()})
+    return report
 
 
 PARTS = {       # name: function, n
-    "kills": (interrupted([signal.SIGKILL]), 200),
-    "signals": (interrupted(SIGNALS), 100),
+    "kills": (repeated("signals", partial(interrupt, [signal.SIGKILL])), 200),
+    "signals": (repeated("signals", partial(interrupt, SIGNALS)), 100),
     "large_files": (limited(large_files), 30),
     "open_files": (limited(open_files), 30),
     "full_disk": (limited(full_disk), 30),
