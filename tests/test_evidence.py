@@ -14,7 +14,7 @@ from statistics import stdev
 import pytest
 import torch
 import yaml
-from conftest import PROJECT, run_script
+from conftest import PROJECT, run_script, words
 
 from experiments import pictures, samples
 from models import build_model
@@ -47,11 +47,10 @@ def table(path, first, which=0):
 
 
 def card(name):
-    """The rows of a file's card in pretrained/README.md, {what: text}."""
+    """The lines of a file's card in pretrained/README.md, {what: text}."""
     text = (PROJECT / "pretrained" / "README.md").read_text()
     section = text.split(f"## {name}\n", 1)[1].split("\n## ")[0]
-    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")]
-    return {what.strip(): value.strip() for what, value in rows}
+    return dict(words(line).split(": ", 1) for line in section.split("\n- ")[1:])
 
 
 def evidence_of(rows):
