@@ -314,6 +314,23 @@ def test_the_readme_s_training_steps_agree_with_the_benchmarks():
         assert row["% of a convolution's TFLOP/s"] == f"{share:.0f}"
 
 
+def test_the_faults_that_cost_nothing():
+    report = json.loads((RESULTS / "soak.json").read_text())
+    assert not any(part.get("lost") for part in report.values())
+    text = words((RESULTS / "README.md").read_text().split("\n## Faults\n")[1].split("\n## ")[0])
+    long, damages = report["long"], report["damages"]
+    failed, = {report[part]["failed"] for part in ("large_files", "open_files", "full_disk")}
+    damaged, = {sum(damages[name].values()) for name in ("model.torch", "checkpoint.pt")}
+    for said in (f"{report['kills']['signals']} SIGKILLs, {report['kills']['half_written']} of",
+                 f"{report['signals']['signals']} other signals; {failed} each failed",
+                 f"{damaged:,} damaged copies each", f"{report['seeds']['runs']} runs with",
+                 f"{long['epochs']:,} epochs had {long['MiB at epoch 10']:.0f} MiB at epoch 10",
+                 f"and {long['MiB at the end']:.0f} at the end",
+                 f"took {long['CPU seconds of an epoch, at the end']:.3f} CPU seconds",
+                 f"{long['CPU seconds of an epoch, in a new run']:.3f} in a new run"):
+        assert said in text
+
+
 def test_the_accuracies_on_latents():
     rows = table("results/README.md", "weights")
     reports = {name: json.loads((RESULTS / "obfuscation" / f"{name}.json").read_text())
