@@ -96,11 +96,14 @@ def random_data(settings, device):
     """
     n = max(2048, settings.train_bs, settings.test_bs)
     dataset = DATASETS[settings.data]
+    if dataset.shape is None:
+        raise BadInput("benchmarks make random data, and need a dataset of known shape, not "
+                       f"{settings.data}")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2 * n, *dataset.shape, generator=generator)
     if dataset.grey_levels:
         x = torch.randint(dataset.grey_levels, x.shape, dtype=torch.uint8, generator=generator)
-    y = torch.arange(2 * n) % dataset.n_classes
+    y = torch.arange(2 * n) % len(dataset.classes)
     return SemiSupervisedData(x[:n], y[:n], x[n:], y[n:], torch.arange(100), dataset.grey_levels,
                               device,
                               augmentation=dataset.augmentation if settings.cons_weight else None,

@@ -57,11 +57,11 @@ def main(argv=None):
     for path, suffixes in ((args.picture, FORMATS), (args.save, (".npz",)), (args.json, ())):
         if path:
             check_output(path, suffixes)
-    model, data, settings = load(rest, ["--supervised", "-1"])      # all labels
+    model, data, settings = load(rest, ["--supervised", "-1", "--labelled="])    # all labels
     noise = torch.Generator(data.device).manual_seed(settings.seed)
+    y, test_y = data.train_y[data.labelled], data.test_y
     train, test = (latents(model, data.dequantize(x, noise), y, settings.test_bs)
-                   for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)))
-    y, test_y = data.train_y, data.test_y
+                   for x, y in ((data.train_x[data.labelled], y), (data.test_x, test_y)))
     chance = float(test_y.bincount().max() / len(test_y))
     rows = {part: {"dimensions": train[part].shape[1],
                    "classifier": accuracy_of_classifier(train[part], y, test[part], test_y,

@@ -83,7 +83,7 @@ def picture(args, model, data, settings):
         if not 0 <= args.temperature <= MAX_TEMPERATURE:
             raise BadInput(f"--temperature must be from 0 to {MAX_TEMPERATURE}, not "
                            f"{args.temperature}")
-        return plot_samples(model, settings.seed, args.temperature)
+        return plot_samples(model, settings.seed, args.temperature, data.classes)
     if (args.command in OF_POINTS) == model.image:
         kind = "points in the plane" if args.command in OF_POINTS else "images"
         raise BadInput(f"{args.command} is for {kind}, unlike {settings.data}")
@@ -104,10 +104,13 @@ def picture(args, model, data, settings):
     noise = torch.Generator(data.device).manual_seed(settings.seed)
     x = data.dequantize(data.test_x, noise)
     of_class = [torch.nonzero(data.test_y == k)[:2, 0] for k in range(data.n_classes)]
+    if alone := [name for name, index in zip(data.classes, of_class) if len(index) < 2]:
+        raise BadInput(f"{args.command} needs two test images of each class: there are fewer of "
+                       f"{alone[0]}")
     first, second = torch.stack(of_class).T
     y = data.test_y[first]
     if args.command == "redrawn":
-        return plot_redrawn(model, x[first], y)
+        return plot_redrawn(model, x[first], y, data.classes)
     return plot_interpolation(model, x[first], x[second], y)
 
 

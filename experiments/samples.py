@@ -42,7 +42,7 @@ def main(argv=None):
         check_output(args.json)
     if not all(0 <= t <= MAX_TEMPERATURE for t in args.temperatures):
         raise BadInput(f"--temperatures must be from 0 to {MAX_TEMPERATURE}")
-    model, data, settings = load(rest, ["--supervised", "-1"])      # all labels
+    model, data, settings = load(rest, ["--supervised", "-1", "--labelled="])    # all labels
     if not model.image:
         raise BadInput(f"samples are classified as images, unlike {settings.data}")
     if args.samples < 1 or args.samples % data.n_classes:

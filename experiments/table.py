@@ -129,7 +129,7 @@ def wanted(config, seed, options):
     if settings.resume or settings.pretrained or settings.tmp or not settings.test:
         raise BadInput("a table is of new runs, kept and tested: no --resume, --pretrained, --tmp "
                        "or --test false")
-    for key in "data_root", "initial_weights":      # paths from here, and not from the runs
+    for key in "data_root", "initial_weights", "labelled":      # seen from here, not from the runs
         if path := getattr(settings, key):
             setattr(settings, key, str(Path(path).resolve()))
             argv = [*without(argv, f"--{key}"), f"--{key}", getattr(settings, key)]
@@ -240,8 +240,9 @@ def row_of(runs):
     settings, done = runs[0].settings, [run for run in runs if not run.lacks]
     kind = settings.ssl_model, settings.ssl_alg, settings.cl_weight > 0
     as_in_the_paper = (settings.data, settings.supervised, settings.num_examples) == (
-        "mnist", 100, -1) and not (settings.cons_weight or settings.vat_weight)
-    labels = "all" if settings.supervised == -1 else settings.supervised
+        "mnist", 100, -1) and not (settings.cons_weight or settings.vat_weight or settings.labelled)
+    labels = ("listed" if settings.labelled else
+              "all" if settings.supervised == -1 else settings.supervised)
     return (MODELS[settings.ssl_model], ALGORITHMS[settings.ssl_alg],
             "yes" if settings.cl_weight else "no", f"{settings.data}, {labels} labels",
             settings.epochs, *PUBLISHED.get(kind if as_in_the_paper else None, ("-", "-")),

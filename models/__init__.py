@@ -44,8 +44,8 @@ MODEL_OPTIONS: dict[str, tuple[Option, ...]] = {
         Option("ssl_model", str, "cond-flow",
                "cond-flow (SCNF-GLOW), cond-shift (SCNF-GMM), or cond-gmm, SCNF-GMM with a "
                "diagonal covariance of each class", choices=tuple(HEADS)),
-        Option("ssl_dim", int, 196, "dimensions of z_f, an even number; -1: all of z",
-               low=2, also=(-1,)),
+        Option("ssl_dim", int, 196, "dimensions of z_f, an even number; -1: all of z; -2: a "
+               "quarter of z, 196 for MNIST", low=2, also=(-1, -2)),
         Option("ssl_l", int, 2, "levels of cond-flow", low=1, high=100),
         Option("ssl_k", int, 4, "flow steps per level of cond-flow", low=1, high=1000),
         Option("ssl_hd", int, 256, "width of the networks of cond-flow", low=1, high=4096),
@@ -89,15 +89,15 @@ def build_model(settings: Mapping[str, Any] | SimpleNamespace | argparse.Namespa
         if problem := option.problem(value):
             raise ValueError(f"{option.name}: {problem}")
         setattr(options, option.name, value)
+    dim = math.prod(data_shape)
+    options.ssl_dim = {-1: dim, -2: dim // 8 * 2}.get(options.ssl_dim, options.ssl_dim)
     is_pyramid = options.model == "pyramid"
     pixels = partial(PIXELS[options.pixels], grey_levels=grey_levels)
     f_w = (pixel_pyramid if is_pyramid else FLOWS[options.model])(
         tuple(data_shape), options, pixels)
-    dim = math.prod(data_shape)
-    ssl_dim = dim if options.ssl_dim == -1 else options.ssl_dim
-    if ssl_dim > dim or ssl_dim % 2:
+    if not 2 <= options.ssl_dim <= dim or options.ssl_dim % 2:
         raise ValueError(f"ssl_dim must be an even number from 2 to the data's {dim} dimensions "
-                         f"(or -1 for all of them), not {options.ssl_dim}")
-    h_phi = HEADS[options.ssl_model](ssl_dim, n_classes, options)
+                         f"(or -1 for all of them, -2 for a quarter), not {options.ssl_dim}")
+    h_phi = HEADS[options.ssl_model](options.ssl_dim, n_classes, options)
     kind = PixelPyramid if is_pyramid else SemiConditionalFlow
-    return kind(f_w, h_phi, data_shape, ssl_dim, n_classes, class_probs)
+    return kind(f_w, h_phi, data_shape, options.ssl_dim, n_classes, class_probs)

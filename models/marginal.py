@@ -15,6 +15,7 @@ from .checks import check_grey_levels, check_shape
 PSEUDO_COUNTS, EVEN_SHARE, LARGEST_SHARE = 1 / 20, 0.7, 0.995
 # Half the step of dequantisation noise in float32. Being the same for every type of x, it gives the
 # same z.
+ROWS = 1000     # of images counted at a time, to save memory
 EDGE = 2**-25
 
 
@@ -68,8 +69,12 @@ class MarginalGaussian(Bijection):
         n, levels = len(images), self.p.shape[1]
         check_shape("images", images, self.shape)
         check_grey_levels("images", images, levels)
-        values = images.flatten(1).long() + levels * torch.arange(len(self.p), device=images.device)
-        counts = torch.bincount(values.flatten(), minlength=self.p.numel()).view_as(self.p).double()
+        first = levels * torch.arange(len(self.p), device=images.device)
+        counts = torch.zeros(self.p.numel(), dtype=torch.long, device=images.device)
+        for part in images.split(ROWS):
+            counts += torch.bincount((part.flatten(1).long() + first).flatten(),
+                                     minlength=len(counts))
+        counts = counts.view_as(self.p).double()
         in_all_pixels = counts[:, 1:].sum(0) + 1
         prior = ((1 - EVEN_SHARE) * in_all_pixels / in_all_pixels.sum()
                  + EVEN_SHARE / (levels - 1))

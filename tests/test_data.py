@@ -64,11 +64,14 @@ def test_labelled_choice_is_stratified_and_seeded():
 
 
 def test_labelled_choice_of_unequal_classes():
-    y = np.array([0] * 2 + [1] * 50 + [2] * 50)
-    chosen = y[choose_labelled(y, 3, 21, np.random.default_rng(0))]
-    assert np.bincount(chosen).tolist() == [2, 10, 9]
-    assert len(choose_labelled(y, 3, -1, np.random.default_rng(0))) == 102
-    assert len(set(choose_labelled(y, 3, 102, np.random.default_rng(0)))) == 102
+    y = np.array([0] * 2 + [1] * 50 + [-1] * 30 + [2] * 50)
+    def chosen(supervised):
+        index = choose_labelled(y, "abc", supervised, np.random.default_rng(0))
+        assert len(set(index)) == len(index) and not (y[index] == -1).any()
+        return np.bincount(y[index]).tolist()
+    assert chosen(21) == [2, 10, 9]
+    assert chosen("1,5,20") == [1, 5, 20]
+    assert chosen(-1) == chosen(102) == [2, 50, 50]
 
 
 def test_class_probs_are_the_labelled_frequencies():

@@ -34,6 +34,7 @@ class Assessment:
     """What a model says of N examples of K classes; what needs labels is NaN or empty without."""
 
     name: str                   # of the examples
+    classes: tuple[str, ...]    # their names
     error: float                # share of wrong classes, from 0 to 1
     log_p: float                # mean log p(x), nats
     bits_per_dim: float         # NaN for points
@@ -61,6 +62,8 @@ class Assessment:
         counts = self.confusion.sum(1)
         errors = 1 - self.confusion.diagonal() / counts         # NaN of a class without examples
         say("Confusion", "row: the true class; column: the predicted one")
+        if self.classes != tuple(map(str, range(len(self.classes)))):
+            say("Classes", ", ".join(f"{j}{NO_BREAK}{name}" for j, name in enumerate(self.classes)))
         width = max(len(str(int(counts.max()))), 2) + 2
         print("class" + "".join(f"{j:{width}}" for j in range(len(counts))) + "    error")
         for i, (row, error) in enumerate(zip(self.confusion.tolist(), errors.tolist())):
@@ -95,7 +98,8 @@ class Assessment:
         if not len(shown):
             raise ValueError(f"there are no mistakes on the {self.name} images")
         images, y = (part.cpu()[shown] for part in examples)
-        return plot_mistakes(images, y, self.predicted[shown], self.confidence[shown])
+        return plot_mistakes(images, y, self.predicted[shown], self.confidence[shown],
+                             self.classes)
 
 
 def assess(infer: Inference, others: Inference, data: SemiSupervisedData, examples: Examples,
@@ -128,7 +132,7 @@ def assess(infer: Inference, others: Inference, data: SemiSupervisedData, exampl
         parts = of_others.split([len(x) for x in kinds.values()])
         auroc = {kind: area_under_roc(log_p, part) for kind, part in zip(kinds, parts)}
     return Assessment(
-        name=name, error=1 - accuracy, log_p=mean_log_p,
+        name=name, classes=data.classes, error=1 - accuracy, log_p=mean_log_p,
         bits_per_dim=data.bits_per_dim(mean_log_p),
         nll=float(F.nll_loss(log_posterior, y, ignore_index=-1)),
         calibration_error=calibration_error(confidence[known], (predicted == y_cpu)[known]),
@@ -178,6 +182,8 @@ def other_images(data: SemiSupervisedData, images: Tensor,
     shape, levels = (N_OTHERS, *data.shape), data.grey_levels
     assert levels is not None, "points have no grey levels"
     chosen = images[:N_OTHERS].cpu()
+    if settings.data in ("folder", "npz"):      # whose images can be sorted by class
+        chosen = images[torch.linspace(0, len(images) - 1, min(N_OTHERS, len(images))).long()].cpu()
 
     def random(*size: int) -> Tensor:
         return torch.randint(levels, size, generator=generator).to(chosen.dtype)

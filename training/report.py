@@ -6,6 +6,7 @@ import html
 import io
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,9 @@ class RunFiles:
         if not (run_dir / "labelled.txt").exists():
             with atomic_write(run_dir / "labelled.txt") as f:
                 np.savetxt(f, data.labelled_ids, "%d")
+            if settings.data == "folder":       # whose names and order could change
+                with atomic_write(run_dir / "classes.txt", encoding="utf-8") as f:
+                    f.writelines(f"{name}\n" for name in data.classes)
         validated = ("val", "ema_val")[:bool(settings.validation) * (1 + bool(settings.ema))]
         self.shown = ((*validated, *("test",) * settings.test),
                       "log_p" if data.grey_levels is None else "bpd", len(data.labelled) > 0)
@@ -188,7 +192,8 @@ def write_report(run_dir: Path, settings: Settings, rows: list[Row], assessment:
     options = _table([(key, str(value)) for key, value in sorted(vars(settings).items())])
     auroc = f"<p>{assessment.meaning_of_auroc}</p>" if assessment.auroc else ""
     confusion = ("<h2>Confusion</h2>\n<p>Row: the true class; column: the predicted one.</p>\n"
-                 f"{_confusion(assessment.confusion.tolist())}" if assessment.has_labels else "")
+                 + _confusion(assessment.confusion.tolist(), assessment.classes)
+                 if assessment.has_labels else "")
     page = f"""<!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -227,16 +232,18 @@ def _table(rows: list[tuple[str, str]]) -> str:
     return f"<table>{cells}</table>"
 
 
-def _confusion(counts: list[list[int]]) -> str:
+def _confusion(counts: list[list[int]], classes: Sequence[str]) -> str:
     """The confusion matrix as a table, with the error of each class; wrong cells are shaded."""
-    head = "".join(f"<th>{j}</th>" for j in range(len(counts)))
+    names = [html.escape(name) for name in classes]
+    head = "".join(f"<th>{name}</th>" for name in names)
     body = ""
     for i, row in enumerate(counts):
         total = max(sum(row), 1)
         cells = "".join(
             f'<td style="background: rgba(213, 94, 0, {min(20 * n / total, 1) * (i != j):.2f})">'
             f"{n or ''}</td>" for j, n in enumerate(row))
-        body += f"<tr><th>{i}</th>{cells}<td>{(total - row[i]) / total:.2%}</td></tr>\n"
+        error = f"{(total - row[i]) / total:.2%}" if any(row) else "-"
+        body += f"<tr><th>{names[i]}</th>{cells}<td>{error}</td></tr>\n"
     return (f'<div class="wide"><table><tr><th></th>{head}<th>error</th></tr>\n{body}</table>'
             "</div>")
 

@@ -4,6 +4,7 @@ datasets.py loads them.
 """
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -62,6 +63,7 @@ class SemiSupervisedData:
     clf_noise: which images are dequantised with noise: "true": all; "train": all but those that
         give targets and those of evaluation; "false": all but copies and those of evaluation
     spread_labels: w of `log_prior_ratio`; 0: batches have none
+    classes: their names; (): their numbers
 
     Raises ValueError for data of another kind.
     """
@@ -70,7 +72,8 @@ class SemiSupervisedData:
                  labelled: Tensor, grey_levels: int | None, device: str | torch.device = "cpu",
                  labelled_ids: Tensor | None = None, validation: Examples | None = None,
                  sup_sample_weight: float = 0.5, augmentation: Augmentation | None = None,
-                 clf_noise: str = "true", spread_labels: float = 0.0):
+                 clf_noise: str = "true", spread_labels: float = 0.0,
+                 classes: Sequence[str] = ()):
         val_x, val_y = validation or (train_x[:0], train_y[:0])
         if clf_noise not in ("true", "train", "false"):
             raise ValueError(f"clf_noise must be true, train or false, not {clf_noise!r}")
@@ -86,13 +89,18 @@ class SemiSupervisedData:
             lowest = -1 if name == "train" or not len(labelled) else 0
             _check_examples(name, x, y, tuple(train_x.shape[1:]), grey_levels, lowest)
         labelled, train_y, test_y, val_y = (t.long() for t in (labelled, train_y, test_y, val_y))
-        self.n_classes = max(int(torch.cat((train_y, test_y, val_y)).max()) + 1, 1)
+        self.n_classes = max(int(torch.cat((train_y, test_y, val_y)).max()) + 1, len(classes), 1)
+        self.classes = tuple(classes) or tuple(map(str, range(self.n_classes)))
+        if len(self.classes) < self.n_classes:
+            raise ValueError(f"there are labels of {self.n_classes} classes, and names of "
+                             f"{len(self.classes)}")
         if len(labelled):
             _check_classes(train_y[labelled], self.n_classes)
         elif spread_labels:
             raise ValueError("spread_labels needs labelled examples")
         else:                   # what the model calls a class has nothing to do with these
             test_y, val_y = test_y.new_full(test_y.shape, -1), val_y.new_full(val_y.shape, -1)
+            self.classes = tuple(map(str, range(self.n_classes)))
         self.labelled = labelled.to(device)
         self.labelled_ids = labelled if labelled_ids is None else labelled_ids
         is_labelled = torch.zeros(len(train_y), dtype=torch.bool)

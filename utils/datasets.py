@@ -1,4 +1,4 @@
-"""Loading of datasets, and the choice of the labelled examples."""
+"""Loading of datasets, and the choice of the labelled examples. images.py reads one's own."""
 
 import contextlib
 import http.client
@@ -6,7 +6,7 @@ import io
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from . import Settings
 from .data import Augmentation, Examples, SemiSupervisedData
-from .errors import BadInput
+from .errors import BadInput, value_errors_as_bad_input
 from .files import atomic_write
+from .images import Source, load_arrays, load_folder
 from .terminal import say
 
 MOONS_NOISE, CIRCLES_NOISE, CIRCLES_FACTOR = 0.1, 0.05, 0.5
@@ -26,12 +27,14 @@ MOONS_NOISE, CIRCLES_NOISE, CIRCLES_FACTOR = 0.1, 0.05, 0.5
 def load_data(settings: Settings, device: str | torch.device = "cpu") -> SemiSupervisedData:
     """The dataset that settings.data names, on `device`.
 
-    settings: data, data_root, validation, num_examples, data_seed, supervised, sup_sample_weight,
-        cons_weight, clf_noise, spread_labels, aug_rotation, aug_scaling, aug_shift
+    settings: data, data_root, image_size, validation, num_examples, data_seed, supervised,
+        labelled, sup_sample_weight, cons_weight, clf_noise, spread_labels, aug_rotation,
+        aug_scaling, aug_shift, pretrained
 
-    The validation images are the same whatever the seeds. Batches have augmented copies if
-    cons_weight is positive. Raises BadInput if the files cannot be had, the settings ask for more
-    examples than there are, or points for what is for images.
+    The validation images are the same whatever the seeds; they are chosen among those that have
+    labels, as the labelled ones are. Batches have augmented copies if cons_weight is positive.
+    Raises BadInput if the files cannot be had, the settings ask for more examples than there are,
+    or points for what is for images.
     """
     dataset = DATASETS[settings.data]
     if settings.cons_weight and not dataset.augmentation:
@@ -39,10 +42,17 @@ def load_data(settings: Settings, device: str | torch.device = "cpu") -> SemiSup
     if settings.clf_noise != "true" and dataset.grey_levels is None:
         raise BadInput(f"clf_noise {settings.clf_noise} is for images; {settings.data} has points, "
                        "without noise")
-    train_x, train_y, test_x, test_y = dataset.load(settings)
+    if settings.image_size and settings.data != "folder":
+        raise BadInput(f"image_size is for data folder, not {settings.data}")
+    train_x, train_y, test_x, test_y, classes = dataset.load(settings)
+    if len(classes) < 2 and settings.supervised:
+        raise BadInput(f"the data have {len(classes) or 'no'} class{'es' * (not classes)}, and a "
+                       "classifier needs two: for the density alone set supervised to 0")
+    if settings.supervised and (without := int((test_y < 0).sum())):
+        raise BadInput(f"{without} test examples have no label, which is for supervised 0 alone")
     kept, validation = np.arange(len(train_x)), None
     if settings.validation:
-        kept, set_aside = _split(train_y, settings.validation, dataset)
+        kept, set_aside = _split(train_y.numpy(), settings.validation, classes)
         validation = train_x[set_aside], train_y[set_aside]
     if settings.num_examples > len(kept):
         others = f" beside the {settings.validation} for validation" if validation else ""
@@ -52,132 +62,219 @@ def load_data(settings: Settings, device: str | torch.device = "cpu") -> SemiSup
     if settings.num_examples != -1:
         kept = kept[np.sort(rng.permutation(len(kept))[:settings.num_examples])]
     train_x, train_y = train_x[kept], train_y[kept]
-    labelled = torch.from_numpy(
-        choose_labelled(train_y.numpy(), dataset.n_classes, settings.supervised, rng))
+    if settings.labelled:
+        chosen = _listed(_labelled_file(settings), kept)
+    else:
+        chosen = choose_labelled(train_y.numpy(), classes, settings.supervised, rng)
+    labelled = torch.from_numpy(chosen)
+    _compare_with_run(settings, kept[chosen], classes)
     augmentation = None
     if settings.cons_weight and dataset.augmentation:
         augmentation = Augmentation(*(
             default if (largest := getattr(settings, f"aug_{name}")) == -1 else largest
             for name, default in dataset.augmentation._asdict().items()))
-    return SemiSupervisedData(
-        train_x, train_y, test_x, test_y, labelled, dataset.grey_levels, device,
-        torch.from_numpy(kept)[labelled], validation, settings.sup_sample_weight, augmentation,
-        settings.clf_noise, settings.spread_labels)
+    with value_errors_as_bad_input():
+        return SemiSupervisedData(
+            train_x, train_y, test_x, test_y, labelled, dataset.grey_levels, device,
+            torch.from_numpy(kept)[labelled], validation, settings.sup_sample_weight, augmentation,
+            settings.clf_noise, settings.spread_labels, classes)
 
 
-def _split(y: Tensor, n: int, dataset: "Dataset") -> tuple[np.ndarray, np.ndarray]:
+def _split(y: np.ndarray, n: int, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """The sorted indices of the training examples that remain, and of `n` for validation.
 
-    y: the classes of all. The choice is stratified, and always the same. Raises BadInput if a part
-    would have fewer examples than there are classes.
+    y: the classes of all, -1 where there is no label; classes: their names. The choice, among those
+    that have one, is stratified, and always the same. Raises BadInput if a part would have fewer
+    examples than there are classes.
     """
-    if not dataset.n_classes <= n <= len(y) - dataset.n_classes:
-        raise BadInput(f"validation must be at least one for each of the {dataset.n_classes} "
-                       f"classes, and leave as many of the {len(y)} training examples, not {n}")
+    given, n_classes = np.flatnonzero(y >= 0), len(classes)
+    if not n_classes <= n <= len(given) - n_classes:
+        raise BadInput(f"validation must be at least one for each of the {n_classes} classes, and "
+                       f"leave as many of the {len(given)} training examples with labels, not {n}")
+    if alone := [classes[k] for k in range(n_classes) if (y == k).sum() == 1]:
+        raise BadInput(f"class {alone[0]} has one training example with a label, and validation "
+                       "needs two")
     from sklearn.model_selection import train_test_split    # imported here as it takes a second
 
-    parts = train_test_split(np.arange(len(y)), test_size=n, stratify=y, random_state=0)
-    return np.sort(parts[0]), np.sort(parts[1])
+    _, set_aside = train_test_split(given, test_size=n, stratify=y[given], random_state=0)
+    return np.setdiff1d(np.arange(len(y)), set_aside), np.sort(set_aside)
 
 
-def choose_labelled(y: np.ndarray, n_classes: int, supervised: int,
+def _run_of(settings: Settings) -> Path | None:
+    """The directory of the run that is resumed, or beside whose weights those to evaluate lie."""
+    if settings.resume:
+        return Path(settings.resume)
+    return Path(settings.pretrained).parent if settings.pretrained else None
+
+
+def _labelled_file(settings: Settings) -> str | Path:
+    """settings.labelled or, if it has gone, what the run in question has written."""
+    run = _run_of(settings)
+    if run and not os.path.isfile(settings.labelled) and (run / "labelled.txt").is_file():
+        return run / "labelled.txt"
+    return settings.labelled
+
+
+def _compare_with_run(settings: Settings, ids: np.ndarray, classes: Sequence[str]) -> None:
+    """Raise BadInput if the files of data have changed since the run that is resumed, or whose
+    weights are evaluated.
+
+    ids: the indices of the labelled examples
+    classes: their names
+    """
+    run = _run_of(settings)
+    if run is None:
+        return
+    names = run / "classes.txt"
+    if names.is_file() and names.read_text("utf-8").splitlines() != list(classes):
+        raise BadInput(f"{names} has other classes than {settings.data_root} now")
+    listed = run / "labelled.txt"
+    if settings.resume and listed.is_file() and sorted(_read_indices(listed)) != sorted(ids):
+        raise BadInput(f"{listed} lists other examples than those that the data and settings now "
+                       "give: the data have changed")
+
+
+def _read_indices(path: str | Path) -> np.ndarray:
+    """The integers in a file such as a run's labelled.txt. Raises BadInput."""
+    if not os.path.isfile(path):
+        raise BadInput(f"no file {path}")
+    try:
+        return np.array([int(word) for word in Path(path).read_text().split()], dtype=np.int64)
+    except (ValueError, OverflowError):
+        raise BadInput(f"{path} does not consist of indices of examples") from None
+
+
+def _listed(path: str | Path, kept: np.ndarray) -> np.ndarray:
+    """The places in `kept` of the indices in the file at `path`, as a run's labelled.txt has them.
+
+    Raises BadInput if it has others, or none.
+    """
+    ids = _read_indices(path)
+    if not len(ids):
+        raise BadInput(f"{path}, the file labelled, lists no examples")
+    if len(missing := np.setdiff1d(ids, kept)):
+        raise BadInput(f"{path} has {missing[0]}, which is not among the training examples, or is "
+                       "set aside for validation")
+    return np.searchsorted(kept, ids)
+
+
+def choose_labelled(y: np.ndarray, classes: Sequence[str], supervised: int | str,
                     rng: np.random.Generator) -> np.ndarray:
-    """Sorted indices of `supervised` random examples (-1: all), equally many of each class.
+    """Sorted indices of `supervised` random examples (-1: all), equally many of each class, or of
+    as many of each class as a list of numbers says, such as "5,5,20".
 
-    y: the classes of all examples. Where equal numbers are impossible, the first classes get one
-    more, and a class that has too few gives all it has; 0 gives none. Raises BadInput if another
-    `supervised` is less than the number of classes or more than the examples, or if a class has no
-    examples.
+    y: the classes of all examples, -1 where there is no label
+    classes: their names
+
+    Where equal numbers are impossible, the first classes get one more, and a class that has too few
+    gives all it has; 0 gives none. Raises BadInput if another `supervised` is less than the number
+    of classes or more than the examples with labels, or if a class has too few.
     """
     if supervised == 0:
         return np.arange(0)
+    n_classes, given = len(classes), np.flatnonzero(y >= 0)
     of_class = [rng.permutation(np.flatnonzero(y == k)) for k in range(n_classes)]
-    if not all(map(len, of_class)):
-        missing = [len(members) for members in of_class].index(0)
-        raise BadInput(f"the {len(y)} training examples have none of class {missing}: "
-                       "use more (num_examples)")
-    if supervised == -1:
-        return np.arange(len(y))
-    if not n_classes <= supervised <= len(y):
+    counts = [1] * n_classes if isinstance(supervised, int) else [
+        int(n) for n in supervised.split(",")]
+    if len(counts) != n_classes:
+        raise BadInput(f"supervised {supervised} has {len(counts)} numbers, and there are "
+                       f"{n_classes} classes: {', '.join(classes)}")
+    for name, members, count in zip(classes, of_class, counts):
+        if len(members) < count:
+            raise BadInput(f"the {len(given)} training examples with labels have "
+                           f"{len(members) or 'none'} of class {name}, and {count} would be needed")
+    if not isinstance(supervised, int):
+        return np.sort(np.concatenate([m[:count] for m, count in zip(of_class, counts)]))
+    if supervised == -1 and len(given):
+        return given
+    if not n_classes <= supervised <= len(given):
         raise BadInput(f"supervised must be at least one for each of the {n_classes} classes and "
-                       f"at most the {len(y)} training examples (or -1 for all, 0 for none), not "
-                       f"{supervised}")
+                       f"at most the {len(given)} training examples with labels (or -1 for all, 0 "
+                       f"for none), not {supervised}")
     # Round j takes the j-th example of each class that has one.
     rounds = sorted((j, k, i) for k, members in enumerate(of_class)
                     for j, i in enumerate(members))
     return np.sort([i for _, _, i in rounds[:supervised]])
 
 
-def _load_mnist(settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _load_mnist(settings: Settings) -> Source:
+    """MNIST, or another dataset in its format, from its folder in settings.data_root."""
     # Imported here because it takes a second.
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
-    root, mnist = Path(settings.data_root), DATASETS["mnist"]
+    root, mnist, name = Path(settings.data_root), DATASETS[settings.data], MNISTS[settings.data]
     names = [f"{part}-{kind}-ubyte" for part in ("train", "t10k")
              for kind in ("images-idx3", "labels-idx1")]
 
     def missing(folder: Path) -> list[str]:
         return [name for name in names if not os.path.isfile(folder / name)]
-    # data_root may also be MNIST's own folder, or that of its files.
-    own = root / "MNIST" / "raw"
+    # data_root may also be the dataset's own folder, or that of its files.
+    own = root / name / "raw"
     raw = next((folder for folder in (own, root / "raw", root) if not missing(folder)), own)
+    others = set(MNISTS.values()) - {name}
+    parts = set(raw.absolute().parts)       # the files of all have the same names and sizes
+    if raw != own and (others & parts or (name != "MNIST" and name not in parts)):
+        raw = own
     if missing(raw):
-        _download_mnist(raw, names)
+        _download_mnist(name, raw, names)
+    assert mnist.shape
     arrays = []
-    for name in names:
-        n = mnist.n_train if name.startswith("train") else mnist.n_test
-        is_images = "images" in name
-        path = str(raw / name)
+    for file in names:
+        n = mnist.n_train if file.startswith("train") else mnist.n_test
+        is_images = "images" in file
+        path = str(raw / file)
         try:
             array = read_image_file(path).unsqueeze(1) if is_images else read_label_file(path)
             if tuple(array.shape) != ((n, *mnist.shape) if is_images else (n,)):
                 raise ValueError(f"shape {tuple(array.shape)}")
-            if not is_images and array.max() >= mnist.n_classes:
+            if not is_images and array.max() >= len(mnist.classes):
                 raise ValueError(f"label {array.max()}")
         except (AssertionError, RuntimeError, ValueError, OSError, TypeError, KeyError):
-            raise BadInput(f"{path} is truncated or not MNIST's: remove it to have it downloaded "
+            raise BadInput(f"{path} is truncated or not {name}'s: remove it to have it downloaded "
                            "again") from None
         arrays.append(array)
     train_x, train_y, test_x, test_y = arrays
-    return train_x, train_y, test_x, test_y
+    return Source(train_x, train_y, test_x, test_y, mnist.classes)
 
 
-def _download_mnist(raw: Path, names: list[str]) -> None:
-    """Download MNIST's files, by way of a temporary folder: a failure leaves nothing in `raw`."""
-    from torchvision.datasets import MNIST
+def _download_mnist(name: str, raw: Path, names: list[str]) -> None:
+    """Download the files, by way of a temporary folder: a failure leaves nothing in `raw`."""
+    import torchvision.datasets
 
-    say("Download", f"MNIST, 12 MB, to {raw}")
+    say("Download", f"{name}, 12 to 31 MB, to {raw}")
     stderr = sys.stderr if sys.stderr and sys.stderr.isatty() else io.StringIO()
     try:
         with (tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()),
               contextlib.redirect_stderr(stderr)):
-            MNIST(folder, download=True)
+            getattr(torchvision.datasets, name)(folder, download=True)
             raw.mkdir(parents=True, exist_ok=True)
-            for name in names:
-                with atomic_write(raw / name, "wb") as f:
-                    f.write(Path(folder, "MNIST", "raw", name).read_bytes())
+            for file in names:
+                with atomic_write(raw / file, "wb") as f:
+                    f.write(Path(folder, name, "raw", file).read_bytes())
     except (RuntimeError, OSError, EOFError, http.client.HTTPException) as e:
         raise BadInput(
-            f"no MNIST in {raw} ({', '.join(names)}), and downloading it failed "
+            f"no {name} in {raw} ({', '.join(names)}), and downloading it failed "
             f"({type(e).__name__}): put the four files there, name their folder with --data_root, "
             "or train offline with --config configs/digits.yaml") from None
 
 
-def _load_digits(settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _load_digits(settings: Settings) -> Source:
     """scikit-learn's handwritten digits; the test images are the same ones whatever the seeds."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    digits, n_test = load_digits(), DATASETS["digits"].n_test
+    digits = load_digits()
     train_x, test_x, train_y, test_y = train_test_split(
-        digits.images, digits.target, test_size=n_test, stratify=digits.target, random_state=0)
+        digits.images, digits.target, test_size=DATASETS["digits"].n_test, stratify=digits.target,
+        random_state=0)
 
     def images(x: np.ndarray) -> Tensor:
         return torch.from_numpy(x).to(torch.uint8).unsqueeze(1)
-    return images(train_x), torch.from_numpy(train_y), images(test_x), torch.from_numpy(test_y)
+    return Source(images(train_x), torch.from_numpy(train_y), images(test_x),
+                  torch.from_numpy(test_y), DIGITS)
 
 
-def _load_points(settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _load_points(settings: Settings) -> Source:
     """Two moons or two circles, generated from data_seed; those for validation come on top."""
     from sklearn.datasets import make_circles, make_moons
 
@@ -191,25 +288,36 @@ def _load_points(settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     points = DATASETS[settings.data]
     n = points.n_train if settings.num_examples == -1 else settings.num_examples
     n += settings.validation
-    return *make(n, 2 * settings.data_seed), *make(points.n_test, 2 * settings.data_seed + 1)
+    return Source(*make(n, 2 * settings.data_seed),
+                  *make(points.n_test, 2 * settings.data_seed + 1), points.classes)
 
 
 @dataclass(frozen=True)
 class Dataset:
     """A dataset that settings.data can name."""
 
-    shape: tuple[int, int, int]             # (C, H, W) of an example
-    n_classes: int
+    shape: tuple[int, int, int] | None      # (C, H, W) of an example; None: that of the files
+    classes: tuple[str, ...]                # (): those of the files
     grey_levels: int | None                 # None for points
     n_train: int                            # any number of points can be generated for training
     n_test: int
-    load: Callable[[Settings], tuple[Tensor, Tensor, Tensor, Tensor]]   # train_x, _y, test_x, _y
+    load: Callable[[Settings], Source]
     augmentation: Augmentation | None = None    # None for points
 
 
+DIGITS = tuple("0123456789")
+MNISTS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}    # in torchvision
 DATASETS = {
-    "mnist": Dataset((1, 28, 28), 10, 256, 60_000, 10_000, _load_mnist, Augmentation(15, 0.1, 2)),
-    "digits": Dataset((1, 8, 8), 10, 17, 1437, 360, _load_digits, Augmentation(15, 0.1, 1)),
-    "moons": Dataset((2, 1, 1), 2, None, 1000, 1000, _load_points),
-    "circles": Dataset((2, 1, 1), 2, None, 1000, 1000, _load_points),
+    **{name: Dataset((1, 28, 28), classes, 256, 60_000, 10_000, _load_mnist,
+                     Augmentation(15, 0.1, 2))
+       for name, classes in (
+           ("mnist", DIGITS),
+           ("fashion-mnist", ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt",
+                              "sneaker", "bag", "boot")),
+           ("kmnist", ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")))},
+    "digits": Dataset((1, 8, 8), DIGITS, 17, 1437, 360, _load_digits, Augmentation(15, 0.1, 1)),
+    "moons": Dataset((2, 1, 1), DIGITS[:2], None, 1000, 1000, _load_points),
+    "circles": Dataset((2, 1, 1), DIGITS[:2], None, 1000, 1000, _load_points),
+    "folder": Dataset(None, (), 256, 0, 0, load_folder, Augmentation(15, 0.1, 2)),
+    "npz": Dataset(None, (), 256, 0, 0, load_arrays, Augmentation(15, 0.1, 2)),
 }

@@ -7,7 +7,8 @@ which writes those of a run to its directory. experiments/pictures.py has comman
 import contextlib
 import itertools
 import traceback
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ IMAGES_PER_CLASS, POINTS_PER_CLASS = 10, 1000
 PADDING = 0.5                       # the grey between images
 TEMPERATURE = 0.7                   # of a run's second picture of samples
 TITLE = 11                          # points
+LONGEST_CLASS = 16                  # characters of a name in pictures
 FORMATS = (".png", ".pdf", ".svg")
 
 
@@ -53,7 +55,7 @@ def plot_run(model: SemiConditionalFlow, data: SemiSupervisedData, rows: list[Ro
     """Write the pictures of a run to its directory.
 
     model: with the weights of the last row
-    data: training and test points; of images unused
+    data: training and test points, and the names of classes
     rows: of metrics.csv
     run_dir: the directory
     seed: of the noise of samples
@@ -61,9 +63,10 @@ def plot_run(model: SemiConditionalFlow, data: SemiSupervisedData, rows: list[Ro
     A failure does not end the run, as described at `dispensable`.
     """
     pictures = {"curves.png": lambda: plot_curves(rows),
-                "samples.png": lambda: plot_samples(model, seed)}
+                "samples.png": lambda: plot_samples(model, seed, classes=data.classes)}
     if model.image:
-        pictures[f"samples-{TEMPERATURE}.png"] = lambda: plot_samples(model, seed, TEMPERATURE)
+        pictures[f"samples-{TEMPERATURE}.png"] = lambda: plot_samples(model, seed, TEMPERATURE,
+                                                                      data.classes)
     else:
         pictures["density.png"] = lambda: plot_density(model, data)
     # Compiling would take longer than it saves.
@@ -92,7 +95,8 @@ def dispensable(what: str, run_dir: Path) -> Iterator[None]:
 
 def save(figure: Figure, path: Path) -> None:
     """Write `figure` in one of FORMATS: the old picture stays whole until the new one is."""
-    with atomic_write(path, "wb") as f:
+    with atomic_write(path, "wb") as f, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")       # of a class's name
         figure.savefig(f, dpi=100, format=path.suffix[1:])
 
 
@@ -184,13 +188,15 @@ def plot_curves_of_runs(runs: dict[str, list[Row]]) -> Figure:
     return figure
 
 
-def plot_samples(model: SemiConditionalFlow, seed: int, temperature: float = 1.0) -> Figure:
+def plot_samples(model: SemiConditionalFlow, seed: int, temperature: float = 1.0,
+                 classes: Sequence[str] = ()) -> Figure:
     """Samples from p(x | y), a column per class, a row per noise vector.
 
     model: of images or points
     seed: of the noise, which depends on nothing else
     temperature: standard deviation of the noise; less than 1 gives samples that are less varied and
         more typical
+    classes: their names, for images; (): their numbers
     """
     k, device = model.n_classes, model.log_p_y.device
     rows = IMAGES_PER_CLASS if model.image else POINTS_PER_CLASS
@@ -201,7 +207,7 @@ def plot_samples(model: SemiConditionalFlow, seed: int, temperature: float = 1.0
     x = x.unflatten(0, (rows, k)).float()  # (rows, K, C, H, W)
     if model.image:
         figure, axes = draw_grid(x, f"Samples from p(x | y), temperature {temperature:g}")
-        axes.set_xticks(*_middles(x, k))
+        _name_columns(axes, x, classes or range(k))
         axes.set_xlabel("class y")
         axes.set_ylabel("noise vector")
     else:
@@ -228,7 +234,8 @@ def draw_grid(x: Tensor, title: str) -> tuple[Figure, Axes]:
     title += left_out(int((~finite).sum()), finite.numel())
     rows, columns = x.shape[:2]
     grid = make_grid(x.flatten(0, 1).clamp(0, 1), nrow=columns, padding=1, pad_value=PADDING)
-    figure = Figure(figsize=(columns * 0.6 + 0.5, rows * 0.6 + 0.8), layout="constrained")
+    figure = Figure(figsize=(max(columns * 0.6 + 0.5, 4.2), rows * 0.6 + 0.8),     # of the title
+                    layout="constrained")
     axes = figure.subplots()
     axes.imshow(grid.permute(1, 2, 0).numpy(), vmin=0, vmax=1, interpolation="nearest")
     axes.set_title(title, fontsize=TITLE)
@@ -242,19 +249,27 @@ def left_out(n: int, of: int) -> str:
     return f"\n{n} of {of} left out: not finite" if n else ""
 
 
-def _middles(x: Tensor, n: int, first: int = 0) -> tuple[list[float], list[str]]:
-    """Ticks at n columns of `draw_grid`(x), from column `first` on, and labels from 0 to n - 1."""
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_CLASS else f"{name[:LONGEST_CLASS - 3]}..."
+
+
+def _name_columns(axes: Axes, x: Tensor, names: Sequence[object]) -> None:
+    """Label the columns of `draw_grid`(x), upright if a name is longer than its column."""
     width = x.shape[-1] + 1                     # with the line between images
-    return [(first + j + 0.5) * width for j in range(n)], list(map(str, range(n)))
+    labels = [_short(str(name)) for name in names]
+    axes.set_xticks([(j + 0.5) * width for j in range(len(labels))], labels,
+                    rotation=90 if max(map(len, labels)) > 5 else 0, parse_math=False)
 
 
 @torch.no_grad()
-def plot_redrawn(model: SemiConditionalFlow, x: Tensor, y: Tensor) -> Figure:
+def plot_redrawn(model: SemiConditionalFlow, x: Tensor, y: Tensor,
+                 classes: Sequence[str] = ()) -> Figure:
     """Images, each at the left of its row, and re-drawn as every class: z_aux and
     z_h = h_phi(z_f; y) stay the same, and the label in h_phi's inverse differs.
 
     x: images, (N, C, H, W)
     y: their classes, (N,)
+    classes: names of all; (): their numbers
     """
     k = model.n_classes
     z_aux, z_f = model.split_latent(model.encode(x)[0])
@@ -265,8 +280,7 @@ def plot_redrawn(model: SemiConditionalFlow, x: Tensor, y: Tensor) -> Figure:
     redrawn = model.f_w.inverse(z).unflatten(0, (-1, k))                    # decode refuses some z
     images = torch.cat((x[:, None], redrawn), 1).cpu().float()              # (N, 1 + K, C, H, W)
     figure, axes = draw_grid(images, "Images re-drawn as every class, with their z_aux and z_h")
-    places, labels = _middles(images, k, first=1)
-    axes.set_xticks([0.5 * (images.shape[-1] + 1), *places], ["image", *labels])
+    _name_columns(axes, images, ["image", *(classes or range(k))])
     axes.set_xlabel("re-drawn as class")
     return figure
 
@@ -289,18 +303,20 @@ def plot_interpolation(model: SemiConditionalFlow, x: Tensor, other: Tensor, y: 
     z_f = model.h_phi.inverse(z_h, y.repeat_interleave(steps))
     images = model.f_w.inverse(torch.cat((z_aux, z_f), 1)).unflatten(0, (-1, steps)).cpu().float()
     figure, axes = draw_grid(images, "From one image to another of its class")
-    axes.set_xticks(_middles(images, steps)[0], [f"{float(s):.3g}" for s in share])
+    _name_columns(axes, images, [f"{float(s):.3g}" for s in share])
     axes.set_xlabel("share of the second image in z_aux and z_h")
     return figure
 
 
-def plot_mistakes(x: Tensor, y: Tensor, predicted: Tensor, confidence: Tensor) -> Figure:
+def plot_mistakes(x: Tensor, y: Tensor, predicted: Tensor, confidence: Tensor,
+                  classes: Sequence[str]) -> Figure:
     """Images that the model takes for another class, five in a row.
 
     x: images in any scale, (N, C, H, W)
     y: their classes, (N,)
     predicted: what the model takes them for, (N,)
     confidence: its p(y | x) of that, (N,)
+    classes: names of all
     """
     columns = 5
     rows = -(-len(x) // columns)
@@ -313,7 +329,10 @@ def plot_mistakes(x: Tensor, y: Tensor, predicted: Tensor, confidence: Tensor) -
     for axes, image, true, taken_for, p in zip(panels, x, y, predicted, confidence):
         axes.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray",
                     interpolation="nearest")
-        axes.set_title(f"{int(true)}, predicted {int(taken_for)}: {float(p):.1%}", fontsize=8)
+        names = _short(classes[true]), _short(classes[taken_for])
+        gap = "\n" if max(map(len, names)) > 5 else " "
+        axes.set_title(f"{names[0]}, predicted{gap}{names[1]}: {float(p):.1%}", fontsize=8,
+                       parse_math=False)
     return figure
 
 

@@ -38,6 +38,21 @@ def _name(text: str) -> str:
     return text
 
 
+def _supervised(text: str) -> int | str:
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"invalid int value: {text!r} (or a number for each class: 5,5,20)") from None
+    if len(numbers) > 1 and min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1 of each class, not {text}")
+    if len(numbers) > 1:
+        return ",".join(map(str, numbers))
+    if problem := Option("", int, 0, "", low=0, also=(-1,)).problem(numbers[0]):
+        raise argparse.ArgumentTypeError(problem)
+    return numbers[0]
+
+
 def _path(text: str) -> str:
     try:
         valid = not set(os.fsencode(text)) & set(b"\0\r\n")
@@ -60,7 +75,10 @@ OPTION_GROUPS: dict[str, tuple[Option, ...]] = {
     ),
     "Data": (
         Option("data", str, "mnist", "dataset", choices=tuple(DATASETS)),
-        Option("data_root", _path, "data", "folder of MNIST/raw", resumable=True),
+        Option("data_root", _path, "data", "folder that contains MNIST/raw; of data folder: "
+               "the one with train and test; of data npz: the file", resumable=True),
+        Option("image_size", int, 0, "crop the images of data folder to squares, and resize them "
+               "to so many pixels; 0: as they are", low=0, high=4096),
         Option("num_examples", int, -1, "training examples; -1: all, or 1000 points",
                low=1, high=10**6, also=(-1,)),
         Option("data_seed", int, 0,
@@ -71,8 +89,11 @@ OPTION_GROUPS: dict[str, tuple[Option, ...]] = {
                high=10**6),
         Option("test", bool, True, "evaluate the test set; false: only validation examples",
                resumable=True),
-        Option("supervised", int, 100, "labelled examples; -1: all; 0: none, for the density alone",
-               low=0, also=(-1,)),
+        Option("supervised", _supervised, 100, "labelled examples, or a number for each "
+               "class: 5,5,20; -1: all that have labels; 0: none, for the density alone"),
+        Option("labelled", _path_from_anywhere, "",
+               "file of the indices of the labelled examples, such as the labelled.txt of a run, "
+               "in place of supervised"),
         Option("sup_sample_weight", float, 0.5,
                "w: a row of a batch is labelled with probability w / (1 + w); -1: the share of "
                "labelled examples", low=0, open_below=True, also=(-1,)),
@@ -170,7 +191,8 @@ ARGPARSE: dict[str, dict[str, Any]] = {
     "tmp": {"help": "put the run into tmp, and not into exman's index"},
     "git_dirty": {"help": argparse.SUPPRESS},           # only exman's git_assert_clean uses it
     "pretrained": {"metavar": "FILE", "nargs": "?", "const": SHIPPED},
-    "initial_weights": {"metavar": "FILE"}, "resume": {"metavar": "RUN_DIR"}}
+    "initial_weights": {"metavar": "FILE"}, "labelled": {"metavar": "FILE"},
+    "resume": {"metavar": "RUN_DIR"}}
 UNUSED_PUBLISHED_KEYS = ("k", "hid_dim", "logits", "lr_gamma", "lr_steps", "lr_warmup", "sup_ohe",
                          "status")
 # Options that earlier runs had, with the values that meant to do without them: the only ones that
@@ -287,6 +309,8 @@ class SettingsParser(RunParser):
         for option in ("--pretrained", "--resume", "--config", "--initial_weights"):
             if f"{option}=" in argv or (option, "") in itertools.pairwise(argv):
                 self.error(f"{option} has an empty value")
+        if ("--labelled", "") in itertools.pairwise(argv):      # scripts say --labelled=
+            self.error("--labelled has an empty value")
         # argparse would keep the last value, and ConfigArgParse read the last file only.
         if (twice := given_twice(argv)) == "--config":
             self.error(f"--config is given twice: write `{EXTENDS}: FILE` into one of the files")
@@ -304,6 +328,8 @@ class SettingsParser(RunParser):
         of_labels = [key for key in ("cl_weight", "cons_weight", "vat_weight", "spread_labels")
                      if vars(s)[key]]
         for is_wrong, message in (
+                (not s.supervised and s.labelled,
+                 "supervised 0 is for no labels, and labelled names some"),
                 (not s.supervised and of_labels,
                  "without labels (supervised 0) the density alone is trained: set "
                  f"{', '.join(of_labels)} to 0"),
@@ -336,7 +362,7 @@ class SettingsParser(RunParser):
         for key in OPTIONS:
             if values[key] in ([], "--"):   # what argparse makes of the value --: [] until 3.12
                 self.error(f"{key} cannot be --")
-        n_classes = DATASETS[settings.data].n_classes
+        n_classes = len(DATASETS[settings.data].classes)
         for key, accepted in GONE.items():
             value = values.pop(key)
             if value in (None, *accepted) or settings.pretrained or (
