@@ -19,6 +19,7 @@ from .data import Augmentation, Examples, SemiSupervisedData
 from .errors import BadInput, value_errors_as_bad_input
 from .files import atomic_write
 from .images import Source, load_arrays, load_folder
+from .runs import PARAMS_FILE
 from .terminal import say
 
 MOONS_NOISE, CIRCLES_NOISE, CIRCLES_FACTOR = 0.1, 0.05, 0.5
@@ -29,7 +30,7 @@ def load_data(settings: Settings, device: str | torch.device = "cpu") -> SemiSup
 
     settings: data, data_root, image_size, validation, num_examples, data_seed, supervised,
         labelled, sup_sample_weight, cons_weight, clf_noise, spread_labels, aug_rotation,
-        aug_scaling, aug_shift, pretrained
+        aug_scaling, aug_shift; resume, pretrained: of a run, whose files are compared with the data
 
     The validation images are the same whatever the seeds; they are chosen among those that have
     labels, as the labelled ones are. Batches have augmented copies if cons_weight is positive.
@@ -101,10 +102,12 @@ def _split(y: np.ndarray, n: int, classes: Sequence[str]) -> tuple[np.ndarray, n
 
 
 def _run_of(settings: Settings) -> Path | None:
-    """The directory of the run that is resumed, or beside whose weights those to evaluate lie."""
+    """The directory of the run that is resumed, or whose weights are evaluated."""
     if settings.resume:
         return Path(settings.resume)
-    return Path(settings.pretrained).parent if settings.pretrained else None
+    beside = Path(settings.pretrained).parent
+    is_run = os.path.isfile(settings.pretrained) and (beside / PARAMS_FILE).is_file()
+    return beside if is_run else None
 
 
 def _labelled_file(settings: Settings) -> str | Path:
