@@ -158,10 +158,12 @@ def test_tensors_of_a_terabyte_are_refused_without_the_memory(tmp_path):
     lines = done.stdout.splitlines()
     assert len(lines) == 9
     for path, line in zip([*paths, bomb], lines):
+        other = "another architecture" in line      # all that PyTorch 2.7 says of a long one
         if "four" in path.name:
-            assert "another architecture" in line
+            assert other
         else:
-            assert "is no checkpoint" in line or "holds no weights" in line, line
+            assert "is no checkpoint" in line or "holds no weights" in line or (
+                other and "long" in path.name), line
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -413,8 +413,11 @@ def get_rng_state() -> dict[str, Any]:
 def set_rng_state(state: Mapping[str, Any]) -> None:
     """Restore what `get_rng_state` returned, for GPUs only if their number is the same."""
     random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.fromiter(keys, np.uint32), *rest))
+    kind, words, *rest = state["numpy"]
+    keys = np.fromiter(words, np.int64)
+    if (keys >> 32).any():
+        raise OverflowError("a key of NumPy's generator has more than 32 bits")
+    np.random.set_state((kind, keys.astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
