@@ -199,7 +199,7 @@ def test_other_contents_of_weights(tmp_path):
     for content in (nested(100), loop, {"a": ragged}, {"a": torch.zeros(3, device="meta")},
                     {"a." * 100_000: torch.zeros(1)}):
         torch.save(content, tmp_path / "a.torch")
-        with pytest.raises(BadInput, match="holds no weights"):
+        with pytest.raises(BadInput, match=r"holds no weights|is no checkpoint"):
             load_weights(new_model(), tmp_path / "a.torch")
     (tmp_path / "a.torch").unlink()
     os.mkfifo(tmp_path / "a.torch")
