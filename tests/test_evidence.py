@@ -233,7 +233,7 @@ def test_the_paper_s_table_shows_the_figures_of_runs():
     assert last <= figures["epochs"] < last + params["log_each"]
     _, settings = read_settings(["--config", str(PROJECT / first["config"])])
     assert {key for key, value in vars(settings).items() if params.get(key) != value} == {
-        "compile", "config_file", "log_each", "precision", "time_limit"}
+        "compile", "config_file", "image_size", "labelled", "log_each", "precision", "time_limit"}
     published = {(run["model"], run["objective"], run["L_clf"]): run for run in small.values()}
     for row in (first, *others):
         run = published[row["model"].removesuffix(", smaller"), row["objective"], row["L_clf"]]

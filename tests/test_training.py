@@ -493,7 +493,7 @@ def test_a_failure_in_drawing_costs_pictures_only(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     error = RuntimeError("no ink")
 
-    def fail(*args):
+    def fail(*args, **options):
         raise error
     monkeypatch.setattr("utils.figures.plot_samples", fail)
     assert run_script(options(epochs=2)) == 0
