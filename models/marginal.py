@@ -13,9 +13,9 @@ from .checks import check_grey_levels, check_shape
 # within 0.0004 and 0.003 bits/dim of the best that was found, and they let float32 resolve each
 # grey level to 1e-4 of its width.
 PSEUDO_COUNTS, EVEN_SHARE, LARGEST_SHARE = 1 / 20, 0.7, 0.995
+ROWS = 1000     # of images counted at a time, to save memory
 # Half the step of dequantisation noise in float32. Being the same for every type of x, it gives the
 # same z.
-ROWS = 1000     # of images counted at a time, to save memory
 EDGE = 2**-25
 
 

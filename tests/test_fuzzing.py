@@ -199,7 +199,10 @@ def test_other_contents_of_weights(tmp_path):
     for content in (nested(100), loop, {"a": ragged}, {"a": torch.zeros(3, device="meta")},
                     {"a." * 100_000: torch.zeros(1)}):
         torch.save(content, tmp_path / "a.torch")
-        with pytest.raises(BadInput, match=r"holds no weights|is no checkpoint"):
+        message = "holds no weights"
+        if "a" in content and content["a"] is ragged:       # PyTorch 2.15 refuses it itself
+            message += "|is no checkpoint"
+        with pytest.raises(BadInput, match=message):
             load_weights(new_model(), tmp_path / "a.torch")
     (tmp_path / "a.torch").unlink()
     os.mkfifo(tmp_path / "a.torch")

@@ -181,9 +181,10 @@ def other_images(data: SemiSupervisedData, images: Tensor,
     generator = torch.Generator().manual_seed(settings.seed)
     shape, levels = (N_OTHERS, *data.shape), data.grey_levels
     assert levels is not None, "points have no grey levels"
-    chosen = images[:N_OTHERS].cpu()
-    if settings.data in ("folder", "npz"):      # whose images can be sorted by class
-        chosen = images[torch.linspace(0, len(images) - 1, min(N_OTHERS, len(images))).long()].cpu()
+    chosen = images[:N_OTHERS]
+    if DATASETS[settings.data].shape is None:       # own images can be sorted by class
+        chosen = images[torch.linspace(0, len(images) - 1, len(chosen)).long()]
+    chosen = chosen.cpu()
 
     def random(*size: int) -> Tensor:
         return torch.randint(levels, size, generator=generator).to(chosen.dtype)

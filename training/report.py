@@ -90,11 +90,11 @@ class RunFiles:
         if epoch < settings.epochs and self.weights.exists():
             self.weights.rename(run_dir / f"model-epoch{epoch}.torch")
         if not (run_dir / "labelled.txt").exists():
-            with atomic_write(run_dir / "labelled.txt") as f:
-                np.savetxt(f, data.labelled_ids, "%d")
             if settings.data == "folder":       # whose names and order could change
                 with atomic_write(run_dir / "classes.txt", encoding="utf-8") as f:
                     f.writelines(f"{name}\n" for name in data.classes)
+            with atomic_write(run_dir / "labelled.txt") as f:
+                np.savetxt(f, data.labelled_ids, "%d")
         validated = ("val", "ema_val")[:bool(settings.validation) * (1 + bool(settings.ema))]
         self.shown = ((*validated, *("test",) * settings.test),
                       "log_p" if data.grey_levels is None else "bpd", len(data.labelled) > 0)

@@ -19,6 +19,20 @@ from .label_spreading import orientation_histograms, spread_labels
 Examples = tuple[Tensor, Tensor]        # x (N, C, H, W), y (N,)
 
 
+class Source(NamedTuple):
+    """The examples of a dataset, before any are chosen.
+
+    x: (N, C, H, W), images as integer grey levels or points as floats; y: classes (N,), -1 where
+    the label is not known; classes: their names.
+    """
+
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    classes: tuple[str, ...]
+
+
 class Batch(NamedTuple):
     """B training examples. What is None is for terms of the loss that the paper does not have."""
 
@@ -90,17 +104,18 @@ class SemiSupervisedData:
             _check_examples(name, x, y, tuple(train_x.shape[1:]), grey_levels, lowest)
         labelled, train_y, test_y, val_y = (t.long() for t in (labelled, train_y, test_y, val_y))
         self.n_classes = max(int(torch.cat((train_y, test_y, val_y)).max()) + 1, len(classes), 1)
-        self.classes = tuple(classes) or tuple(map(str, range(self.n_classes)))
-        if len(self.classes) < self.n_classes:
+        if classes and len(classes) < self.n_classes:
             raise ValueError(f"there are labels of {self.n_classes} classes, and names of "
-                             f"{len(self.classes)}")
+                             f"{len(classes)}")
+        if not (classes and len(labelled)):     # without labels, the names mean nothing
+            classes = list(map(str, range(self.n_classes)))
+        self.classes = tuple(classes)
         if len(labelled):
             _check_classes(train_y[labelled], self.n_classes)
         elif spread_labels:
             raise ValueError("spread_labels needs labelled examples")
         else:                   # what the model calls a class has nothing to do with these
             test_y, val_y = test_y.new_full(test_y.shape, -1), val_y.new_full(val_y.shape, -1)
-            self.classes = tuple(map(str, range(self.n_classes)))
         self.labelled = labelled.to(device)
         self.labelled_ids = labelled if labelled_ids is None else labelled_ids
         is_labelled = torch.zeros(len(train_y), dtype=torch.bool)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from . import Settings
-from .data import Augmentation, Examples, SemiSupervisedData
+from .data import Augmentation, Examples, SemiSupervisedData, Source
 from .errors import BadInput, value_errors_as_bad_input
 from .files import atomic_write
-from .images import Source, load_arrays, load_folder
+from .images import load_arrays, load_folder
 from .runs import PARAMS_FILE
 from .terminal import say
 

@@ -4,13 +4,14 @@ import hashlib
 import os
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import Settings
+from .data import Source
 from .errors import BadInput, one_line
 from .files import atomic_write
 from .terminal import bar, say
@@ -20,20 +21,6 @@ UNLABELLED = ("unlabelled", "unlabeled")
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 CACHE_SECONDS = 10              # of loading, from which on a cache is worth its place
 ROWS = 1000                     # compared at a time, to save memory
-
-
-class Source(NamedTuple):
-    """The examples of a dataset, before any are chosen.
-
-    x: (N, C, H, W), images as integer grey levels or points as floats; y: classes (N,), -1 where
-    the label is not known; classes: their names.
-    """
-
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-    classes: tuple[str, ...]
 
 
 def load_folder(settings: Settings) -> Source:
