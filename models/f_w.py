@@ -43,8 +43,9 @@ def masked_glow(shape: Shape, options: SimpleNamespace, pixels: Callable[[Shape]
     """
     c, h, w = shape
     if h % 4 or w % 4 or min(h, w) < 8:
+        for_points = ": use model toy for points" if h * w == 1 else ""
         raise ValueError(f"model {options.model} needs images with sides that are multiples of 4, "
-                         f"at least 8, not data of shape {tuple(shape)}: use model toy for points")
+                         f"at least 8, not data of shape {tuple(shape)}{for_points}")
     size1, size2, size4 = ((h // d, w // d) for d in (1, 2, 4))
     inv = partial(invertible_conv, options.conv, hh_factors=options.hh_factors)
 

@@ -13,7 +13,7 @@ from models import build_model
 from training.evaluation import Inference, predict, summary
 from training.speed import Accelerated
 from utils.data import Augmentation, SemiSupervisedData, augment
-from utils.datasets import choose_labelled
+from utils.examples import choose_labelled
 from utils.errors import BadInput
 
 DIGITS = {"num_examples": -1, "supervised": 100}

@@ -12,6 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
 from utils import images
+from utils.data import Augmentation, SemiSupervisedData
 from utils.errors import BadInput
 from utils.metrics import read_metrics
 
@@ -285,23 +286,54 @@ def test_arrays(tmp_path, changes, shape):
     np.savez(tmp_path / "own.npz", **arrays(**changes))
     data = load(tmp_path / "own.npz", data="npz")
     assert data.shape == shape and data.classes == ("0", "1", "2") and len(data.labelled) == 6
+    own = SemiSupervisedData.from_arrays(**arrays(**changes), supervised=6)
+    assert vars(own).keys() == vars(data).keys()
+    for name in ("train_x", "train_y", "test_x", "test_y", "labelled", "unlabelled"):
+        assert torch.equal(getattr(own, name), getattr(data, name)), name
+
+
+def test_own_arrays_with_options():
+    data = SemiSupervisedData.from_arrays(**arrays(), supervised=(1, 2, 4), classes=tuple("abc"),
+                                          augmentation=Augmentation(10, 0, 0))
+    assert data.train_y[data.labelled].bincount().tolist() == [1, 2, 4] and data.classes[1] == "b"
+    assert data.sample_batch(4, torch.Generator()).copies.shape == (4, 1, 8, 8)
+    points = np.arange(24).reshape(12, 2)
+    data = SemiSupervisedData.from_arrays(points, [0, 1, -1] * 4, points[:2], [0, 1],
+                                          grey_levels=None)
+    assert data.shape == (2, 1, 1) and data.train_x.dtype == torch.float32
+    assert len(data.labelled) == 8
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"x_train": np.zeros((60, 8, 8))}, "x_train in .* images must be uint8"),
+    ({"supervised": 2}, "at least one for each of the 3 classes"),
+    ({"supervised": (10, 10, 11)}, "have 10 of class 2, and 11 would be needed"),
+    ({"y_test": [0, 1, -1] * 3}, "test_y has class -1"),
+    ({"classes": ("a", "b")}, "labels of 3 classes, and names of 2"),
+    ({"grey_levels": 17}, "must have them from 0 to 16"),
+    ({"grey_levels": None}, "points must be numbers of shape .N, D.")])
+def test_own_arrays_that_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        SemiSupervisedData.from_arrays(**arrays(**changes))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"x_train": np.zeros((60, 8, 8))}, "x_train has .* images must be uint8"),
     ({"x_train": np.zeros((60, 64), np.uint8)}, "has shape .60, 64."),
-    ({"x_test": np.zeros((0, 8, 8), np.uint8)}, "x_test in .* is empty"),
+    ({"x_test": np.zeros((0, 8, 8), np.uint8)}, "x_test is empty"),
     ({"y_train": np.zeros(60)}, "labels must be integers"),
     ({"y_train": np.zeros(59, int)}, "labels must be integers of shape .60,."),
     ({"y_train": np.full(60, -2)}, "labels must be integers of shape .60,., classes from 0"),
     ({"x_train": np.zeros((60, 3, 8, 8), np.uint8)}, "of shape .N, H, W. or .N, H, W, 3."),
-    ({"y_train": np.full(60, 10**9)}, "has a class 1000000000"),
+    ({"y_train": np.full(60, 10**9)}, "there is a class 1000000000"),
     ({"x_test": np.zeros((9, 12, 12), np.uint8)}, "test_x and test_y have shapes"),
     ({"y_train": np.array([None] * 60)}, "no .npz file that can be read")])
 def test_arrays_that_are_refused(tmp_path, changes, message):
     np.savez(tmp_path / "own.npz", **arrays(**changes))
     with pytest.raises(BadInput, match=message):
         load(tmp_path / "own.npz", data="npz")
+    if "npz" not in message:
+        with pytest.raises(ValueError, match=message):
+            SemiSupervisedData.from_arrays(**arrays(**changes))
 
 
 def test_files_that_are_no_arrays(tmp_path):

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from utils import Settings
-from utils.data import Examples, SemiSupervisedData
+from utils.data import SemiSupervisedData
 from utils.datasets import DATASETS
+from utils.examples import Examples
 from utils.figures import plot_mistakes
 from utils.terminal import NO_BREAK, say
 

@@ -9,8 +9,9 @@ from torch.compiler import set_stance
 
 from models.checks import check_grey_levels
 from utils import Settings
-from utils.data import Examples, SemiSupervisedData
+from utils.data import SemiSupervisedData
 from utils.errors import Failed
+from utils.examples import Examples
 from utils.metrics import average_is_better
 from utils.terminal import bar, say
 

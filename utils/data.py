@@ -8,30 +8,15 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from models.checks import check_grey_levels, check_integers
 
+from .examples import Examples, choose_labelled, source_of_arrays
 from .label_spreading import orientation_histograms, spread_labels
-
-Examples = tuple[Tensor, Tensor]        # x (N, C, H, W), y (N,)
-
-
-class Source(NamedTuple):
-    """The examples of a dataset, before any are chosen.
-
-    x: (N, C, H, W), images as integer grey levels or points as floats; y: classes (N,), -1 where
-    the label is not known; classes: their names.
-    """
-
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-    classes: tuple[str, ...]
-
 
 class Batch(NamedTuple):
     """B training examples. What is None is for terms of the loss that the paper does not have."""
@@ -129,6 +114,28 @@ class SemiSupervisedData:
         self.grey_levels, self.augmentation = grey_levels, augmentation
         self.clf_noise, self.spread_labels = clf_noise, spread_labels
         self.device = torch.device(device)
+
+    @classmethod
+    def from_arrays(cls, x_train: Any, y_train: Any, x_test: Any, y_test: Any,
+                    supervised: int | Sequence[int] = -1, grey_levels: int | None = 256,
+                    seed: int = 0, **options: Any) -> "SemiSupervisedData":
+        """The data of one's own arrays.
+
+        x_train, y_train, x_test, y_test: as in `source_of_arrays`; a label of -1 is hidden
+        supervised: how many of the other training labels are shown: a number, equally many of each
+            class, or a number for each class; -1: all; 0: none
+        grey_levels: 256 for values up to 255; None for points
+        seed: of the choice of the labels that are shown
+        options: the other arguments of the class, such as classes or augmentation
+
+        Raises ValueError as `source_of_arrays`, `choose_labelled` and the class do.
+        """
+        source = source_of_arrays(x_train, y_train, x_test, y_test, grey_levels)
+        counts = supervised if isinstance(supervised, int) else ",".join(map(str, supervised))
+        classes = options.pop("classes", source.classes)
+        chosen = choose_labelled(source.train_y.numpy(), classes, counts,
+                                 np.random.default_rng(seed))
+        return cls(*source[:4], torch.from_numpy(chosen), grey_levels, classes=classes, **options)
 
     @property
     def shape(self) -> tuple[int, ...]:

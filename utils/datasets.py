@@ -1,4 +1,4 @@
-"""Loading of datasets, and the choice of the labelled examples. images.py reads one's own."""
+"""Loading of datasets. images.py reads one's own."""
 
 import contextlib
 import http.client
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from . import Settings
-from .data import Augmentation, Examples, SemiSupervisedData, Source
+from .data import Augmentation, SemiSupervisedData
 from .errors import BadInput, value_errors_as_bad_input
+from .examples import Examples, Source, choose_labelled, listed, read_indices, set_aside
 from .files import atomic_write
 from .images import load_arrays, load_folder
 from .runs import PARAMS_FILE
@@ -53,8 +54,8 @@ def load_data(settings: Settings, device: str | torch.device = "cpu") -> SemiSup
         raise BadInput(f"{without} test examples have no label, which is for supervised 0 alone")
     kept, validation = np.arange(len(train_x)), None
     if settings.validation:
-        kept, set_aside = _split(train_y.numpy(), settings.validation, classes)
-        validation = train_x[set_aside], train_y[set_aside]
+        kept, held_out = set_aside(train_y.numpy(), settings.validation, classes)
+        validation = train_x[held_out], train_y[held_out]
     if settings.num_examples > len(kept):
         others = f" beside the {settings.validation} for validation" if validation else ""
         raise BadInput(f"num_examples {settings.num_examples} is more than the {len(kept)} "
@@ -64,7 +65,7 @@ def load_data(settings: Settings, device: str | torch.device = "cpu") -> SemiSup
         kept = kept[np.sort(rng.permutation(len(kept))[:settings.num_examples])]
     train_x, train_y = train_x[kept], train_y[kept]
     if settings.labelled:
-        chosen = _listed(_labelled_file(settings), kept)
+        chosen = listed(_labelled_file(settings), kept)
     else:
         chosen = choose_labelled(train_y.numpy(), classes, settings.supervised, rng)
     labelled = torch.from_numpy(chosen)
@@ -79,26 +80,6 @@ def load_data(settings: Settings, device: str | torch.device = "cpu") -> SemiSup
             train_x, train_y, test_x, test_y, labelled, dataset.grey_levels, device,
             torch.from_numpy(kept)[labelled], validation, settings.sup_sample_weight, augmentation,
             settings.clf_noise, settings.spread_labels, classes)
-
-
-def _split(y: np.ndarray, n: int, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The sorted indices of the training examples that remain, and of `n` for validation.
-
-    y: the classes of all, -1 where there is no label; classes: their names. The choice, among those
-    that have one, is stratified, and always the same. Raises BadInput if a part would have fewer
-    examples than there are classes.
-    """
-    given, n_classes = np.flatnonzero(y >= 0), len(classes)
-    if not n_classes <= n <= len(given) - n_classes:
-        raise BadInput(f"validation must be at least one for each of the {n_classes} classes, and "
-                       f"leave as many of the {len(given)} training examples with labels, not {n}")
-    if alone := [classes[k] for k in range(n_classes) if (y == k).sum() == 1]:
-        raise BadInput(f"class {alone[0]} has one training example with a label, and validation "
-                       "needs two")
-    from sklearn.model_selection import train_test_split    # imported here as it takes a second
-
-    _, set_aside = train_test_split(given, test_size=n, stratify=y[given], random_state=0)
-    return np.setdiff1d(np.arange(len(y)), set_aside), np.sort(set_aside)
 
 
 def _run_of(settings: Settings) -> Path | None:
@@ -132,72 +113,9 @@ def _compare_with_run(settings: Settings, ids: np.ndarray, classes: Sequence[str
     if names.is_file() and names.read_text("utf-8").splitlines() != list(classes):
         raise BadInput(f"{names} has other classes than {settings.data_root} now")
     listed = run / "labelled.txt"
-    if settings.resume and listed.is_file() and sorted(_read_indices(listed)) != sorted(ids):
+    if settings.resume and listed.is_file() and sorted(read_indices(listed)) != sorted(ids):
         raise BadInput(f"{listed} lists other examples than those that the data and settings now "
                        "give: the data have changed")
-
-
-def _read_indices(path: str | Path) -> np.ndarray:
-    """The integers in a file such as a run's labelled.txt. Raises BadInput."""
-    if not os.path.isfile(path):
-        raise BadInput(f"no file {path}")
-    try:
-        return np.array([int(word) for word in Path(path).read_text().split()], dtype=np.int64)
-    except (ValueError, OverflowError):
-        raise BadInput(f"{path} does not consist of indices of examples") from None
-
-
-def _listed(path: str | Path, kept: np.ndarray) -> np.ndarray:
-    """The places in `kept` of the indices in the file at `path`, as a run's labelled.txt has them.
-
-    Raises BadInput if it has others, or none.
-    """
-    ids = _read_indices(path)
-    if not len(ids):
-        raise BadInput(f"{path}, the file labelled, lists no examples")
-    if len(missing := np.setdiff1d(ids, kept)):
-        raise BadInput(f"{path} has {missing[0]}, which is not among the training examples, or is "
-                       "set aside for validation")
-    return np.searchsorted(kept, ids)
-
-
-def choose_labelled(y: np.ndarray, classes: Sequence[str], supervised: int | str,
-                    rng: np.random.Generator) -> np.ndarray:
-    """Sorted indices of `supervised` random examples (-1: all), equally many of each class, or of
-    as many of each class as a list of numbers says, such as "5,5,20".
-
-    y: the classes of all examples, -1 where there is no label
-    classes: their names
-
-    Where equal numbers are impossible, the first classes get one more, and a class that has too few
-    gives all it has; 0 gives none. Raises BadInput if another `supervised` is less than the number
-    of classes or more than the examples with labels, or if a class has too few.
-    """
-    if supervised == 0:
-        return np.arange(0)
-    n_classes, given = len(classes), np.flatnonzero(y >= 0)
-    of_class = [rng.permutation(np.flatnonzero(y == k)) for k in range(n_classes)]
-    counts = [1] * n_classes if isinstance(supervised, int) else [
-        int(n) for n in supervised.split(",")]
-    if len(counts) != n_classes:
-        raise BadInput(f"supervised {supervised} has {len(counts)} numbers, and there are "
-                       f"{n_classes} classes: {', '.join(classes)}")
-    for name, members, count in zip(classes, of_class, counts):
-        if len(members) < count:
-            raise BadInput(f"the {len(given)} training examples with labels have "
-                           f"{len(members) or 'none'} of class {name}, and {count} would be needed")
-    if not isinstance(supervised, int):
-        return np.sort(np.concatenate([m[:count] for m, count in zip(of_class, counts)]))
-    if supervised == -1 and len(given):
-        return given
-    if not n_classes <= supervised <= len(given):
-        raise BadInput(f"supervised must be at least one for each of the {n_classes} classes and "
-                       f"at most the {len(given)} training examples with labels (or -1 for all, 0 "
-                       f"for none), not {supervised}")
-    # Round j takes the j-th example of each class that has one.
-    rounds = sorted((j, k, i) for k, members in enumerate(of_class)
-                    for j, i in enumerate(members))
-    return np.sort([i for _, _, i in rounds[:supervised]])
 
 
 def _load_mnist(settings: Settings) -> Source:

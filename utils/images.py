@@ -4,15 +4,14 @@ import hashlib
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import Settings
-from .data import Source
 from .errors import BadInput, one_line
+from .examples import Source, source_of_arrays
 from .files import atomic_write
 from .terminal import bar, say
 
@@ -20,7 +19,6 @@ from .terminal import bar, say
 UNLABELLED = ("unlabelled", "unlabeled")
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 CACHE_SECONDS = 10              # of loading, from which on a cache is worth its place
-ROWS = 1000                     # compared at a time, to save memory
 
 
 def load_folder(settings: Settings) -> Source:
@@ -155,11 +153,8 @@ def _read(path: Path, image_size: int) -> np.ndarray:
 
 
 def load_arrays(settings: Settings) -> Source:
-    """The arrays in the .npz file settings.data_root: x_train, y_train, x_test and y_test.
-
-    x: (N, H, W) or (N, H, W, 1 or 3), uint8; y: (N,), integers from 0, -1 where the label is not
-    known. Raises BadInput for anything else.
-    """
+    """The arrays in the .npz file settings.data_root: x_train, y_train, x_test and y_test, images
+    and labels as in `source_of_arrays`. Raises BadInput for anything else."""
     path = settings.data_root
     try:
         with open(path, "rb") as f, np.load(f) as file:
@@ -171,28 +166,7 @@ def load_arrays(settings: Settings) -> Source:
                        f"({type(e).__name__})") from None
     if missing := [name for name in ARRAYS if name not in arrays]:
         raise BadInput(f"{path} has no {missing[0]}: data npz takes {', '.join(ARRAYS)}")
-    for part in ("train", "test"):
-        _check_arrays(path, part, arrays[f"x_{part}"], arrays[f"y_{part}"])
-    train_y, test_y = (torch.from_numpy(arrays[f"y_{part}"].astype(np.int64))
-                       for part in ("train", "test"))
-    n_classes = int(max(train_y.max(), test_y.max())) + 1
-    if n_classes > len(train_y):
-        raise BadInput(f"{path} has a class {n_classes - 1}, and too few examples to have them all")
-    x = [torch.from_numpy(x if x.ndim == 4 else x[..., None])
-         for x in (arrays["x_train"], arrays["x_test"])]
-    if all((rows == rows[..., :1]).all() for part in x for rows in part.split(ROWS)):
-        x = [part[..., :1] for part in x]
-    train_x, test_x = (part.permute(0, 3, 1, 2).contiguous() for part in x)
-    return Source(train_x, train_y, test_x, test_y, tuple(map(str, range(n_classes))))
-
-
-def _check_arrays(path: str, part: str, x: Any, y: Any) -> None:
-    """Raise BadInput unless x and y, of `part` in the file at `path`, are as in `load_arrays`."""
-    if x.dtype != np.uint8 or not (x.ndim == 3 or (x.ndim == 4 and x.shape[3] in (1, 3))):
-        raise BadInput(f"x_{part} in {path} has shape {x.shape} and type {x.dtype}: images must be "
-                       "uint8, of shape (N, H, W) or (N, H, W, 3)")
-    if not x.size:
-        raise BadInput(f"x_{part} in {path} is empty")
-    if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < -1:
-        raise BadInput(f"y_{part} in {path} has shape {y.shape} and type {y.dtype}: labels must be "
-                       f"integers of shape ({len(x)},), classes from 0, or -1 for none")
+    try:
+        return source_of_arrays(**arrays)
+    except ValueError as e:
+        raise BadInput(f"{path}: {e}") from None

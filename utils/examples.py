@@ -1,0 +1,150 @@
+"""The examples of a dataset: which are labelled, and which are set aside for validation."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import BadInput
+
+Examples = tuple[Tensor, Tensor]        # x (N, C, H, W), y (N,)
+ROWS = 1000                             # compared at a time, to save memory
+
+
+class Source(NamedTuple):
+    """The examples of a dataset, before any are chosen.
+
+    x: (N, C, H, W), images as integer grey levels or points as floats; y: classes (N,), -1 where
+    the label is not known; classes: their names.
+    """
+
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    classes: tuple[str, ...]
+
+
+def source_of_arrays(x_train: Any, y_train: Any, x_test: Any, y_test: Any,
+                     grey_levels: int | None = 256) -> Source:
+    """The examples in arrays: those of NumPy, or what it can make arrays of.
+
+    x: images, (N, H, W) or (N, H, W, 1 or 3), uint8; or, if grey_levels is None, points (N, D)
+    y: (N,), integers from 0, -1 where the label is not known
+
+    Images are grey if all have three equal channels. Raises ValueError for anything else.
+    """
+    images, labels = [], []
+    for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
+        x, y = np.asarray(x), np.asarray(y)
+        if grey_levels is None:
+            if x.ndim != 2 or x.dtype.kind not in "iuf":
+                raise ValueError(f"x_{part} has shape {x.shape} and type {x.dtype}: points must be "
+                                 "numbers of shape (N, D)")
+            x = x[:, None, None]
+        elif x.dtype != np.uint8 or not (x.ndim == 3 or (x.ndim == 4 and x.shape[3] in (1, 3))):
+            raise ValueError(f"x_{part} has shape {x.shape} and type {x.dtype}: images must be "
+                             "uint8, of shape (N, H, W) or (N, H, W, 3)")
+        if not x.size:
+            raise ValueError(f"x_{part} is empty")
+        if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < -1:
+            raise ValueError(f"y_{part} has shape {y.shape} and type {y.dtype}: labels must be "
+                             f"integers of shape ({len(x)},), classes from 0, or -1 for none")
+        images.append(torch.from_numpy(x if x.ndim == 4 else x[..., None]))
+        labels.append(torch.from_numpy(y.astype(np.int64)))
+    n_classes = int(torch.cat(labels).max()) + 1
+    if n_classes > len(labels[0]):
+        raise ValueError(f"there is a class {n_classes - 1}, and too few examples to have them all")
+    if grey_levels is None:
+        images = [x.to(torch.get_default_dtype()) for x in images]
+    elif all((rows == rows[..., :1]).all() for x in images for rows in x.split(ROWS)):
+        images = [x[..., :1] for x in images]
+    train_x, test_x = (x.permute(0, 3, 1, 2).contiguous() for x in images)
+    return Source(train_x, labels[0], test_x, labels[1], tuple(map(str, range(n_classes))))
+
+
+def choose_labelled(y: np.ndarray, classes: Sequence[str], supervised: int | str,
+                    rng: np.random.Generator) -> np.ndarray:
+    """Sorted indices of `supervised` random examples (-1: all), equally many of each class, or of
+    as many of each class as a list of numbers says, such as "5,5,20".
+
+    y: the classes of all examples, -1 where there is no label
+    classes: their names
+
+    Where equal numbers are impossible, the first classes get one more, and a class that has too few
+    gives all it has; 0 gives none. Raises BadInput if another `supervised` is less than the number
+    of classes or more than the examples with labels, or if a class has too few.
+    """
+    if supervised == 0:
+        return np.arange(0)
+    n_classes, given = len(classes), np.flatnonzero(y >= 0)
+    of_class = [rng.permutation(np.flatnonzero(y == k)) for k in range(n_classes)]
+    counts = [1] * n_classes if isinstance(supervised, int) else [
+        int(n) for n in supervised.split(",")]
+    if len(counts) != n_classes:
+        raise BadInput(f"supervised {supervised} has {len(counts)} numbers, and there are "
+                       f"{n_classes} classes: {', '.join(classes)}")
+    for name, members, count in zip(classes, of_class, counts):
+        if len(members) < count:
+            raise BadInput(f"the {len(given)} training examples with labels have "
+                           f"{len(members) or 'none'} of class {name}, and {count} would be needed")
+    if not isinstance(supervised, int):
+        return np.sort(np.concatenate([m[:count] for m, count in zip(of_class, counts)]))
+    if supervised == -1 and len(given):
+        return given
+    if not n_classes <= supervised <= len(given):
+        raise BadInput(f"supervised must be at least one for each of the {n_classes} classes and "
+                       f"at most the {len(given)} training examples with labels (or -1 for all, 0 "
+                       f"for none), not {supervised}")
+    # Round j takes the j-th example of each class that has one.
+    rounds = sorted((j, k, i) for k, members in enumerate(of_class)
+                    for j, i in enumerate(members))
+    return np.sort([i for _, _, i in rounds[:supervised]])
+
+
+def set_aside(y: np.ndarray, n: int, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The sorted indices of the training examples that remain, and of `n` for validation.
+
+    y: the classes of all, -1 where there is no label; classes: their names. The choice, among those
+    that have one, is stratified, and always the same. Raises BadInput if a part would have fewer
+    examples than there are classes.
+    """
+    given, n_classes = np.flatnonzero(y >= 0), len(classes)
+    if not n_classes <= n <= len(given) - n_classes:
+        raise BadInput(f"validation must be at least one for each of the {n_classes} classes, and "
+                       f"leave as many of the {len(given)} training examples with labels, not {n}")
+    if alone := [classes[k] for k in range(n_classes) if (y == k).sum() == 1]:
+        raise BadInput(f"class {alone[0]} has one training example with a label, and validation "
+                       "needs two")
+    from sklearn.model_selection import train_test_split    # imported here as it takes a second
+
+    _, others = train_test_split(given, test_size=n, stratify=y[given], random_state=0)
+    return np.setdiff1d(np.arange(len(y)), others), np.sort(others)
+
+
+def read_indices(path: str | Path) -> np.ndarray:
+    """The integers in a file such as a run's labelled.txt. Raises BadInput."""
+    if not os.path.isfile(path):
+        raise BadInput(f"no file {path}")
+    try:
+        return np.array([int(word) for word in Path(path).read_text().split()], dtype=np.int64)
+    except (ValueError, OverflowError):
+        raise BadInput(f"{path} does not consist of indices of examples") from None
+
+
+def listed(path: str | Path, kept: np.ndarray) -> np.ndarray:
+    """The places in `kept` of the indices in the file at `path`, as a run's labelled.txt has them.
+
+    Raises BadInput if it has others, or none.
+    """
+    ids = read_indices(path)
+    if not len(ids):
+        raise BadInput(f"{path}, the file labelled, lists no examples")
+    if len(missing := np.setdiff1d(ids, kept)):
+        raise BadInput(f"{path} has {missing[0]}, which is not among the training examples, or is "
+                       "set aside for validation")
+    return np.searchsorted(kept, ids)
