@@ -1,9 +1,11 @@
 """What arguments have to be: each check raises ValueError that says what came and what is wanted.
+And what a bijection has to be.
 
 Checks of values wait for a GPU, and torch.compile divides its graph at them.
 """
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, _disable_dynamo   # torch.compiler.disable imports Dynamo, for a second
@@ -80,3 +82,28 @@ def check_integers(name: str, x: Tensor) -> None:
     """x, called `name`, has to be integers."""
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise ValueError(f"{name} must be integers, not of type {x.dtype}")
+
+
+def check_bijection(f: Any, x: Tensor, *context: Tensor) -> None:
+    """f has to have an exact inverse, and ldj has to be that of its Jacobian, found by autograd.
+
+    f: in double precision: forward(x, *context) -> (z, ldj), inverse(z, *context) -> x. Many
+        bijections are the identity at the start: give their parameters random values first
+    x, context: B examples, and what else f takes of each
+
+    Raises AssertionError, which gives the difference.
+    """
+    def agree(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance,
+                                   msg=lambda message: f"{what}: {message}")
+    z, ldj = f(x, *context)
+    agree(f.inverse(z, *context), x, 1e-10, "inverse(forward(x)) is not x")
+    agree(f(f.inverse(z, *context), *context)[0], z, 1e-9, "forward(inverse(z)) is not z")
+    assert ldj.shape == x.shape[:1], f"ldj has shape {tuple(ldj.shape)}, not {tuple(x.shape[:1])}"
+    for i in range(len(x)):
+        row = [t[i:i + 1] for t in (x, *context)]
+        jacobian = torch.autograd.functional.jacobian(
+            lambda v, rest=row[1:]: f(v, *rest)[0], row[0])
+        expected = torch.linalg.slogdet(jacobian.view(x[i].numel(), -1)).logabsdet
+        torch.testing.assert_close(ldj[i], expected, rtol=1e-9, atol=1e-9, msg=lambda message:
+                                   f"ldj is not that of the Jacobian: {message}")

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from utils import Settings
 from utils.errors import Failed
+from utils.metrics import TERMS
 from utils.terminal import bar, duration, say
 
 from .distributed import Processes
 from .objective import Terms
 
-MEANS = ("loss", "log_likelihood", "cl_loss", "cons_loss", "vat_loss", "confident")  # of an epoch
 SIGNALS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")     # those that the system has stop a run
 SAME_EVENT = 1.0            # seconds: torchrun and shells pass on a signal that came here already
 ESTIMATE_SECONDS = 5        # of training steps, after the first ones, that give the run's duration
@@ -207,7 +207,7 @@ class Progress:
         keyed as in MetricsLog."""
         sums = dict(zip(self.sums, self._stacked_sums().tolist()))      # read from the device once
         self._show(sums["loss"])
-        means = {name: sums.get(name, 0.0) / self.steps_per_epoch for name in MEANS}
+        means = {name: sums.get(name, 0.0) / self.steps_per_epoch for name in ("loss", *TERMS)}
         self.epoch, self.steps_done, self.sums = self.epoch + 1, 0, {}
         self._estimate(time.perf_counter())
         return {"epoch": self.epoch, "train_loss": means.pop("loss"), **means,

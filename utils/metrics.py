@@ -11,9 +11,11 @@ from .files import atomic_write
 
 Row = dict[str, float]
 
-COLUMNS = ("epoch", "train_loss", "log_likelihood", "cl_loss", "cons_loss", "vat_loss", "confident",
-           "labelled_acc", "val_log_p", "val_acc", "val_bpd", "ema_val_log_p", "ema_val_acc",
-           "ema_val_bpd", "test_log_p", "test_acc", "test_bpd", "lr", "seconds")
+# The terms of a batch's loss whose means over an epoch are columns.
+TERMS = ("log_likelihood", "cl_loss", "cons_loss", "vat_loss", "confident")
+COLUMNS = ("epoch", "train_loss", *TERMS, "labelled_acc", "val_log_p", "val_acc", "val_bpd",
+           "ema_val_log_p", "ema_val_acc", "ema_val_bpd", "test_log_p", "test_acc", "test_bpd",
+           "lr", "seconds")
 
 
 class MetricsLog:

@@ -26,7 +26,8 @@ from .errors import BadInput, given_twice, names_of_options
 from .runs import PARAMS_FILE, RunParser, read_params, relative_to, started_in
 from .terminal import NO_BREAK, say
 
-SHIPPED = "shipped"     # the value of a bare --pretrained
+SHIPPED = "shipped"     # the value of a bare --pretrained, instead of a file
+NO_FILE = "\0"          # what argparse takes it from; no word of a command line has this character
 
 
 def _name(text: str) -> str:
@@ -65,6 +66,12 @@ def _path(text: str) -> str:
 
 def _path_from_anywhere(text: str) -> str:
     return os.path.abspath(_path(text)) if text else ""
+
+
+def _weights(text: str) -> str:
+    if text == NO_FILE:
+        return SHIPPED
+    return os.path.join(".", text) if text == SHIPPED else _path(text)      # a file of that name
 
 
 # All options, in the groups and the order of config.yaml, which explains them at length.
@@ -146,7 +153,7 @@ OPTION_GROUPS: dict[str, tuple[Option, ...]] = {
                low=0, high=1000, also=(-1,)),
     ),
     "Evaluation": (
-        Option("pretrained", _path, "",
+        Option("pretrained", _weights, "",
                "evaluate the weights in FILE, or of a run's directory, and stop; without a value, "
                "those shipped for the config"),
         Option("weights", str, "last", "which weights of a checkpoint.pt to evaluate",
@@ -190,7 +197,7 @@ ARGPARSE: dict[str, dict[str, Any]] = {
                     "help": "YAML file of settings; the command line overrides it"},
     "tmp": {"help": "put the run into tmp, and not into exman's index"},
     "git_dirty": {"help": argparse.SUPPRESS},           # only exman's git_assert_clean uses it
-    "pretrained": {"metavar": "FILE", "nargs": "?", "const": SHIPPED},
+    "pretrained": {"metavar": "FILE", "nargs": "?", "const": NO_FILE},
     "initial_weights": {"metavar": "FILE"}, "labelled": {"metavar": "FILE"},
     "resume": {"metavar": "RUN_DIR"}}
 UNUSED_PUBLISHED_KEYS = ("k", "hid_dim", "logits", "lr_gamma", "lr_steps", "lr_warmup", "sup_ohe",
@@ -321,7 +328,7 @@ class SettingsParser(RunParser):
             s = self._parse_resumed(s.resume, argv)
         if s.pretrained not in ("", SHIPPED) and not os.path.exists(s.pretrained):
             self.error(f"no file {s.pretrained}")       # before any data are loaded
-        if os.path.isdir(s.pretrained):
+        if s.pretrained != SHIPPED and os.path.isdir(s.pretrained):
             s = self._parse_evaluated(s.pretrained, argv)
         if os.path.isdir(s.initial_weights):
             s.initial_weights = str(weights_of_run(s.initial_weights))
