@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import PROJECT, load_tiny, options, run_script, runs, words
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_images
+from sklearn.datasets import load_digits
 
 from utils import images
 from utils.data import Augmentation, SemiSupervisedData
@@ -247,28 +247,6 @@ def test_a_run_whose_files_have_changed(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "ids.txt").write_text("0 9 62")
     assert run_script(["--resume", str(run), "--epochs", "3"]) == 2
     assert "labelled.txt lists other examples" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_photographs_train_a_colour_model(tmp_path, monkeypatch, capsys):
-    """Patches of the two photographs that scikit-learn has."""
-    monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    x = np.stack([photograph[i:i + 32, j:j + 32] for photograph in load_sample_images().images
-                  for i, j in rng.integers((395, 608), size=(64, 2))])
-    y = np.repeat([0, 1], 64)
-    order = rng.permutation(128)
-    train, test = order[:96], order[96:]
-    np.savez("own.npz", x_train=x[train], x_test=x[test], y_test=y[test],
-             y_train=np.where(np.arange(96) < 48, y[train], -1))
-    assert run_script(options(
-        data="npz", data_root="own.npz", num_examples=-1, model="mnist-glow", pixels="marginal",
-        width=8, ssl_dim=-2, epochs=2, train_bs=32)) == 0
-    assert "20 labelled, 76 unlabelled, 32 test" in words(capsys.readouterr().out)
-    run, = runs(tmp_path)
-    first, last = read_metrics(run / "metrics.csv")
-    assert last["test_bpd"] < first["test_bpd"]
-    assert torch.load(run / "model.torch")["base_h.logsigma"].shape == (768,)
 
 
 def arrays(**changes):
