@@ -12,28 +12,30 @@ dependencies = ["torch", "torchvision", "numpy", "pandas", "yaml", "exman", "con
 _FOLDER = os.path.dirname(os.path.realpath(__file__))
 
 
-def scnf(weights="mnist-best", config="config.yaml", data_shape=None, n_classes=None, **options):
+def scnf(weights="mnist-best", config=None, data_shape=None, n_classes=None, **options):
     """A semi-conditional normalizing flow: a SemiConditionalFlow (models/scnf.py), on the CPU.
 
     weights: those that ship, which pretrained/README.md compares: mnist-best, mnist-small,
         mnist-marginal, mnist-glow, digits, or model, of the paper's network; or the directory of a
-        run; or None: random ones, for `initialize` and training
-    config: of a model with random weights: config.yaml, the paper's, or another file, as seen from
-        this repository, such as configs/mnist-glow.yaml
-    data_shape, n_classes, options: (C, H, W), K and options of such a model, where they differ
+        run, which reads its images if they are your own; or None: random ones, for `initialize` and
+        training
+    config: of a model with random weights: a file, as seen from this repository, such as
+        configs/mnist-glow.yaml; None: config.yaml, the paper's
+    data_shape, n_classes, options: (C, H, W), K and options of such a model, where they differ from
+        the config's
 
         x = model.sample(torch.arange(10))      # images (10, 1, 28, 28), x = (grey level + u) / 256
         model.log_prob(x)                       # log p(x) in nats, (10,)
         model.posterior(x)                      # p(y | x), (10, 10)
 
     Raises ValueError for what does not exist or fit, and ImportError if modules of another project
-    have the names of ours.
+    are called models, training or utils, as ours are.
     """
     for name in sys.modules.keys() & {"models", "training", "utils"}:
-        file = getattr(sys.modules[name], "__file__", None) or ""       # a folder has none
-        if not (file and os.path.realpath(file).startswith(_FOLDER + os.sep)):
-            raise ImportError(f"another module is called {name} ({file}): load the model before "
-                              "importing that, or in a process of its own")
+        file = getattr(sys.modules[name], "__file__", None) or "a folder"
+        if not os.path.realpath(file).startswith(os.path.join(_FOLDER, name) + os.sep):
+            raise ImportError(f"another module is called {name} ({file}), as one of this project: "
+                              "rename it, or load the model in a process of its own")
     from models import MODEL_OPTIONS, build_model
     from training.checkpoint import PRETRAINED, load_pretrained
     from utils.datasets import DATASETS, load_data
@@ -41,21 +43,30 @@ def scnf(weights="mnist-best", config="config.yaml", data_shape=None, n_classes=
 
     shipped = {file.stem: f"configs/{file.stem}.yaml" for file in PRETRAINED.glob("*.torch")}
     shipped["model"] = "config.yaml"
-    if weights is not None and weights not in shipped and not os.path.isdir(weights):
+    if isinstance(weights, str | os.PathLike):
+        weights = os.path.expanduser(weights)
+    if not (weights is None or (isinstance(weights, str)
+                                and (weights in shipped or os.path.isdir(weights)))):
         raise ValueError(f"weights must be one of {', '.join(sorted(shipped))}, the directory of a "
                          f"run, or None, not {weights!r}")
-    known = {option.name for group in MODEL_OPTIONS.values() for option in group}
-    if (weights is not None and (data_shape or n_classes or options)) or options.keys() - known:
-        raise ValueError("data_shape, n_classes and options are for random weights, weights=None, "
-                         f"and the options are {', '.join(sorted(known))}")
-    config = os.path.join(_FOLDER, shipped.get(weights, config))
+    known = {option.name for group in MODEL_OPTIONS.values() for option in group} - {"model"}
+    changes = {**options, "config": config, "data_shape": data_shape, "n_classes": n_classes}
+    if weights is not None and any(value is not None for value in changes.values()):
+        raise ValueError("config, data_shape, n_classes and options are for weights=None")
+    if unknown := options.keys() - known:
+        raise ValueError(f"there is no option {min(unknown)}: {', '.join(sorted(known))}; config "
+                         "gives the model")
+    config = os.path.join(_FOLDER, shipped.get(weights, config or "config.yaml"))
     _, settings = read_settings(["--config", config] if weights is None else
                                 ["--config", config, "--pretrained"] if weights in shipped else
                                 ["--pretrained", weights])
-    dataset = DATASETS[settings.data]
-    data = dataset if data_shape or dataset.shape else load_data(settings)      # one's own images
-    model = build_model({**vars(settings), **options}, data_shape or data.shape,
-                        n_classes or len(data.classes), grey_levels=data.grey_levels)
+    data = DATASETS[settings.data]
+    if data.shape is None and None in (data_shape, n_classes):      # one's own images
+        data = load_data(settings)
+    model = build_model({**vars(settings), **options},
+                        data.shape if data_shape is None else data_shape,
+                        len(data.classes) if n_classes is None else n_classes,
+                        grey_levels=data.grey_levels)
     if weights is not None:
         load_pretrained(model, settings)
     return model.eval()

@@ -91,19 +91,28 @@ def check_bijection(f: Any, x: Tensor, *context: Tensor) -> None:
         bijections are the identity at the start: give their parameters random values first
     x, context: B examples, and what else f takes of each
 
-    Raises AssertionError, which gives the difference.
+    Each example has to give what it gives in the batch. Raises AssertionError, which gives the
+    difference, and ValueError for other x or context.
     """
+    if x.dtype != torch.float64 or not len(x) or any(len(c) != len(x) for c in context):
+        raise ValueError(f"x is {tuple(x.shape)} of {x.dtype}, with context of "
+                         f"{[len(c) for c in context]} rows: x must be one or more examples in "
+                         "double precision, with a row of context for each")
+
     def agree(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance,
                                    msg=lambda message: f"{what}: {message}")
     z, ldj = f(x, *context)
+    if not isinstance(ldj, Tensor) or ldj.shape != x.shape[:1]:
+        raise AssertionError(f"ldj is not a tensor of shape ({len(x)},): {ldj}")
     agree(f.inverse(z, *context), x, 1e-10, "inverse(forward(x)) is not x")
     agree(f(f.inverse(z, *context), *context)[0], z, 1e-9, "forward(inverse(z)) is not z")
-    assert ldj.shape == x.shape[:1], f"ldj has shape {tuple(ldj.shape)}, not {tuple(x.shape[:1])}"
     for i in range(len(x)):
-        row = [t[i:i + 1] for t in (x, *context)]
+        row, *rest = (t[i:i + 1] for t in (x, *context))
+        agree(f.inverse(z[i:i + 1], *rest), row, 1e-10, "inverse(z) of one example is not its x")
+        agree(f(row, *rest)[0], z[i:i + 1], 1e-9, "forward(x) of one example is not its z")
         jacobian = torch.autograd.functional.jacobian(
-            lambda v, rest=row[1:]: f(v, *rest)[0], row[0])
+            lambda v, rest=rest: f(v, *rest)[0], row)
         expected = torch.linalg.slogdet(jacobian.view(x[i].numel(), -1)).logabsdet
         torch.testing.assert_close(ldj[i], expected, rtol=1e-9, atol=1e-9, msg=lambda message:
                                    f"ldj is not that of the Jacobian: {message}")

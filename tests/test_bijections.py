@@ -122,6 +122,37 @@ CONDITIONAL = {
 }
 
 
+class Wrong(torch.nn.Module):
+    """z = 2 x of two dimensions, with a fault."""
+
+    def __init__(self, fault):
+        super().__init__()
+        self.fault = fault
+
+    def forward(self, x):
+        self.x = x
+        ldj = x.new_full(x.shape[:1], 2 * math.log(2))
+        z = 2 * x.roll(1, 0) if self.fault == "batch" else 2 * x
+        return z, {"sign": -ldj, "NaN": ldj * math.nan, "mean": ldj.mean()}.get(self.fault, ldj)
+
+    def inverse(self, z):
+        if self.fault == "batch":
+            return z.roll(-1, 0) / 2
+        return {"state": self.x, "inverse": z / 2.1}.get(self.fault, z / 2)
+
+
+@pytest.mark.parametrize("fault, message", [
+    ("sign", "ldj is not that"), ("NaN", "ldj is not that"), ("mean", "ldj is not a tensor of"),
+    ("inverse", "inverse.forward.x.. is not x"), ("state", "of one example is not its x"),
+    ("batch", "of one example is not its")])
+def test_the_check_finds_faults(fault, message):
+    check_bijection(Wrong(""), torch.rand(B, 2))
+    with pytest.raises(AssertionError, match=message):
+        check_bijection(Wrong(fault), torch.rand(B, 2))
+    with pytest.raises(ValueError, match="one or more examples in double precision"):
+        check_bijection(Wrong(""), torch.rand(B, 2).float())
+
+
 @pytest.mark.parametrize("make, shape", BIJECTIONS.values(), ids=BIJECTIONS)
 def test_bijection(make, shape):
     check_bijection(randomize(make()), torch.rand(B, *shape))

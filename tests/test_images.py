@@ -282,8 +282,31 @@ def test_own_arrays_with_options():
     assert len(data.labelled) == 8
 
 
+@pytest.mark.parametrize("form", [
+    np.array, torch.tensor, np.asfortranarray, lambda x: x[..., ::-1][..., ::-1],
+    lambda x: x.astype(x.dtype.newbyteorder(">"))])
+def test_own_arrays_are_copied(form):
+    """Of any form: what their owner does with them later is no matter."""
+    own = {name: form(values) for name, values in arrays().items()}
+    data = SemiSupervisedData.from_arrays(**own, supervised=np.int64(6))
+    for values in own.values():
+        values[:] = 0
+    expected = arrays()
+    assert np.array_equal(data.train_x[:, 0], expected["x_train"])
+    assert np.array_equal(data.test_y, expected["y_test"]) and len(data.labelled) == 6
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"supervised": 2}, "at least one for each of the 3 classes"),
+    ({"supervised": (1, -1, 2)}, "at least 1 of each class"),
+    ({"supervised": ()}, "at least 1 of each class"),
+    ({"supervised": True}, "must be an integer, or one for each class, not True"),
+    ({"supervised": 6.0}, "must be an integer, or one for each class, not 6.0"),
+    ({"supervised": "6,b"}, "must be an integer, or one for each class, not '6,b'"),
+    ({"y_train": np.full(60, 2**64 - 1, np.uint64)}, "there is a class 18446744073709551615"),
+    ({"x_train": [[1], [2, 3]]}, "x_train "),
+    ({"augmentation": (1, 2, 3)}, "must be an Augmentation"),
+    ({"grey_levels": 256.5}, "grey_levels must be of type int"),
     ({"supervised": (10, 10, 11)}, "have 10 of class 2, and 11 would be needed"),
     ({"y_test": [0, 1, -1] * 3}, "test_y has class -1"),
     ({"classes": ("a", "b")}, "labels of 3 classes, and names of 2"),

@@ -46,7 +46,7 @@ def test_weights_of_a_run(tmp_path, monkeypatch):
     run, = runs(tmp_path)
     trained = new_model()
     load_weights(trained, run / "model.torch")
-    assert same(load(weights=str(run)).state_dict(), trained.state_dict())
+    assert same(load(weights=run).state_dict(), trained.state_dict())
 
 
 def test_random_weights():
@@ -63,8 +63,11 @@ def test_random_weights():
 
 @pytest.mark.parametrize("arguments, message", [
     ({"weights": "nothing"}, "must be one of digits, mnist-best, .* not 'nothing'"),
-    ({"weights": "digits", "n_classes": 3}, "are for random weights"),
-    ({"weights": None, "widht": 3}, "the options are conv, hh_factors"),
+    ({"weights": ["digits"]}, "directory of a run, or None, not"),
+    ({"weights": "digits", "n_classes": 0}, "are for weights=None"),
+    ({"config": "configs/moons.yaml"}, "are for weights=None"),
+    ({"weights": None, "widht": 3}, "no option widht: conv, hh_factors"),
+    ({"weights": None, "n_classes": 0}, "n_classes must be at least 1"),
     ({"weights": None, "config": "configs/nothing.yaml"}, "nothing.yaml"),
     ({"weights": None, "data_shape": (1, 9, 9)}, "multiples of 4")])
 def test_weights_that_do_not_exist(arguments, message):
@@ -72,7 +75,7 @@ def test_weights_that_do_not_exist(arguments, message):
         load(**arguments)
 
 
-@pytest.mark.parametrize("file", [None, "/elsewhere/utils.py"])
+@pytest.mark.parametrize("file", [None, "/elsewhere/utils.py", str(PROJECT / "hubconf.py")])
 def test_modules_of_other_projects(monkeypatch, file):
     other = types.ModuleType("utils")
     other.__file__ = file

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.checks import check_grey_levels, check_integers
+from models.options import Option
 
-from .examples import Examples, choose_labelled, source_of_arrays
+from .examples import Examples, as_array, choose_labelled, source_of_arrays
 from .label_spreading import orientation_histograms, spread_labels
 
 class Batch(NamedTuple):
@@ -31,6 +32,9 @@ class Batch(NamedTuple):
         """These rows of every field."""
         more = (None if field is None else field[index] for field in self[2:])
         return Batch(self.x[index], self.y[index], *more)
+
+
+LEVELS = Option("grey_levels", int, 256, "of images", low=2)
 
 
 class Augmentation(NamedTuple):
@@ -82,6 +86,10 @@ class SemiSupervisedData:
             raise ValueError(f"spread_labels must be from 0 to 1, not {spread_labels}")
         if grey_levels is None and augmentation:
             raise ValueError("points cannot be augmented")
+        if augmentation and not isinstance(augmentation, Augmentation):
+            raise ValueError(f"augmentation must be an Augmentation, not {augmentation!r}")
+        if grey_levels is not None and (problem := LEVELS.problem(grey_levels)):
+            raise ValueError(f"grey_levels {problem}")
         _check_indices(labelled, len(train_x))
         for name, x, y in (("train", train_x, train_y), ("test", test_x, test_y),
                            ("val", val_x, val_y)):
@@ -118,24 +126,27 @@ class SemiSupervisedData:
     @classmethod
     def from_arrays(cls, x_train: Any, y_train: Any, x_test: Any, y_test: Any,
                     supervised: int | Sequence[int] = -1, grey_levels: int | None = 256,
-                    seed: int = 0, **options: Any) -> "SemiSupervisedData":
-        """The data of one's own arrays.
+                    seed: int = 0, classes: Sequence[str] = (), **options: Any
+                    ) -> "SemiSupervisedData":
+        """The data of one's own arrays or tensors, which are copied.
 
         x_train, y_train, x_test, y_test: as in `source_of_arrays`; a label of -1 is hidden
         supervised: how many of the other training labels are shown: a number, equally many of each
             class, or a number for each class; -1: all; 0: none
         grey_levels: 256 for values up to 255; None for points
         seed: of the choice of the labels that are shown
-        options: the other arguments of the class, such as classes or augmentation
+        classes: their names; (): their numbers
+        options: the other arguments of the class, such as augmentation
 
         Raises ValueError as `source_of_arrays`, `choose_labelled` and the class do.
         """
-        source = source_of_arrays(x_train, y_train, x_test, y_test, grey_levels)
-        counts = supervised if isinstance(supervised, int) else ",".join(map(str, supervised))
-        classes = options.pop("classes", source.classes)
-        chosen = choose_labelled(source.train_y.numpy(), classes, counts,
+        named = {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
+        source = source_of_arrays(grey_levels=grey_levels, **{
+            name: as_array(name, values) for name, values in named.items()})
+        names = tuple(classes) or source.classes
+        chosen = choose_labelled(source.train_y.numpy(), names, supervised,
                                  np.random.default_rng(seed))
-        return cls(*source[:4], torch.from_numpy(chosen), grey_levels, classes=classes, **options)
+        return cls(*source[:4], torch.from_numpy(chosen), grey_levels, classes=names, **options)
 
     @property
     def shape(self) -> tuple[int, ...]:

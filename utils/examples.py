@@ -1,6 +1,8 @@
 """The examples of a dataset: which are labelled, and which are set aside for validation."""
 
+import operator
 import os
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,23 +31,33 @@ class Source(NamedTuple):
     classes: tuple[str, ...]
 
 
-def source_of_arrays(x_train: Any, y_train: Any, x_test: Any, y_test: Any,
-                     grey_levels: int | None = 256) -> Source:
-    """The examples in arrays: those of NumPy, or what it can make arrays of.
+def as_array(name: str, values: Any) -> np.ndarray:
+    """A copy of `values`, called `name`: of an array, a tensor, or what NumPy makes an array of.
+    Raises ValueError if it cannot."""
+    try:
+        if isinstance(values, Tensor):
+            values = values.detach().cpu().numpy()
+        return np.array(values, order="C")
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{name} is no array: {e}") from None
+
+
+def source_of_arrays(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray,
+                     y_test: np.ndarray, grey_levels: int | None = 256) -> Source:
+    """The examples in arrays.
 
     x: images, (N, H, W) or (N, H, W, 1 or 3), uint8; or, if grey_levels is None, points (N, D)
     y: (N,), integers from 0, -1 where the label is not known
 
     Images are grey if all have three equal channels. Raises ValueError for anything else.
     """
-    images, labels = [], []
+    images = []
     for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
-        x, y = np.asarray(x), np.asarray(y)
         if grey_levels is None:
             if x.ndim != 2 or x.dtype.kind not in "iuf":
                 raise ValueError(f"x_{part} has shape {x.shape} and type {x.dtype}: points must be "
                                  "numbers of shape (N, D)")
-            x = x[:, None, None]
+            x = x.astype(np.float64)[:, None, None]
         elif x.dtype != np.uint8 or not (x.ndim == 3 or (x.ndim == 4 and x.shape[3] in (1, 3))):
             raise ValueError(f"x_{part} has shape {x.shape} and type {x.dtype}: images must be "
                              "uint8, of shape (N, H, W) or (N, H, W, 3)")
@@ -55,22 +67,22 @@ def source_of_arrays(x_train: Any, y_train: Any, x_test: Any, y_test: Any,
             raise ValueError(f"y_{part} has shape {y.shape} and type {y.dtype}: labels must be "
                              f"integers of shape ({len(x)},), classes from 0, or -1 for none")
         images.append(torch.from_numpy(x if x.ndim == 4 else x[..., None]))
-        labels.append(torch.from_numpy(y.astype(np.int64)))
-    n_classes = int(torch.cat(labels).max()) + 1
-    if n_classes > len(labels[0]):
+    n_classes = int(max(y_train.max(), y_test.max())) + 1
+    if n_classes > len(y_train):
         raise ValueError(f"there is a class {n_classes - 1}, and too few examples to have them all")
     if grey_levels is None:
         images = [x.to(torch.get_default_dtype()) for x in images]
     elif all((rows == rows[..., :1]).all() for x in images for rows in x.split(ROWS)):
         images = [x[..., :1] for x in images]
     train_x, test_x = (x.permute(0, 3, 1, 2).contiguous() for x in images)
-    return Source(train_x, labels[0], test_x, labels[1], tuple(map(str, range(n_classes))))
+    train_y, test_y = (torch.from_numpy(y.astype(np.int64)) for y in (y_train, y_test))
+    return Source(train_x, train_y, test_x, test_y, tuple(map(str, range(n_classes))))
 
 
-def choose_labelled(y: np.ndarray, classes: Sequence[str], supervised: int | str,
+def choose_labelled(y: np.ndarray, classes: Sequence[str], supervised: int | str | Sequence[int],
                     rng: np.random.Generator) -> np.ndarray:
     """Sorted indices of `supervised` random examples (-1: all), equally many of each class, or of
-    as many of each class as a list of numbers says, such as "5,5,20".
+    as many of each class as a list of numbers says, such as "5,5,20" or (5, 5, 20).
 
     y: the classes of all examples, -1 where there is no label
     classes: their names
@@ -79,12 +91,12 @@ def choose_labelled(y: np.ndarray, classes: Sequence[str], supervised: int | str
     gives all it has; 0 gives none. Raises BadInput if another `supervised` is less than the number
     of classes or more than the examples with labels, or if a class has too few.
     """
-    if supervised == 0:
-        return np.arange(0)
     n_classes, given = len(classes), np.flatnonzero(y >= 0)
+    numbers = integers(supervised)
+    if numbers == 0:
+        return np.arange(0)
     of_class = [rng.permutation(np.flatnonzero(y == k)) for k in range(n_classes)]
-    counts = [1] * n_classes if isinstance(supervised, int) else [
-        int(n) for n in supervised.split(",")]
+    counts = [1] * n_classes if isinstance(numbers, int) else numbers
     if len(counts) != n_classes:
         raise BadInput(f"supervised {supervised} has {len(counts)} numbers, and there are "
                        f"{n_classes} classes: {', '.join(classes)}")
@@ -92,18 +104,36 @@ def choose_labelled(y: np.ndarray, classes: Sequence[str], supervised: int | str
         if len(members) < count:
             raise BadInput(f"the {len(given)} training examples with labels have "
                            f"{len(members) or 'none'} of class {name}, and {count} would be needed")
-    if not isinstance(supervised, int):
+    if not isinstance(numbers, int):
         return np.sort(np.concatenate([m[:count] for m, count in zip(of_class, counts)]))
-    if supervised == -1 and len(given):
+    if numbers == -1 and len(given):
         return given
-    if not n_classes <= supervised <= len(given):
+    if not n_classes <= numbers <= len(given):
         raise BadInput(f"supervised must be at least one for each of the {n_classes} classes and "
                        f"at most the {len(given)} training examples with labels (or -1 for all, 0 "
                        f"for none), not {supervised}")
     # Round j takes the j-th example of each class that has one.
     rounds = sorted((j, k, i) for k, members in enumerate(of_class)
                     for j, i in enumerate(members))
-    return np.sort([i for _, _, i in rounds[:supervised]])
+    return np.sort([i for _, _, i in rounds[:numbers]])
+
+
+def integers(supervised: Any) -> int | list[int]:
+    """`supervised` as an integer, or as one of at least 1 for each class: "5,5,20" or (5, 5, 20).
+    Raises BadInput if it is neither."""
+    given: Any = supervised.split(",") if isinstance(supervised, str) else supervised
+    try:
+        if isinstance(given, bool):
+            raise TypeError
+        if np.ndim(given) == 0:
+            return operator.index(given)
+        counts = [int(n) if isinstance(n, str) else operator.index(n) for n in given]
+    except (TypeError, ValueError):
+        raise BadInput("supervised must be an integer, or one for each class, not "
+                       f"{reprlib.repr(supervised)}") from None
+    if min(counts, default=0) < 1:
+        raise BadInput(f"supervised must be at least 1 of each class, not {supervised}")
+    return counts
 
 
 def set_aside(y: np.ndarray, n: int, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
