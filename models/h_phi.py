@@ -5,25 +5,32 @@ The paper has two kinds, ConditionalFlow (SCNF-GLOW) and ConditionalShift (SCNF-
     __init__(dim, n_classes, options)   dim: ssl_dim; n_classes: K; options: ssl_...
     forward(z_f, y) -> (z_h, ldj)       z_f, z_h: (B, ssl_dim); y: labels (B,); ldj: (B,), in nats
     inverse(z_h, y) -> z_f
+    log_prob(z_f, base) -> (B, K)       log p(z_f | y) of every class, in nats; base: of z_h, a
+                                        DiagonalGaussian
 
 They raise ValueError for arguments of other shapes, and for labels that are not integers from 0 to
 K - 1.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .bijections import ActNorm, ChannelCoupling, MultiScale, Split, split_size
 from .checks import check_labels, check_same_length, check_shape
 from .conv1x1 import invertible_conv
 from .networks import resnet1x1
 
-EMBEDDING_DIM = 10    # of a label
+EMBEDDING_DIM = 10      # of a label
+MOST_ROWS = 2**14       # of z_f times classes, that are computed at a time
+FARTHEST = 1e100        # the largest |z_f| whose square is finite in double precision
 
 
 def embed(embedding: nn.Embedding, y: Tensor) -> Tensor:
@@ -50,6 +57,23 @@ class Conditional(nn.Module):
         check_same_length(z, y)
         if self.checks_values:
             check_labels(y, self.n_classes)
+
+    def log_prob(self, z_f: Tensor, base: Any) -> Tensor:
+        """A pass for each class. Of many classes, some are computed at a time, and computed again
+        for the gradient, so that memory hardly depends on their number."""
+        classes = torch.arange(self.n_classes, device=z_f.device)
+        parts = classes.split(max(MOST_ROWS // max(len(z_f), 1), 1))
+        if len(parts) == 1:
+            return self.log_prob_of(classes, z_f, base)
+        if not torch.is_grad_enabled():
+            return torch.cat([self.log_prob_of(part, z_f, base) for part in parts], 1)
+        return torch.cat([checkpoint(self.log_prob_of, part, z_f, base, use_reentrant=False,
+                                     preserve_rng_state=False) for part in parts], 1)
+
+    def log_prob_of(self, classes: Tensor, z_f: Tensor, base: Any) -> Tensor:
+        """log p(z_f | y) of these classes (C,), all at once: (B, C)."""
+        z_h, ldj = self(z_f.repeat_interleave(len(classes), 0), classes.repeat(len(z_f)))
+        return (ldj + base.log_prob(z_h)).view(-1, len(classes))
 
 
 class ConditionalFlow(Conditional):
@@ -118,6 +142,10 @@ class ConditionalShift(Conditional):
         self.check("z_h", z_h, y)
         return z_h + embed(self.mu, y)
 
+    def log_prob(self, z_f: Tensor, base: Any) -> Tensor:
+        """log N(z_f; mu_y, diag(sigma^2)), with base's sigma."""
+        return log_gaussians(z_f, self.mu.weight, base.sigma.expand_as(self.mu.weight))
+
 
 class ConditionalGaussian(ConditionalShift):
     """Beyond the paper: SCNF-GMM with a diagonal covariance of each class.
@@ -140,6 +168,26 @@ class ConditionalGaussian(ConditionalShift):
     def inverse(self, z_h: Tensor, y: Tensor) -> Tensor:
         self.check("z_h", z_h, y)
         return super().inverse(z_h * embed(self.log_sigma, y).exp(), y)
+
+    def log_prob(self, z_f: Tensor, base: Any) -> Tensor:
+        """log N(z_f; mu_y, diag((sigma_y sigma)^2)), with base's sigma."""
+        return log_gaussians(z_f, self.mu.weight, self.log_sigma.weight.exp() * base.sigma)
+
+
+def log_gaussians(z: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
+    """log N(z; mu_k, diag(sigma_k^2)) of K Gaussians: z (B, D), mu, sigma (K, D) -> (B, K), nats.
+
+        -1/2 sum_i (z_i - mu_ki)^2 / sigma_ki^2 - sum_i log sigma_ki - D/2 log 2 pi
+
+    The square is expanded, so that matrix products replace B K differences of D dimensions. Its
+    terms cancel, hence double precision.
+    """
+    z64, mu64, sigma64 = z.double().clamp(-FARTHEST, FARTHEST), mu.double(), sigma.double()
+    precision = sigma64**-2
+    squares = (z64**2 @ precision.T - 2 * z64 @ (mu64 * precision).T
+               + (mu64**2 * precision).sum(1))
+    log_norm = sigma64.log().sum(1) + 0.5 * z.shape[1] * math.log(2 * math.pi)
+    return (-0.5 * squares - log_norm).to(z.dtype)
 
 
 HEADS: dict[str, Callable[[int, int, SimpleNamespace], ConditionalFlow | ConditionalShift]] = {

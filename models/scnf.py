@@ -121,10 +121,7 @@ class SemiConditionalFlow(nn.Module):
     def log_zf_joint(self, z_f: Tensor) -> Tensor:
         """log p(z_f, y) for each of the K classes, in nats: z_f (B, ssl_dim) -> (B, K)."""
         self._check("z_f", z_f, (self.ssl_dim,), values=False)
-        k = self.n_classes
-        y = torch.arange(k, device=z_f.device).repeat(len(z_f))  # (B * K,)
-        z_h, ldj = self.h_phi(z_f.repeat_interleave(k, 0), y)    # (B * K, ssl_dim), (B * K,)
-        return (ldj + self.base_h.log_prob(z_h)).view(-1, k) + self.log_p_y
+        return self.h_phi.log_prob(z_f, self.base_h) + self.log_p_y
 
     def log_joint(self, x: Tensor) -> Tensor:
         """log p(x, y) for each of the K classes, in nats: x (B, C, H, W) -> (B, K)."""
@@ -192,7 +189,9 @@ class SemiConditionalFlow(nn.Module):
         hooks = [part.register_forward_pre_hook(lambda act, args: act.initialize(args[0]))
                  for part in self.modules() if isinstance(part, ActNorm) and not part.initialized]
         try:
-            self.log_joint(x)
+            _, z_f = self.split_latent(self.encode(x)[0])
+            every = torch.arange(self.n_classes, device=x.device)
+            self.h_phi.log_prob_of(every, z_f, self.base_h)
         finally:
             for hook in hooks:
                 hook.remove()

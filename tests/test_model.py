@@ -9,7 +9,7 @@ import torch
 from conftest import PROJECT, execute, randomize
 from torch.nn import functional as F
 
-from models import SemiConditionalFlow, build_model
+from models import SemiConditionalFlow, build_model, h_phi
 from models.bijections import ActNorm
 from models.checks import check_values
 from models.scnf import DiagonalGaussian
@@ -44,6 +44,44 @@ def test_log_joint_and_posterior_are_the_equation_class_by_class(float64, ssl_mo
     posterior = model.posterior(x)          # from h_phi alone
     torch.testing.assert_close(posterior, model.log_joint(x).softmax(1))
     assert (posterior - probs / probs.sum()).std(1).min() > 1e-6            # it is not the prior
+
+
+def test_many_classes_a_few_at_a_time(float64, monkeypatch):
+    """The same numbers and gradients as all at once."""
+    model = randomize(build_model(SMALL, (1, 8, 8), 30))
+    x = torch.rand(4, 1, 8, 8)
+
+    def value_and_gradient():
+        value = model.log_prob(x)
+        return value, *torch.autograd.grad(value.sum(), list(model.parameters()))
+    passes = []
+    model.h_phi.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+    expected = value_and_gradient()
+    assert passes == [120]
+    monkeypatch.setattr(h_phi, "MOST_ROWS", 50)
+    torch.testing.assert_close(value_and_gradient(), expected)
+    assert passes[:4] == [120, 48, 48, 24] and sum(passes) == 360      # again, for the gradient
+    with torch.no_grad():
+        torch.testing.assert_close(model.log_prob(x), expected[0])
+    new = build_model(SMALL, (1, 8, 8), 30)
+    new.h_phi.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+    new.initialize(x)
+    assert passes[-1] == 120            # the ActNorms see all classes at once
+
+
+def test_mixtures_keep_the_precision():
+    """In float32, of latents far from the means and near them; also where float32 overflows."""
+    torch.manual_seed(0)
+    mu, sigma = torch.randn(5, 196), torch.rand(5, 196) + 0.01
+    for scale in (0, 1, 1e4):
+        z = mu[:3] + scale * torch.randn(3, 196)
+        exact = torch.distributions.Normal(mu.double(), sigma.double()).log_prob(
+            z.double()[:, None]).sum(2)
+        torch.testing.assert_close(h_phi.log_gaussians(z, mu, sigma).double(), exact, rtol=2e-7,
+                                   atol=1e-5)
+    z[0, 0], z[1, 0] = torch.inf, torch.nan
+    found = h_phi.log_gaussians(z, mu, sigma)
+    assert (found[0] == -torch.inf).all() and found[1].isnan().all() and found[2].isfinite().all()
 
 
 def test_one_pass_of_f_w_for_a_batch():
