@@ -37,7 +37,7 @@ from training.assessment import print_evaluation
 from training.beyond import Beyond
 from training.checkpoint import (CheckpointWriter, load_checkpoint, load_pretrained, load_weights,
                                  restore, state_of_run)
-from training.device import choose_speed, measure_cpu, memory_errors_as_failed, set_up_torch
+from training.device import choose_speed, measure_cpu, torch_errors_as_failed, set_up_torch
 from training.distributed import Processes
 from training.evaluation import RunEvaluation
 from training.objective import objective
@@ -87,7 +87,7 @@ def main(processes):
         speed = speed._replace(precision=settings.precision)
     run = None
     try:
-        with memory_errors_as_failed(), limits, contextlib.ExitStack() as stack:
+        with torch_errors_as_failed(), limits, contextlib.ExitStack() as stack:
             if processes.is_main:
                 start = Run.resumed if settings.resume else parser.start_run
                 run = stack.enter_context(start(settings))
@@ -195,7 +195,7 @@ def cli():
     try:
         processes = Processes()
         stdout = sys.stdout if processes.is_main else None
-        with contextlib.redirect_stdout(stdout), memory_errors_as_failed():
+        with contextlib.redirect_stdout(stdout), torch_errors_as_failed():
             main(processes)
     except (BadInput, Failed, OSError) as error:
         message = f"train-flow-ssl.py: error: {one_line(error)}"

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from training.checkpoint import load_checkpoint, load_file, load_weights
-from training.device import memory_errors_as_failed
+from training.device import torch_errors_as_failed
 from utils.errors import BadInput, Failed
 from utils.runs import read_params
 from utils.settings import (GONE, LARGEST_FILE, OPTIONS, UNUSED_PUBLISHED_KEYS, SettingsParser,
@@ -359,9 +359,9 @@ def test_sizes_that_no_memory_holds(name):
 
 def test_too_little_memory():
     for allocate in (lambda: torch.empty(10**15), lambda: bytearray(10**15)):
-        with pytest.raises(Failed, match="memory is too small"), memory_errors_as_failed():
+        with pytest.raises(Failed, match="memory is too small"), torch_errors_as_failed():
             allocate()
-    with pytest.raises(RuntimeError, match="must match"), memory_errors_as_failed():
+    with pytest.raises(RuntimeError, match="must match"), torch_errors_as_failed():
         torch.zeros(2) + torch.zeros(3)
 
 

@@ -2,9 +2,11 @@
 
 import importlib
 import json
+import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -199,6 +201,64 @@ def test_two_processes_train_as_one(tmp_path, dtype, tolerance):
         for key, value in torch.load(run / "model.torch").items():
             torch.testing.assert_close(value, weights[key], rtol=0, atol=tolerance, msg=key)
         assert figures_of(run) == pytest.approx(figures_of(reference), rel=1e-4)
+
+
+KILLED = """
+import signal
+from training import progress
+
+
+class InTheSecondEpoch(progress.Limits):
+    steps = 0
+
+    @property
+    def reason(self):
+        self.steps += 1
+        if self.steps == 5 and os.environ.get("RANK") == "3" and os.environ.get("KILL"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().reason
+
+
+progress.Limits = InTheSecondEpoch
+"""
+
+
+def on_two_machines(folder, program, argv, **environment):
+    """Run a program in four processes, two of each of two torchruns -> exit codes, their stderr."""
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [*torchrun(program), *argv]
+    command[3:3] = ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint",
+                    f"localhost:{port}"]
+    agents = [subprocess.Popen(command, cwd=folder, env={**os.environ, **environment}, text=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+              for _ in range(2)]
+    errors = [agent.communicate(timeout=300)[1] for agent in agents]
+    return [agent.returncode for agent in agents], "".join(errors)
+
+
+def test_two_machines_train_as_one_process(tmp_path):
+    """Four processes give the weights of one. Of another run one of the four is killed, and two
+    processes go on."""
+    double = "import torch; torch.set_default_dtype(torch.float64)"
+    driver = script_with(tmp_path, f"{double}\n{KILLED}")
+    line = options(epochs=2, num_examples=192, lr_schedule="no")
+    (tmp_path / "alone").mkdir()
+    succeed(tmp_path / "alone", [sys.executable, str(driver), *line])
+    codes, err = on_two_machines(tmp_path / "four", driver, line)
+    assert codes == [0, 0], err
+    codes, err = on_two_machines(tmp_path / "killed", driver, line, KILL="1")
+    assert 0 not in codes and err.count("Another process of the run has ended. The last good") == 1
+    failed, = runs(tmp_path / "killed", "fails")
+    assert torch.load(failed / "checkpoint.pt")["epoch"] == 1
+    succeed(tmp_path / "killed", [*torchrun(driver), "--resume", str(failed)])
+    weights, *others = (torch.load(run_of(tmp_path / name) / "model.torch")
+                        for name in ("alone", "four", "killed"))
+    for other in others:
+        for key, value in other.items():
+            torch.testing.assert_close(value, weights[key], rtol=0, atol=1e-9, msg=key)
 
 
 def test_two_processes_print_one_message(tmp_path):

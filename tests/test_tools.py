@@ -3,15 +3,32 @@
 import hashlib
 import json
 import math
+import os
 import sys
 
 import pytest
 import torch
 from conftest import PROJECT, execute, options, run_script, runs
+from torch.distributed.run import get_args_parser
 
 from tools import ship
 from utils.errors import BadInput
 from utils.metrics import read_metrics
+
+
+def test_slurm_starts_one_torchrun_a_machine(tmp_path):
+    """With programs of Slurm's names, which print what they are given."""
+    for name, line in (("scontrol", "printf 'one\\ntwo\\n'"), ("srun", 'printf "%s\\n" "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    done = execute(PROJECT, ["bash", "tools/slurm.sh", "--config", "a b.yaml"],
+                   PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_NODELIST="[one-two]",
+                   SLURM_JOB_NUM_NODES="2", SLURM_JOB_ID="7")
+    program, *argv = done.stdout.splitlines()
+    args = get_args_parser().parse_args(argv)
+    assert program == "torchrun" and args.rdzv_endpoint == "one:29500" and args.nnodes == "2"
+    assert args.training_script == "train-flow-ssl.py"
+    assert args.training_script_args == ["--config", "a b.yaml"]
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import DistError
 from torch.nn.modules.module import register_module_forward_hook
 
 from models import SemiConditionalFlow
@@ -35,14 +36,17 @@ BF16_TIME, ONE_THREAD_TIME = 0.9, 0.8
 
 
 @contextlib.contextmanager
-def memory_errors_as_failed() -> Iterator[None]:
-    """Turn an error of the block that says that memory was too small into Failed."""
+def torch_errors_as_failed() -> Iterator[None]:
+    """Turn an error of the block into Failed if it says that memory was too small, or that another
+    process of the run has ended."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if (isinstance(error, MemoryError | torch.OutOfMemoryError)
                 or "DefaultCPUAllocator" in str(error) or "bad_alloc" in str(error)):
             raise Failed("The memory is too small for these settings", of_all=False) from error
+        if isinstance(error, DistError) or "by peer" in str(error):     # of NCCL, of gloo
+            raise Failed("Another process of the run has ended", of_all=False) from error
         raise
 
 
