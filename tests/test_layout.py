@@ -182,7 +182,7 @@ PACKAGES = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow"}
 
 
 def test_every_imported_package_is_declared():
-    """In requirements.txt, or in requirements-dev.txt if only tests import it."""
+    """In requirements.txt, or in requirements-dev.txt if only tests or benchmarks import it."""
     declared = {}
     for name in ("requirements.txt", "requirements-dev.txt"):
         lines = (PROJECT / name).read_text().splitlines()
@@ -190,7 +190,7 @@ def test_every_imported_package_is_declared():
                           if line and not line.startswith(("#", "-"))}
     for path in FILES:
         allowed = declared["requirements.txt"]
-        if folder_of(path) == "tests":
+        if folder_of(path) in ("tests", "benchmarks"):
             allowed = allowed | declared["requirements-dev.txt"]
         modules = imported_modules(path, ast.parse((PROJECT / path).read_text()))
         names = {module.split(".")[0] for module in modules if owner(module, FILES) is None}

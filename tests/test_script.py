@@ -14,10 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import POINTS, PROJECT, SCRIPT, TINY, execute, options, runs, words
+from conftest import POINTS, PROJECT, SCRIPT, TINY, execute, options, randomize, runs, words
 from PIL import Image
 
 from models import build_model
+from models.checks import check_bijection
 from training.checkpoint import load_weights
 from training.progress import SAME_EVENT
 from utils.errors import run_command
@@ -343,6 +344,53 @@ def test_benchmarks(tmp_path, changes):
         assert row["of_convolution"] == pytest.approx(100 * share)
         assert row["images_per_s"] * row["ms"] / 1e3 == pytest.approx(TINY["train_bs"])
     assert "limit: convolution fp32" in out and "bf16" in out
+
+
+@pytest.fixture
+def marginal(monkeypatch):
+    monkeypatch.syspath_prepend(PROJECT / "benchmarks")
+    return importlib.import_module("marginal")
+
+
+def test_benchmark_of_classes(tmp_path):
+    command = [sys.executable, str(PROJECT / "benchmarks" / "marginal.py"), "--shape", "8"]
+    succeed(tmp_path, [*command, "--classes", "2", "3", "--rounds", "2", "--threads", "1", "--json",
+                       "out.json", "--picture", "out.png"])
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(rows) == 2 * 6 * 3 and all(row["calls"] == 2 for row in rows)
+    assert all(0 < row["ms_low"] <= row["ms"] <= row["ms_high"] for row in rows)
+    sizes = {row["model"]: row["parameters"] for row in rows}
+    for name, share in (("conditional flow", 0.1), ("normflows", 0.2), ("zuko", 0.2)):
+        assert sizes[name] == pytest.approx(sizes["SCNF-GLOW"], rel=share)
+    with Image.open(tmp_path / "out.png") as image:
+        assert min(image.size) > 200
+    for wrong in (["--classes", "0"], ["--shape", "10"], ["--json", "nowhere/x"]):
+        done = execute(tmp_path, [*command, *wrong])
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_the_conditional_flow_of_the_benchmark(float64, marginal, monkeypatch):
+    """Its log-determinant and inverse, given labels; its gradient by one pass after another."""
+    flow = randomize(marginal.ConditionalFlow((1, 8, 8), 3, 8))
+    x, y = torch.rand(3, 1, 8, 8), torch.tensor([2, 0, 1])
+
+    class Given:
+        def __call__(self, x, y):
+            flow.context = flow.embedding(y)
+            return flow.f(x)
+
+        def inverse(self, z, y):
+            flow.context = flow.embedding(y)
+            return flow.f.inverse(z)
+    check_bijection(Given(), x, y)
+    assert not torch.allclose(*flow.log_joint(x)[:, :2].T)      # the label matters
+    gradients = []
+    for graphs in (10, 1):
+        monkeypatch.setattr(marginal, "GRAPHS", graphs)
+        flow.zero_grad()
+        flow.backward(x)
+        gradients.append([p.grad for p in flow.parameters()])
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("wrong, message", [

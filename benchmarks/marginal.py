@@ -1,0 +1,308 @@
+"""The cost of log p(x) and of its gradient against the number of classes K.
+
+    python benchmarks/marginal.py --json FILE.json --picture FILE.png
+    python benchmarks/marginal.py --shape 8 --classes 2 10 100
+
+Compares, in turns, on a batch of 64 images, models of almost as many parameters (on MNIST's shape
+one million), of which the first three need one pass of f_w for all classes, and the others K passes
+of all that they are:
+
+    SCNF-GLOW, SCNF-GMM   ours, with the f_w of mnist-glow
+    FlowGMM               that f_w, and a mixture of Gaussians in all of z (Izmailov et al. 2020)
+    conditional flow      that f_w, where each coupling's network sees an embedding of the label
+    normflows             its multi-scale Glow, with Gaussians of each class as base
+    zuko                  its neural spline flow, autoregressive, of x as a vector, given the label
+
+Prints for each K the median and the quartiles of the milliseconds, the most memory that a call adds
+to the process, and the time of 100 samples by class. The last three get the gradient of log p(x)
+as sum_y p(y | x) grad log p(x, y), with a pass for the posterior first, where the graphs of all
+passes would not fit into memory (K > 10).
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import normflows as nf
+import pandas as pd
+import torch
+import zuko
+from matplotlib.figure import Figure
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.measure import peak_gib, start_mode
+from models import build_model
+from models.bijections import ChannelCoupling, CheckerboardCoupling
+from models.h_phi import EMBEDDING_DIM, embed
+from models.networks import resnet3x3
+from models.scnf import DiagonalGaussian
+from training.device import device_name
+from utils.errors import BadInput, OneLineParser, check_output, run_command
+from utils.figures import FORMATS, save
+from utils.files import atomic_write
+
+BATCH, SAMPLES = 64, 100
+F_W = {"model": "mnist-glow", "ssl_l": 1, "ssl_hd": 64}      # as in configs/mnist-glow.yaml
+GRAPHS = 10                 # of so many passes are kept for one backward pass
+LABEL = 1.35                # between the lines' names in the picture, a factor of the milliseconds
+
+
+class PerClass(nn.Module):
+    """Base class of models that need a pass for each class: log_prob_given(x, y) -> (B,)."""
+
+    def __init__(self, n_classes):
+        super().__init__()
+        self.n_classes = n_classes
+
+    def log_joint(self, x):
+        """log p(x, y) of each class, for uniform p(y): (B, K)."""
+        return torch.stack([self.log_prob_given(x, torch.full((len(x),), y, device=x.device))
+                            for y in range(self.n_classes)], 1) - torch.tensor(self.n_classes).log()
+
+    def backward(self, x):
+        """Add the gradient of the mean of log p(x) to the parameters'."""
+        if self.n_classes <= GRAPHS:
+            return self.log_joint(x).logsumexp(1).mean().backward()
+        with torch.no_grad():
+            posterior = self.log_joint(x).softmax(1)
+        for y in range(self.n_classes):
+            log_p = self.log_prob_given(x, torch.full((len(x),), y, device=x.device))
+            (posterior[:, y] * log_p).mean().backward()
+
+
+class SeesLabel(nn.Module):
+    """A coupling's network, which gets an embedding of the label as further channels.
+
+    net: of x and the embedding
+    owner: whose `context`, (B, E), is that embedding
+    """
+
+    def __init__(self, net, owner):
+        super().__init__()
+        self.net, self.owner = net, [owner]         # in a list, it is no submodule
+
+    def forward(self, x):
+        context = self.owner[0].context[:, :, None, None]
+        return self.net(torch.cat((x, context.expand(-1, -1, *x.shape[2:])), 1))
+
+
+class ConditionalFlow(PerClass):
+    """The f_w of mnist-glow, where the network of each coupling sees an embedding of the label."""
+
+    def __init__(self, shape, n_classes, width):
+        super().__init__(n_classes)
+        self.f = build_model({**F_W, "ssl_dim": -2}, shape, n_classes).f_w
+        self.base = DiagonalGaussian(self.f.dim)
+        self.embedding = nn.Embedding(n_classes, EMBEDDING_DIM)
+
+        def seeing(net):
+            c_in, c_out = net.first.in_channels, net.last.out_channels
+            return SeesLabel(resnet3x3(c_in + EMBEDDING_DIM, c_out, width, 1, "zeros"), self)
+        for part in list(self.f.modules()):
+            if isinstance(part, CheckerboardCoupling):
+                part.net = seeing(part.net)
+            if isinstance(part, ChannelCoupling):
+                part.net1, part.net2 = seeing(part.net1), seeing(part.net2)
+
+    def log_prob_given(self, x, y):
+        self.context = embed(self.embedding, y)
+        z, ldj = self.f(x)
+        return ldj + self.base.log_prob(z)
+
+    def sample(self, y):
+        self.context = embed(self.embedding, y)
+        return self.f.inverse(self.base.sample(torch.randn(len(y), self.f.dim)))
+
+
+class OfNormflows(PerClass):
+    """normflows' multi-scale Glow of two scales; its bases have a Gaussian for each class."""
+
+    def __init__(self, shape, n_classes, width, scales=2, steps=4):
+        super().__init__(n_classes)
+        c, h, w = shape
+        flows, merges, bases = [], [], []
+        for i in range(scales):
+            blocks = [nf.flows.GlowBlock(c * 2 ** (scales + 1 - i), width) for _ in range(steps)]
+            flows.append([*blocks, nf.flows.Squeeze()])
+            merges += [nf.flows.Merge()] * bool(i)
+            left = scales - i
+            latent = (c * 2 ** (left + (not i)), h // 2**left, w // 2**left)
+            bases.append(nf.distributions.ClassCondDiagGaussian(latent, n_classes))
+        self.flow = nf.MultiscaleFlow(bases, flows, merges)
+
+    def log_prob_given(self, x, y):
+        return self.flow.log_prob(x, y)
+
+    def sample(self, y):
+        return self.flow.sample(len(y), y)[0]
+
+
+class OfZuko(PerClass):
+    """zuko's neural spline flow of x as a vector, given the one-hot label."""
+
+    def __init__(self, shape, n_classes, width):
+        super().__init__(n_classes)
+        dim = torch.Size(shape).numel()
+        self.flow = zuko.flows.NSF(dim, n_classes, transforms=2, bins=4, hidden_features=[width])
+
+    def given(self, y):
+        return self.flow(nn.functional.one_hot(y, self.n_classes).float())
+
+    def log_prob_given(self, x, y):
+        return self.given(y).log_prob(x.flatten(1))
+
+    def sample(self, y):
+        return self.given(y).sample()
+
+
+def size(model):
+    """The number of parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def closest(make, shape, n_classes, wanted):
+    """The model of make(shape, n_classes, width) whose size is closest to `wanted`, over widths."""
+    low, high = 4, 8
+    while size(make(shape, n_classes, high)) < wanted:
+        low, high = high, 2 * high
+    while high - low > 4:
+        middle = (low + high) // 8 * 4
+        low, high = (middle, high) if size(make(shape, n_classes, middle)) < wanted else (low,
+                                                                                          middle)
+    return min((make(shape, n_classes, width) for width in (low, high)),
+               key=lambda model: abs(size(model) - wanted))
+
+
+def make_models(shape, n_classes):
+    """{name: model}, each with log_joint(x) -> (B, K) and sample(y), of almost the same size."""
+    def ours(ssl_dim, ssl_model):
+        return build_model({**F_W, "ssl_dim": ssl_dim, "ssl_model": ssl_model}, shape, n_classes)
+    wanted = size(ours(-2, "cond-flow"))
+    return {"SCNF-GLOW": ours(-2, "cond-flow"), "SCNF-GMM": ours(-2, "cond-shift"),
+            "FlowGMM": ours(-1, "cond-shift"), **{
+                name: closest(make, shape, n_classes, wanted) for name, make in (
+                    ("conditional flow", ConditionalFlow), ("normflows", OfNormflows),
+                    ("zuko", OfZuko))}}
+
+
+def calls(model, x):
+    """{what: function} of the calls that are compared."""
+    @torch.no_grad()
+    def value():
+        return model.log_joint(x).logsumexp(1)
+
+    def gradient():
+        model.zero_grad()
+        if isinstance(model, PerClass):
+            model.backward(x)
+        else:
+            model.log_joint(x).logsumexp(1).mean().backward()
+
+    @torch.no_grad()
+    def samples():
+        return model.sample(torch.arange(SAMPLES) % model.n_classes)
+    return {"value": value, "gradient": gradient, "samples": samples}
+
+
+def measure(shape, n_classes, rounds, longest):
+    """The rows of the table for this number of classes.
+
+    rounds: of all calls in turns; longest: seconds after which a call is not repeated
+    """
+    device = torch.device("cpu")
+    torch.manual_seed(0)
+    x, models = torch.rand(BATCH, *shape), make_models(shape, n_classes)
+    for model in models.values():
+        if hasattr(model, "initialize"):
+            model.initialize(x)
+    todo = {(name, what): call for name, model in models.items()
+            for what, call in calls(model, x).items()}
+    seconds, memory = {key: [] for key in todo}, {}
+    for round_ in range(rounds + 1):
+        for key, call in todo.items():
+            if sum(seconds[key]) > longest:
+                continue
+            start_mode(device)
+            before, start = peak_gib(device), time.perf_counter()
+            call()
+            taken = time.perf_counter() - start
+            memory[key] = max(memory.get(key, 0), peak_gib(device) - before)
+            if round_ or taken > longest:           # the first call of a model is a warm-up
+                seconds[key].append(taken)
+            print(f"K = {n_classes}, {' '.join(key)}: {1e3 * taken:.0f} ms", file=sys.stderr)
+    rows = []
+    for (name, what), times in seconds.items():
+        low, median, high = (statistics.quantiles(times, n=4, method="inclusive")
+                             if len(times) > 1 else times * 3)
+        rows.append({"model": name, "parameters": size(models[name]), "classes": n_classes,
+                     "what": what, "ms": 1e3 * median, "ms_low": 1e3 * low, "ms_high": 1e3 * high,
+                     "calls": len(times), "mib": 1024 * memory[name, what]})
+    return rows
+
+
+def plot(rows):
+    """Milliseconds of value and gradient against K, with the names at the lines' ends -> Figure."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    table = pd.DataFrame(rows)
+    classes = sorted(table["classes"].unique())
+    for axes, what in zip(figure.subplots(1, 2), ("value", "gradient")):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xticks(classes, map(str, classes))
+        axes.set_xticks([], minor=True)
+        ends = {}
+        for name, part in table[table["what"] == what].groupby("model", sort=False):
+            line, = axes.plot(part["classes"], part["ms"], marker="o")
+            axes.fill_between(part["classes"], part["ms_low"], part["ms_high"], alpha=0.2)
+            ends[part["ms"].iloc[-1]] = name, line.get_color()
+        lowest = 0.0
+        for end, (name, colour) in sorted(ends.items()):        # upwards, none on top of another
+            lowest = max(end, lowest * LABEL)
+            axes.annotate(name, (classes[-1], lowest), (8, 0), textcoords="offset points",
+                          va="center", color=colour)
+        axes.set_xlim(classes[0] / 1.3, classes[-1] * (classes[-1] / classes[0]) ** 0.35)
+        axes.set_xlabel("classes K")
+        axes.set_ylabel(f"{what} of log p(x), batch of {BATCH}, ms")
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def main(argv=None):
+    parser = OneLineParser(description=__doc__, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--classes", type=int, nargs="+", default=[2, 10, 100, 1000])
+    parser.add_argument("--shape", type=int, default=28, help="side of the grey images")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--longest", type=float, default=60,
+                        help="seconds after which a call is not repeated")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path)
+    args = parser.parse_args(argv)
+    for path, suffixes in ((args.json, ()), (args.picture, FORMATS)):
+        if path:
+            check_output(path, suffixes)
+    if min(*args.classes, args.rounds, args.threads) < 1 or args.shape % 4 or args.shape < 8:
+        raise BadInput("classes, rounds and threads must be at least 1, and shape a multiple of 4 "
+                       "that is at least 8")
+    torch.set_num_threads(args.threads)
+    rows = [row for k in args.classes for row in measure((1, args.shape, args.shape), k,
+                                                         args.rounds, args.longest)]
+    print(f"PyTorch {torch.__version__} on {device_name(torch.device('cpu'))}, "
+          f"{args.threads} threads")
+    print(pd.DataFrame(rows).to_string(index=False, float_format="{:.1f}".format))
+    if args.json:
+        with atomic_write(args.json) as f:
+            f.write(json.dumps({"torch": torch.__version__, "threads": args.threads,
+                                "shape": args.shape, "rows": rows}, indent=1) + "\n")
+    if args.picture:
+        save(plot(rows), args.picture)
+
+
+if __name__ == "__main__":
+    run_command(main)
