@@ -37,7 +37,7 @@ from training.assessment import print_evaluation
 from training.beyond import Beyond
 from training.checkpoint import (CheckpointWriter, load_checkpoint, load_pretrained, load_weights,
                                  restore, state_of_run)
-from training.device import choose_speed, measure_cpu, torch_errors_as_failed, set_up_torch
+from training.device import choose_speed, measure_cpu, set_up_torch, torch_errors_as_failed
 from training.distributed import Processes
 from training.evaluation import RunEvaluation
 from training.objective import objective

@@ -29,7 +29,7 @@ from .conv1x1 import invertible_conv
 from .networks import resnet1x1
 
 EMBEDDING_DIM = 10      # of a label
-MOST_ROWS = 2**14       # of z_f times classes, that are computed at a time
+MOST_ROWS = 2**15       # of z_f times classes, that are computed at a time
 FARTHEST = 1e100        # the largest |z_f| whose square is finite in double precision
 
 

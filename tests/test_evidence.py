@@ -389,6 +389,7 @@ def test_cards_agree_with_files_and_runs(name):
     assert (listed["test error, %"], listed["bits/dim"]) == (
         f"{mean(error):.2f}", f"{mean(bits):.4f}")
     assert listed["MB"] == f"{figures['bytes'] / 1e6:.1f}"
+    assert_says("results/README.md", figures["commit"][:7])
     assert f"{figures['parameters']:,} parameters" in rows["model"]
     assert (evidence / "log.txt").is_file() and (evidence / "params.yaml").is_file()
     row = last_row(evidence)
