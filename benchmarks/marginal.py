@@ -1,7 +1,6 @@
 """The cost of log p(x) and of its gradient against the number of classes K.
 
     python benchmarks/marginal.py --json FILE.json --picture FILE.png
-    python benchmarks/marginal.py --shape 8 --classes 2 10 100
 
 Compares, in turns, on a batch of 64 images, models of almost as many parameters (on MNIST's shape
 one million), of which the first three need one pass of f_w for all classes, and the others K passes
@@ -14,12 +13,14 @@ of all that they are:
     zuko                  its neural spline flow, autoregressive, of x as a vector, given the label
 
 Prints for each K the median and the quartiles of the milliseconds, the most memory that a call adds
-to the process, and the time of 100 samples by class. The last three get the gradient of log p(x)
+to the process, and the time of 100 samples by class; and the K from which one model is faster than
+another, interpolated in logarithms. The last three get the gradient of log p(x)
 as sum_y p(y | x) grad log p(x, y), with a pass for the posterior first, where the graphs of all
 passes would not fit into memory (K > 10).
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -27,6 +28,7 @@ import time
 from pathlib import Path
 
 import normflows as nf
+import numpy as np
 import pandas as pd
 import torch
 import zuko
@@ -49,7 +51,7 @@ from utils.files import atomic_write
 BATCH, SAMPLES = 64, 100
 F_W = {"model": "mnist-glow", "ssl_l": 1, "ssl_hd": 64}      # as in configs/mnist-glow.yaml
 GRAPHS = 10                 # of so many passes are kept for one backward pass
-LABEL = 1.35                # between the lines' names in the picture, a factor of the milliseconds
+LABEL = 0.05                # between the lines' names in the picture, of a panel's height
 
 
 class PerClass(nn.Module):
@@ -234,40 +236,65 @@ def measure(shape, n_classes, rounds, longest):
             memory[key] = max(memory.get(key, 0), peak_gib(device) - before)
             if round_ or taken > longest:           # the first call of a model is a warm-up
                 seconds[key].append(taken)
-            print(f"K = {n_classes}, {' '.join(key)}: {1e3 * taken:.0f} ms", file=sys.stderr)
+            print(f"{'x'.join(map(str, shape[1:]))}, K = {n_classes}, {' '.join(key)}: "
+                  f"{1e3 * taken:.0f} ms", file=sys.stderr)
     rows = []
     for (name, what), times in seconds.items():
         low, median, high = (statistics.quantiles(times, n=4, method="inclusive")
                              if len(times) > 1 else times * 3)
-        rows.append({"model": name, "parameters": size(models[name]), "classes": n_classes,
-                     "what": what, "ms": 1e3 * median, "ms_low": 1e3 * low, "ms_high": 1e3 * high,
-                     "calls": len(times), "mib": 1024 * memory[name, what]})
+        rows.append({"side": shape[-1], "classes": n_classes, "model": name,
+                     "parameters": size(models[name]), "what": what, "ms": 1e3 * median,
+                     "ms_low": 1e3 * low, "ms_high": 1e3 * high, "calls": len(times),
+                     "mib": 1024 * memory[name, what]})
     return rows
 
 
-def plot(rows):
-    """Milliseconds of value and gradient against K, with the names at the lines' ends -> Figure."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    table = pd.DataFrame(rows)
+def crossings(table):
+    """Lines that say from which K one model is faster than another; a K where the quartiles of the
+    two overlap decides nothing."""
+    found = []
+    for (side, what), part in table[table["what"] != "samples"].groupby(["side", "what"],
+                                                                         sort=False):
+        ms = part.pivot(index="classes", columns="model", values=["ms", "ms_low", "ms_high"])
+        for slower, faster in itertools.permutations(part["model"].unique(), 2):
+            clear = ((ms["ms_high"][faster] < ms["ms_low"][slower])
+                     | (ms["ms_low"][faster] > ms["ms_high"][slower]))
+            ahead = np.log(ms["ms"][faster] / ms["ms"][slower])[clear]
+            for (k, before), (next_k, after) in itertools.pairwise(ahead.items()):
+                if before > 0 >= after:
+                    at = k * (next_k / k) ** (before / (before - after))
+                    found.append(f"{side}x{side}, {what}: {faster} is faster than {slower} "
+                                 f"from K = {at:.2g}")
+    return found
+
+
+def plot(table):
+    """Milliseconds of value and gradient against K, with the names at the lines' ends, a row of
+    panels for each shape -> Figure."""
+    panels = table[table["what"] != "samples"].groupby(["side", "what"], sort=False)
+    figure = Figure(figsize=(11, 2.2 * len(panels)), layout="constrained")
     classes = sorted(table["classes"].unique())
-    for axes, what in zip(figure.subplots(1, 2), ("value", "gradient")):
+    for axes, ((side, what), rows) in zip(figure.subplots(len(panels) // 2, 2).flat, panels):
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xticks(classes, map(str, classes))
+        axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.set_xticks([], minor=True)
         ends = {}
-        for name, part in table[table["what"] == what].groupby("model", sort=False):
+        for name, part in rows.groupby("model", sort=False):
             line, = axes.plot(part["classes"], part["ms"], marker="o")
             axes.fill_between(part["classes"], part["ms_low"], part["ms_high"], alpha=0.2)
             ends[part["ms"].iloc[-1]] = name, line.get_color()
+        bottom, top = axes.get_ylim()
         lowest = 0.0
         for end, (name, colour) in sorted(ends.items()):        # upwards, none on top of another
-            lowest = max(end, lowest * LABEL)
+            lowest = max(end, lowest * (top / bottom) ** LABEL)
             axes.annotate(name, (classes[-1], lowest), (8, 0), textcoords="offset points",
                           va="center", color=colour)
         axes.set_xlim(classes[0] / 1.3, classes[-1] * (classes[-1] / classes[0]) ** 0.35)
         axes.set_xlabel("classes K")
-        axes.set_ylabel(f"{what} of log p(x), batch of {BATCH}, ms")
+        axes.set_ylabel(f"{what} of log p(x), ms")
+        axes.set_title(f"{BATCH} images of {side}x{side}")
         axes.grid(alpha=0.3)
     return figure
 
@@ -276,7 +303,7 @@ def main(argv=None):
     parser = OneLineParser(description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classes", type=int, nargs="+", default=[2, 10, 100, 1000])
-    parser.add_argument("--shape", type=int, default=28, help="side of the grey images")
+    parser.add_argument("--sides", type=int, nargs="+", default=[28, 8], help="of grey images")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--longest", type=float, default=60,
                         help="seconds after which a call is not repeated")
@@ -287,21 +314,24 @@ def main(argv=None):
     for path, suffixes in ((args.json, ()), (args.picture, FORMATS)):
         if path:
             check_output(path, suffixes)
-    if min(*args.classes, args.rounds, args.threads) < 1 or args.shape % 4 or args.shape < 8:
-        raise BadInput("classes, rounds and threads must be at least 1, and shape a multiple of 4 "
-                       "that is at least 8")
+    if min(*args.classes, args.rounds, args.threads) < 1 or any(
+            side % 4 or side < 8 for side in args.sides):
+        raise BadInput("classes, rounds and threads must be at least 1, and sides multiples of 4 "
+                       "that are at least 8")
     torch.set_num_threads(args.threads)
-    rows = [row for k in args.classes for row in measure((1, args.shape, args.shape), k,
-                                                         args.rounds, args.longest)]
-    print(f"PyTorch {torch.__version__} on {device_name(torch.device('cpu'))}, "
-          f"{args.threads} threads")
-    print(pd.DataFrame(rows).to_string(index=False, float_format="{:.1f}".format))
-    if args.json:
-        with atomic_write(args.json) as f:
-            f.write(json.dumps({"torch": torch.__version__, "threads": args.threads,
-                                "shape": args.shape, "rows": rows}, indent=1) + "\n")
+    about = {"torch": torch.__version__, "device": device_name(torch.device("cpu"))}
+    rows = []
+    for side, k in itertools.product(args.sides, sorted(set(args.classes))):
+        rows += measure((1, side, side), k, args.rounds, args.longest)
+        if args.json:                               # also of a run that is stopped early
+            with atomic_write(args.json) as f:
+                f.write(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    table = pd.DataFrame(rows)
+    print(f"PyTorch {torch.__version__} on {about['device']}")
+    print(table.to_string(index=False, float_format="{:.1f}".format))
+    print(*crossings(table), sep="\n")
     if args.picture:
-        save(plot(rows), args.picture)
+        save(plot(table), args.picture)
 
 
 if __name__ == "__main__":

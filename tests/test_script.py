@@ -353,8 +353,8 @@ def marginal(monkeypatch):
 
 
 def test_benchmark_of_classes(tmp_path):
-    command = [sys.executable, str(PROJECT / "benchmarks" / "marginal.py"), "--shape", "8"]
-    succeed(tmp_path, [*command, "--classes", "2", "3", "--rounds", "2", "--threads", "1", "--json",
+    command = [sys.executable, str(PROJECT / "benchmarks" / "marginal.py"), "--sides", "8"]
+    succeed(tmp_path, [*command, "--classes", "3", "2", "--rounds", "2", "--threads", "1", "--json",
                        "out.json", "--picture", "out.png"])
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert len(rows) == 2 * 6 * 3 and all(row["calls"] == 2 for row in rows)
@@ -364,7 +364,7 @@ def test_benchmark_of_classes(tmp_path):
         assert sizes[name] == pytest.approx(sizes["SCNF-GLOW"], rel=share)
     with Image.open(tmp_path / "out.png") as image:
         assert min(image.size) > 200
-    for wrong in (["--classes", "0"], ["--shape", "10"], ["--json", "nowhere/x"]):
+    for wrong in (["--classes", "0"], ["--sides", "10"], ["--json", "nowhere/x"]):
         done = execute(tmp_path, [*command, *wrong])
         assert done.returncode == 2 and done.stderr.count("\n") == 1
 
