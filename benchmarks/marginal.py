@@ -2,9 +2,9 @@
 
     python benchmarks/marginal.py --json FILE.json --picture FILE.png
 
-Compares, in turns, on a batch of 64 images, models of almost as many parameters (on MNIST's shape
-one million), of which the first three need one pass of f_w for all classes, and the others K passes
-of all that they are:
+Compares, in turns, on a batch of 64 images, models that for ten classes have almost as many
+parameters as SCNF-GLOW (on MNIST's shape one million; FlowGMM and SCNF-GMM may have fewer), and for
+others the same networks. The first three need one pass of f_w for all classes, the others K passes:
 
     SCNF-GLOW, SCNF-GMM   ours, with the f_w of mnist-glow
     FlowGMM               that f_w, and a mixture of Gaussians in all of z (Izmailov et al. 2020)
@@ -50,6 +50,7 @@ from utils.files import atomic_write
 
 BATCH, SAMPLES = 64, 100
 F_W = {"model": "mnist-glow", "ssl_l": 1, "ssl_hd": 64}      # as in configs/mnist-glow.yaml
+MATCHED = 10                # classes, for which models have as many parameters as ours
 GRAPHS = 10                 # of so many passes are kept for one backward pass
 LABEL = 0.05                # between the lines' names in the picture, of a panel's height
 
@@ -145,15 +146,17 @@ class OfNormflows(PerClass):
 
 
 class OfZuko(PerClass):
-    """zuko's neural spline flow of x as a vector, given the one-hot label."""
+    """zuko's neural spline flow of x as a vector, given an embedding of the label."""
 
     def __init__(self, shape, n_classes, width):
         super().__init__(n_classes)
         dim = torch.Size(shape).numel()
-        self.flow = zuko.flows.NSF(dim, n_classes, transforms=2, bins=4, hidden_features=[width])
+        self.embedding = nn.Embedding(n_classes, EMBEDDING_DIM)
+        self.flow = zuko.flows.NSF(dim, EMBEDDING_DIM, transforms=2, bins=4,
+                                   hidden_features=[width])
 
     def given(self, y):
-        return self.flow(nn.functional.one_hot(y, self.n_classes).float())
+        return self.flow(embed(self.embedding, y))
 
     def log_prob_given(self, x, y):
         return self.given(y).log_prob(x.flatten(1))
@@ -167,27 +170,27 @@ def size(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def closest(make, shape, n_classes, wanted):
-    """The model of make(shape, n_classes, width) whose size is closest to `wanted`, over widths."""
-    low, high = 4, 8
-    while size(make(shape, n_classes, high)) < wanted:
-        low, high = high, 2 * high
-    while high - low > 4:
-        middle = (low + high) // 8 * 4
-        low, high = (middle, high) if size(make(shape, n_classes, middle)) < wanted else (low,
-                                                                                          middle)
-    return min((make(shape, n_classes, width) for width in (low, high)),
-               key=lambda model: abs(size(model) - wanted))
+def closest(make, shape, wanted):
+    """The width, a multiple of 4, for which the size of make(shape, MATCHED, width) is closest to
+    `wanted`."""
+    def missing(width):
+        return wanted - size(make(shape, MATCHED, width))
+    width = 4
+    while missing(2 * width) > 0:
+        width *= 2
+    while missing(width + 4) > 0:
+        width += 4
+    return min(width, width + 4, key=lambda width: abs(missing(width)))
 
 
 def make_models(shape, n_classes):
     """{name: model}, each with log_joint(x) -> (B, K) and sample(y), of almost the same size."""
-    def ours(ssl_dim, ssl_model):
+    def ours(ssl_dim, ssl_model, n_classes=n_classes):
         return build_model({**F_W, "ssl_dim": ssl_dim, "ssl_model": ssl_model}, shape, n_classes)
-    wanted = size(ours(-2, "cond-flow"))
+    wanted = size(ours(-2, "cond-flow", MATCHED))
     return {"SCNF-GLOW": ours(-2, "cond-flow"), "SCNF-GMM": ours(-2, "cond-shift"),
             "FlowGMM": ours(-1, "cond-shift"), **{
-                name: closest(make, shape, n_classes, wanted) for name, make in (
+                name: make(shape, n_classes, closest(make, shape, wanted)) for name, make in (
                     ("conditional flow", ConditionalFlow), ("normflows", OfNormflows),
                     ("zuko", OfZuko))}}
 
