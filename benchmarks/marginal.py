@@ -3,25 +3,29 @@
     python benchmarks/marginal.py --json FILE.json --picture FILE.png
 
 Compares, in turns, on a batch of 64 images, models that for ten classes have almost as many
-parameters as SCNF-GLOW (on MNIST's shape one million; FlowGMM and SCNF-GMM may have fewer), and for
-others the same networks. The first three need one pass of f_w for all classes, the others K passes:
+parameters as SCNF-GLOW, on MNIST's shape one million, and for other K the same networks. The first
+three need one pass of f_w for all classes (SCNF-GMM and FlowGMM without the parameters of a large
+h_phi); the others are called once for each class:
 
     SCNF-GLOW, SCNF-GMM   ours, with the f_w of mnist-glow
     FlowGMM               that f_w, and a mixture of Gaussians in all of z (Izmailov et al. 2020)
-    conditional flow      that f_w, where each coupling's network sees an embedding of the label
-    normflows             its multi-scale Glow, with Gaussians of each class as base
+    conditional flow      that f_w, where each coupling's network, wider than there, sees an
+                          embedding of the label
+    normflows             its multi-scale Glow, with Gaussians of each class as base: its
+                          log_prob(x, y) repeats the Glow, though one pass would do
     zuko                  its neural spline flow, autoregressive, of x as a vector, given the label
 
 Prints for each K the median and the quartiles of the milliseconds, the most memory that a call adds
 to the process, and the time of 100 samples by class; and the K from which one model is faster than
 another, interpolated in logarithms. The last three get the gradient of log p(x)
-as sum_y p(y | x) grad log p(x, y), with a pass for the posterior first, where the graphs of all
-passes would not fit into memory (K > 10).
+as sum_y p(y | x) grad log p(x, y), after passes for the posterior, if K > 10: the graphs of all
+passes might not fit into memory.
 """
 
 import argparse
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
@@ -49,14 +53,14 @@ from utils.figures import FORMATS, save
 from utils.files import atomic_write
 
 BATCH, SAMPLES = 64, 100
-F_W = {"model": "mnist-glow", "ssl_l": 1, "ssl_hd": 64}      # as in configs/mnist-glow.yaml
-MATCHED = 10                # classes, for which models have as many parameters as ours
-GRAPHS = 10                 # of so many passes are kept for one backward pass
+F_W = {"model": "mnist-glow", "ssl_l": 1, "ssl_hd": 64}      # sizes of configs/mnist-glow.yaml
+MATCHED = 10                # classes for which models have as many parameters as SCNF-GLOW
+GRAPHS = 10                 # passes at most that one backward pass goes through
 LABEL = 0.05                # between the lines' names in the picture, of a panel's height
 
 
 class PerClass(nn.Module):
-    """Base class of models that need a pass for each class: log_prob_given(x, y) -> (B,)."""
+    """Base class of models that are called once for each class: log_prob_given(x, y) -> (B,)."""
 
     def __init__(self, n_classes):
         super().__init__()
@@ -64,8 +68,8 @@ class PerClass(nn.Module):
 
     def log_joint(self, x):
         """log p(x, y) of each class, for uniform p(y): (B, K)."""
-        return torch.stack([self.log_prob_given(x, torch.full((len(x),), y, device=x.device))
-                            for y in range(self.n_classes)], 1) - torch.tensor(self.n_classes).log()
+        return torch.stack([self.log_prob_given(x, torch.full((len(x),), y))
+                            for y in range(self.n_classes)], 1) - math.log(self.n_classes)
 
     def backward(self, x):
         """Add the gradient of the mean of log p(x) to the parameters'."""
@@ -74,7 +78,7 @@ class PerClass(nn.Module):
         with torch.no_grad():
             posterior = self.log_joint(x).softmax(1)
         for y in range(self.n_classes):
-            log_p = self.log_prob_given(x, torch.full((len(x),), y, device=x.device))
+            log_p = self.log_prob_given(x, torch.full((len(x),), y))
             (posterior[:, y] * log_p).mean().backward()
 
 
@@ -125,12 +129,12 @@ class ConditionalFlow(PerClass):
 class OfNormflows(PerClass):
     """normflows' multi-scale Glow of two scales; its bases have a Gaussian for each class."""
 
-    def __init__(self, shape, n_classes, width, scales=2, steps=4):
+    def __init__(self, shape, n_classes, width):
         super().__init__(n_classes)
-        c, h, w = shape
+        (c, h, w), scales = shape, 2
         flows, merges, bases = [], [], []
         for i in range(scales):
-            blocks = [nf.flows.GlowBlock(c * 2 ** (scales + 1 - i), width) for _ in range(steps)]
+            blocks = [nf.flows.GlowBlock(c * 2 ** (scales + 1 - i), width) for _ in range(4)]
             flows.append([*blocks, nf.flows.Squeeze()])
             merges += [nf.flows.Merge()] * bool(i)
             left = scales - i
@@ -184,7 +188,7 @@ def closest(make, shape, wanted):
 
 
 def make_models(shape, n_classes):
-    """{name: model}, each with log_joint(x) -> (B, K) and sample(y), of almost the same size."""
+    """{name: model}, each with log_joint(x) -> (B, K) and sample(y)."""
     def ours(ssl_dim, ssl_model, n_classes=n_classes):
         return build_model({**F_W, "ssl_dim": ssl_dim, "ssl_model": ssl_model}, shape, n_classes)
     wanted = size(ours(-2, "cond-flow", MATCHED))
@@ -253,8 +257,8 @@ def measure(shape, n_classes, rounds, longest):
 
 
 def crossings(table):
-    """Lines that say from which K one model is faster than another; a K where the quartiles of the
-    two overlap decides nothing."""
+    """Lines that say from which K one model is faster than another, if the quartiles of the two do
+    not overlap at one of the neighbouring K."""
     found = []
     for (side, what), part in table[table["what"] != "samples"].groupby(["side", "what"],
                                                                          sort=False):
@@ -262,12 +266,12 @@ def crossings(table):
         for slower, faster in itertools.permutations(part["model"].unique(), 2):
             clear = ((ms["ms_high"][faster] < ms["ms_low"][slower])
                      | (ms["ms_low"][faster] > ms["ms_high"][slower]))
-            ahead = np.log(ms["ms"][faster] / ms["ms"][slower])[clear]
+            ahead = np.log(ms["ms"][faster] / ms["ms"][slower])
             for (k, before), (next_k, after) in itertools.pairwise(ahead.items()):
-                if before > 0 >= after:
+                if before > 0 >= after and (clear[k] or clear[next_k]):
                     at = k * (next_k / k) ** (before / (before - after))
                     found.append(f"{side}x{side}, {what}: {faster} is faster than {slower} "
-                                 f"from K = {at:.2g}")
+                                 f"from K = {at:.1f}")
     return found
 
 
@@ -324,7 +328,7 @@ def main(argv=None):
     torch.set_num_threads(args.threads)
     about = {"torch": torch.__version__, "device": device_name(torch.device("cpu"))}
     rows = []
-    for side, k in itertools.product(args.sides, sorted(set(args.classes))):
+    for side, k in itertools.product(dict.fromkeys(args.sides), sorted(set(args.classes))):
         rows += measure((1, side, side), k, args.rounds, args.longest)
         if args.json:                               # also of a run that is stopped early
             with atomic_write(args.json) as f:

@@ -13,6 +13,7 @@ K - 1.
 """
 
 import math
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -30,7 +31,7 @@ from .networks import resnet1x1
 
 EMBEDDING_DIM = 10      # of a label
 MOST_ROWS = 2**15       # of z_f times classes, that are computed at a time
-FARTHEST = 1e100        # the largest |z_f| whose square is finite in double precision
+FARTHEST = 1e100        # |z_f|, clamped so that its square over sigma^2 stays finite
 
 
 def embed(embedding: nn.Embedding, y: Tensor) -> Tensor:
@@ -50,6 +51,7 @@ class Conditional(nn.Module):
     def __init__(self, dim: int, n_classes: int):
         super().__init__()
         self.dim, self.n_classes = dim, n_classes
+        self.largest_batch = max(MOST_ROWS // n_classes, 1)     # for one pass of all classes
 
     def check(self, name: str, z: Tensor, y: Tensor) -> None:
         """Raise ValueError unless z, called `name`, is (B, ssl_dim) and y (B,) are labels."""
@@ -59,8 +61,11 @@ class Conditional(nn.Module):
             check_labels(y, self.n_classes)
 
     def log_prob(self, z_f: Tensor, base: Any) -> Tensor:
-        """A pass for each class. Of many classes, some are computed at a time, and computed again
-        for the gradient, so that memory hardly depends on their number."""
+        """log p(z_f | y) of all classes: z_f (B, ssl_dim) -> (B, K).
+
+        If these are more than MOST_ROWS rows, a few classes are computed at a time. Their
+        activations are not kept, but computed again for the gradient.
+        """
         classes = torch.arange(self.n_classes, device=z_f.device)
         parts = classes.split(max(MOST_ROWS // max(len(z_f), 1), 1))
         if len(parts) == 1:
@@ -71,7 +76,7 @@ class Conditional(nn.Module):
                                      preserve_rng_state=False) for part in parts], 1)
 
     def log_prob_of(self, classes: Tensor, z_f: Tensor, base: Any) -> Tensor:
-        """log p(z_f | y) of these classes (C,), all at once: (B, C)."""
+        """log p(z_f | y) of these classes (C,), in one pass: (B, C)."""
         z_h, ldj = self(z_f.repeat_interleave(len(classes), 0), classes.repeat(len(z_f)))
         return (ldj + base.log_prob(z_h)).view(-1, len(classes))
 
@@ -131,6 +136,7 @@ class ConditionalShift(Conditional):
 
     def __init__(self, dim: int, n_classes: int, options: SimpleNamespace):
         super().__init__(dim, n_classes)
+        self.largest_batch = sys.maxsize        # log_prob needs no passes
         self.mu = nn.Embedding(n_classes, dim)
         self.mu.weight.data *= options.ssl_std
 

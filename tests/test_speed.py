@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
-from models import build_model, networks
+from models import build_model, h_phi, networks
 from models.bijections import ActNorm, Affine, MultiScale
 from models.conv1x1 import CONVS, FullConv, over_channels
 from models.kernels import extended, gpu_conv2d, log_abs_dets
@@ -569,6 +569,24 @@ def test_micro_batches_take_little_memory_on_a_cpu():
     assert Accelerated(model).micro_batch_size == 32
     assert Accelerated(model, "bf16").micro_batch_size == 64
     assert Accelerated(model, micro_bs=10).micro_batch_size == 10
+
+
+def test_the_gradient_of_many_classes_in_bfloat16(monkeypatch):
+    """Micro-batches are so small that h_phi computes no class again, as it would in float32."""
+    x, gradients = torch.rand(8, 1, 8, 8), []
+    for most_rows, micro_bs in ((80, 8), (20, 2)):
+        monkeypatch.setattr(h_phi, "MOST_ROWS", most_rows)
+        torch.manual_seed(0)
+        model = randomize(build_model(TINY, (1, 8, 8), 10))
+        accelerated = Accelerated(model, "bf16", micro_bs=8)
+        assert accelerated.micro_batch_size == micro_bs
+        for part in x.split(micro_bs):
+            accelerated.log_joint(part).logsumexp(1).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for p, q in zip(*gradients, strict=True):
+        assert (p - q).norm() <= 0.05 * q.norm()
+    mixture = build_model({**TINY, "ssl_model": "cond-shift"}, (1, 8, 8), 10)
+    assert Accelerated(mixture, micro_bs=8).micro_batch_size == 8
 
 
 def test_the_optimizer_s_state_is_restored(tmp_path, monkeypatch):

@@ -37,8 +37,8 @@ BF16_TIME, ONE_THREAD_TIME = 0.9, 0.8
 
 @contextlib.contextmanager
 def torch_errors_as_failed() -> Iterator[None]:
-    """Turn an error of the block into Failed if it says that memory was too small, or that another
-    process of the run has ended."""
+    """Turn an error of the block into Failed if memory was too small, or if another process of the
+    run has ended or cannot be reached."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -46,7 +46,9 @@ def torch_errors_as_failed() -> Iterator[None]:
                 or "DefaultCPUAllocator" in str(error) or "bad_alloc" in str(error)):
             raise Failed("The memory is too small for these settings", of_all=False) from error
         if isinstance(error, DistError) or "by peer" in str(error):     # of NCCL, of gloo
-            raise Failed("Another process of the run has ended", of_all=False) from error
+            reason, *_ = str(error).splitlines()
+            raise Failed(f"Another process of the run has ended or cannot be reached: {reason}",
+                         of_all=False) from error
         raise
 
 

@@ -47,7 +47,8 @@ class Accelerated(nn.Module):
         networks' weights, and the gradients of these, are then cast by one kernel for all of them
     cuda_graph: tells the callers whether to capture their calls as CUDA graphs
     micro_bs: the `micro_batch_size`, the number of rows for which one pass is efficient; 0: what
-        takes little memory on a CPU, or any number on a GPU
+        takes little memory on a CPU, or any number on a GPU. At most so many that h_phi computes
+        all classes in one pass: several would be computed again outside of `call`
 
     Raises ValueError for another precision, and for bf16 if the model is one of points or in double
     precision.
@@ -66,8 +67,8 @@ class Accelerated(nn.Module):
         self.dtype = torch.bfloat16 if precision == "bf16" else None
         self.networks = [part for part in model.modules() if isinstance(part, Network)]
         self.cast_together = _names_of_weights(self.methods) if compile and self.dtype else []
-        self.micro_batch_size = micro_bs or (
-            sys.maxsize if model.log_p_y.is_cuda else _fitting_batch(model, self.dtype))
+        self.micro_batch_size = min(model.h_phi.largest_batch, micro_bs or (
+            sys.maxsize if model.log_p_y.is_cuda else _fitting_batch(model, self.dtype)))
         if compile:
             limit = max(torch._dynamo.config.recompile_limit, COMPILED_GRAPHS)
             torch._dynamo.config.recompile_limit = limit
