@@ -298,7 +298,8 @@ def plot(table):
             lowest = max(end, lowest * (top / bottom) ** LABEL)
             axes.annotate(name, (classes[-1], lowest), (8, 0), textcoords="offset points",
                           va="center", color=colour)
-        axes.set_xlim(classes[0] / 1.3, classes[-1] * (classes[-1] / classes[0]) ** 0.35)
+        axes.set_xlim(classes[0] / 1.3, classes[-1] * (classes[-1] / classes[0]) ** 0.45)
+        axes.set_ylim(top=1.5 * top)
         axes.set_xlabel("classes K")
         axes.set_ylabel(f"{what} of log p(x), ms")
         axes.set_title(f"{BATCH} images of {side}x{side}")

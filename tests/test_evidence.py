@@ -11,11 +11,13 @@ import textwrap
 from pathlib import Path
 from statistics import stdev
 
+import pandas as pd
 import pytest
 import torch
 import yaml
 from conftest import PROJECT, run_script, words
 
+from benchmarks import marginal
 from experiments import pictures, samples
 from models import build_model
 from training import checkpoint
@@ -309,6 +311,29 @@ def test_the_readme_s_training_steps_agree_with_the_benchmarks():
         assert row["% of a convolution's TFLOP/s"] == f"{share:.0f}"
 
 
+def test_the_cost_of_log_p_x_agrees_with_the_benchmark():
+    measured = pd.DataFrame(
+        json.loads((RESULTS / "speed" / "marginal.json").read_text())["rows"])
+    of = measured.set_index(["side", "model", "classes", "what"])
+    for row in table("README.md", "K"):
+        k = int(row.pop("K").replace(",", ""))
+        for model, cell in row.items():
+            assert cell == "/".join(f"{of.loc[28, model, k, what]['ms']:,.0f}"
+                                    for what in ("value", "gradient"))
+    crossings = marginal.crossings(measured)
+    overtaking = [numbers(line)[-1] for line in crossings if "faster than zuko" in line]
+    others = {re.search(r": (.*) from", line)[1] for line in crossings if "zuko" not in line}
+    assert len(overtaking) == 12 and all({*re.findall(r"\S+GMM", line)} == {"FlowGMM", "SCNF-GMM"}
+                                         for line in others)
+    assert_says("README.md", f"fewer than {min(overtaking):.0f} to {max(overtaking):.0f} classes")
+    few, many = (of.loc[28, "SCNF-GLOW", k, "gradient"]["mib"] / 1024 for k in (100, 1000))
+    seconds = measured.query("side == 28 and what == 'samples'").groupby("model")["ms"].max() / 1e3
+    assert_says("results/README.md", f"up to K = {min(overtaking)} to {max(overtaking)}",
+                f"gradient takes {many:.1f} GiB for 1,000 classes, {few:.1f} for 100",
+                f"{seconds.pop('zuko'):.0f} s for 100 samples of 28x28, others at most "
+                f"{seconds.max():.1f}")
+
+
 def test_the_faults_that_cost_nothing():
     report = json.loads((RESULTS / "soak.json").read_text())
     assert not any(part.get("lost") for part in report.values())
@@ -331,12 +356,13 @@ def test_the_accuracies_on_latents():
     reports = {name: json.loads((RESULTS / "obfuscation" / f"{name}.json").read_text())
                for name in ("digits", "mnist-small")}
     assert len(rows) == sum(len(report["parts"]) for report in reports.values())
+    digits, mnist = (f"{100 * report['chance']:.1f}" for report in reports.values())
+    assert_says("results/README.md", f"by chance {digits} on digits, {mnist} on MNIST")
     for row in rows:
         report = reports[row["weights"].split("`")[0]]
         part = report["parts"][row["latent"]]
         assert row["classifier"] == f"{100 * part['classifier']:.1f}"
         assert row["logistic regression"] == f"{100 * part['linear']:.1f}"
-        assert row["chance"] == f"{100 * report['chance']:.1f}"
 
 
 def test_the_readme_s_python_does_what_its_comments_say(monkeypatch):
