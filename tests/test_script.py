@@ -252,7 +252,9 @@ def test_two_machines_train_as_one_process(tmp_path):
     codes, err = on_two_machines(tmp_path / "four", driver, line)
     assert codes == [0, 0], err
     codes, err = on_two_machines(tmp_path / "killed", driver, line, KILL="1")
-    assert 0 not in codes and err.count("Another process of the run has ended or cannot be") == 1
+    assert 0 not in codes
+    ended = "Another process of the run has ended or cannot be reached: .* The last good"
+    assert len(re.findall(ended, err)) == 1, err
     failed, = runs(tmp_path / "killed", "fails")
     assert torch.load(failed / "checkpoint.pt")["epoch"] == 1
     succeed(tmp_path / "killed", [*torchrun(driver), "--resume", str(failed)])
@@ -380,7 +382,7 @@ def test_the_models_of_the_benchmark(marginal, side):
         if hasattr(model, "initialize"):
             model.initialize(torch.rand(64, *shape))
         for key, parameter in model.named_parameters():
-            if "last" in key:                                   # zero at the start
+            if "last" in key or "loc" in key:                   # zero at the start
                 parameter.normal_(std=0.01)
         log_joint = model.log_joint(x)
         assert log_joint.isfinite().all() and len(log_joint[0].unique()) == 3, name
@@ -394,7 +396,7 @@ def test_where_the_benchmark_s_models_cross(marginal):
                  "ms_low": 0.9 * t, "ms_high": 1.1 * t} for k, t in zip((1, 100), ms)]
     table = pd.DataFrame([*rows("A", 10, 10), *rows("B", 1, 100), *rows("C", 11, 9.5)])
     assert marginal.crossings(table) == ["8x8, value: A is faster than B from K = 10.0",
-                                         "8x8, value: C is faster than B from K = 10.7"]
+                                         "8x8, value: C is faster than B from K = 10.2"]
 
 
 def test_the_conditional_flow_of_the_benchmark(float64, marginal, monkeypatch):

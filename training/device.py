@@ -41,6 +41,8 @@ def torch_errors_as_failed() -> Iterator[None]:
     run has ended or cannot be reached."""
     try:
         yield
+    except Failed:          # a RuntimeError too, which quotes PyTorch's
+        raise
     except (MemoryError, RuntimeError) as error:
         if (isinstance(error, MemoryError | torch.OutOfMemoryError)
                 or "DefaultCPUAllocator" in str(error) or "bad_alloc" in str(error)):
