@@ -17,9 +17,9 @@ h_phi); the others are called once for each class:
 
 Prints for each K the median and the quartiles of the milliseconds, the most memory that a call adds
 to the process, and the time of 100 samples by class; and the K from which one model is faster than
-another, interpolated in logarithms. The last three get the gradient of log p(x)
-as sum_y p(y | x) grad log p(x, y), after passes for the posterior, if K > 10: the graphs of all
-passes might not fit into memory.
+another, interpolated in logarithms. If K > 10, the last three get the gradient of log p(x) as
+sum_y p(y | x) grad log p(x, y), after passes for the posterior: the graphs of all passes might not
+fit into memory.
 """
 
 import argparse

@@ -24,9 +24,8 @@ def test_slurm_starts_one_torchrun_a_machine(tmp_path):
     done = execute(PROJECT, ["bash", "tools/slurm.sh", "--config", "a b.yaml"],
                    PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_NODELIST="[one-two]",
                    SLURM_JOB_NUM_NODES="2", SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="16")
-    *of_srun, program = done.stdout.splitlines()[:3]
-    argv = done.stdout.splitlines()[3:]
-    assert of_srun == ["--cpus-per-task", "16"]
+    option, cpus, program, *argv = done.stdout.splitlines()
+    assert (option, cpus) == ("--cpus-per-task", "16")
     args = get_args_parser().parse_args(argv)
     assert program == "torchrun" and args.rdzv_endpoint == "one:29500" and args.nnodes == "2"
     assert args.training_script == "train-flow-ssl.py"

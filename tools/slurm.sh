@@ -12,5 +12,6 @@
 #SBATCH --output=slurm-%j.txt
 set -euo pipefail
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun --cpus-per-task "$SLURM_CPUS_PER_TASK" torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node gpu --rdzv_backend c10d \
+srun --cpus-per-task "$SLURM_CPUS_PER_TASK" \
+    torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node gpu --rdzv_backend c10d \
     --rdzv_id "$SLURM_JOB_ID" --rdzv_endpoint "$first:29500" train-flow-ssl.py "$@"
