@@ -5,6 +5,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 # Modules that torch.hub looks for first, so that it can say which are missing.
 dependencies = ["torch", "torchvision", "numpy", "pandas", "yaml", "exman", "configargparse",
@@ -17,8 +18,7 @@ def scnf(weights="mnist-best", config=None, data_shape=None, n_classes=None, **o
 
     weights: those that ship, which pretrained/README.md compares: mnist-best, mnist-small,
         mnist-marginal, mnist-glow, digits, or model, of the paper's network; or the directory of a
-        run, which reads its images if they are your own; or None: random ones, for `initialize` and
-        training
+        run; or None: random ones, for `initialize` and training
     config: of a model with random weights: a file, as seen from this repository, such as
         configs/mnist-glow.yaml; None: config.yaml, the paper's
     data_shape, n_classes, options: (C, H, W), K and options of such a model, where they differ from
@@ -38,34 +38,37 @@ def scnf(weights="mnist-best", config=None, data_shape=None, n_classes=None, **o
                               "rename it, or load the model in a process of its own")
     from models import MODEL_OPTIONS, build_model
     from training.checkpoint import PRETRAINED, load_pretrained
-    from utils.datasets import DATASETS, load_data
+    from utils.datasets import DATASETS, read_shape_and_classes
     from utils.settings import read_settings
 
     shipped = {file.stem: f"configs/{file.stem}.yaml" for file in PRETRAINED.glob("*.torch")}
     shipped["model"] = "config.yaml"
-    if isinstance(weights, str | os.PathLike):
-        weights = os.path.expanduser(weights)
-    if not (weights is None or (isinstance(weights, str)
-                                and (weights in shipped or os.path.isdir(weights)))):
-        raise ValueError(f"weights must be one of {', '.join(sorted(shipped))}, the directory of a "
-                         f"run, or None, not {weights!r}")
-    known = {option.name for group in MODEL_OPTIONS.values() for option in group} - {"model"}
+    weights = None if weights is None else os.path.expanduser(weights)
     changes = {**options, "config": config, "data_shape": data_shape, "n_classes": n_classes}
     if weights is not None and any(value is not None for value in changes.values()):
         raise ValueError("config, data_shape, n_classes and options are for weights=None")
+    known = {option.name for group in MODEL_OPTIONS.values() for option in group} - {"model"}
     if unknown := options.keys() - known:
         raise ValueError(f"there is no option {min(unknown)}: {', '.join(sorted(known))}; config "
                          "gives the model")
-    config = os.path.join(_FOLDER, shipped.get(weights, config or "config.yaml"))
-    _, settings = read_settings(["--config", config] if weights is None else
-                                ["--config", config, "--pretrained"] if weights in shipped else
-                                ["--pretrained", weights])
+    if weights is None:
+        argv = ["--config", os.path.join(_FOLDER, config or "config.yaml")]
+    elif weights in shipped:
+        argv = ["--config", os.path.join(_FOLDER, shipped[weights]), "--pretrained"]
+    elif os.path.isdir(weights):
+        argv = ["--pretrained", weights]
+    else:
+        raise ValueError(f"weights must be one of {', '.join(sorted(shipped))}, the directory of a "
+                         f"run, or None, not {weights!r}")
+    _, settings = read_settings(argv)
     data = DATASETS[settings.data]
-    if data.shape is None and None in (data_shape, n_classes):      # one's own images
-        data = load_data(settings)
-    model = build_model({**vars(settings), **options},
-                        data.shape if data_shape is None else data_shape,
-                        len(data.classes) if n_classes is None else n_classes,
+    shape, classes = data.shape, data.classes
+    if shape is None and weights is not None:       # of own images
+        shape, classes = read_shape_and_classes(Path(weights))
+    elif shape is None and None in (data_shape, n_classes):
+        raise ValueError(f"{config} is for own images: data_shape and n_classes are needed")
+    model = build_model({**vars(settings), **options}, shape if data_shape is None else data_shape,
+                        len(classes) if n_classes is None else n_classes,
                         grey_levels=data.grey_levels)
     if weights is not None:
         load_pretrained(model, settings)

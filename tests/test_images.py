@@ -240,7 +240,7 @@ def test_a_run_whose_files_have_changed(folder, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     for argv in (["--pretrained", str(run)], ["--resume", str(run), "--epochs", "3"]):
         assert run_script(argv) == 2
-        assert "classes.txt has other classes" in capsys.readouterr().err
+        assert "data.yaml has other classes" in capsys.readouterr().err
     (folder / "train" / "acht").rename(folder / "train" / "eins")
     (folder / "test" / "acht").rename(folder / "test" / "eins")
     (run / "labelled.txt").write_text("0 9 61")

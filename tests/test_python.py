@@ -9,12 +9,11 @@ import types
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, execute, new_model, options, run_script, runs, same
+from conftest import PROJECT, execute, options, run_script, runs, same
 from nbclient import NotebookClient
-
-from training.checkpoint import load_weights
 
 NUMBER = r"\d[\d,]*\.\d+"
 NOTEBOOK = PROJECT / "notebooks" / "tour.ipynb"
@@ -41,12 +40,24 @@ def test_shipped_weights(tmp_path, monkeypatch):
 
 
 def test_weights_of_a_run(tmp_path, monkeypatch):
+    """Also if its images have gone."""
     monkeypatch.chdir(tmp_path)
-    assert run_script(options(epochs=1)) == 0
-    run, = runs(tmp_path)
-    trained = new_model()
-    load_weights(trained, run / "model.torch")
-    assert same(load(weights=run).state_dict(), trained.state_dict())
+    x = np.random.default_rng(0).integers(256, size=(120, 8, 8), dtype=np.uint8)
+    y = np.arange(120) % 4
+    np.savez("own.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    own = {"data": "npz", "data_root": "own.npz", "num_examples": -1}
+    assert run_script(options(epochs=1)) == run_script(options(epochs=1, **own)) == 0
+    Path("own.npz").unlink()
+    for run, n_classes in zip(runs(tmp_path), (10, 4)):
+        model = load(weights=run)
+        assert model.n_classes == n_classes
+        assert same(model.state_dict(), torch.load(run / "model.torch"))
+    (run / "data.yaml").write_text("shape: 3")
+    with pytest.raises(ValueError, match="data.yaml is damaged: it has no shape and classes"):
+        load(weights=run)
+    (run / "data.yaml").unlink()
+    with pytest.raises(ValueError, match="there is no .*data.yaml"):
+        load(weights=run)
 
 
 def test_random_weights():
@@ -63,7 +74,7 @@ def test_random_weights():
 
 @pytest.mark.parametrize("arguments, message", [
     ({"weights": "nothing"}, "must be one of digits, mnist-best, .* not 'nothing'"),
-    ({"weights": ["digits"]}, "directory of a run, or None, not"),
+    ({"weights": None, "config": "configs/folder.yaml"}, "data_shape and n_classes are needed"),
     ({"weights": "digits", "n_classes": 0}, "are for weights=None"),
     ({"config": "configs/moons.yaml"}, "are for weights=None"),
     ({"weights": None, "widht": 3}, "no option widht: conv, hh_factors"),

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from models import SemiConditionalFlow
 from utils import Settings
 from utils.data import SemiSupervisedData
+from utils.datasets import DATASETS, write_shape_and_classes
 from utils.figures import TEMPERATURE, dispensable, plot_curves, plot_run, save
 from utils.files import atomic_write, from_here
 from utils.metrics import MetricsLog, Row, average_is_better
@@ -90,9 +91,8 @@ class RunFiles:
         if epoch < settings.epochs and self.weights.exists():
             self.weights.rename(run_dir / f"model-epoch{epoch}.torch")
         if not (run_dir / "labelled.txt").exists():
-            if settings.data == "folder":       # whose names and order could change
-                with atomic_write(run_dir / "classes.txt", encoding="utf-8") as f:
-                    f.writelines(f"{name}\n" for name in data.classes)
+            if DATASETS[settings.data].shape is None:
+                write_shape_and_classes(run_dir, data)
             with atomic_write(run_dir / "labelled.txt") as f:
                 np.savetxt(f, data.labelled_ids, "%d")
         validated = ("val", "ema_val")[:bool(settings.validation) * (1 + bool(settings.ema))]

@@ -6,12 +6,13 @@ import io
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from . import Settings
@@ -20,10 +21,11 @@ from .errors import BadInput, value_errors_as_bad_input
 from .examples import Examples, Source, choose_labelled, listed, read_indices, set_aside
 from .files import atomic_write
 from .images import load_arrays, load_folder
-from .runs import PARAMS_FILE
+from .runs import PARAMS_FILE, read_params
 from .terminal import say
 
 MOONS_NOISE, CIRCLES_NOISE, CIRCLES_FACTOR = 0.1, 0.05, 0.5
+DATA_FILE = "data.yaml"     # in the directory of a run on own images: their shape and classes
 
 
 def load_data(settings: Settings, device: str | torch.device = "cpu") -> SemiSupervisedData:
@@ -69,17 +71,18 @@ def load_data(settings: Settings, device: str | torch.device = "cpu") -> SemiSup
     else:
         chosen = choose_labelled(train_y.numpy(), classes, settings.supervised, rng)
     labelled = torch.from_numpy(chosen)
-    _compare_with_run(settings, kept[chosen], classes)
     augmentation = None
     if settings.cons_weight and dataset.augmentation:
         augmentation = Augmentation(*(
             default if (largest := getattr(settings, f"aug_{name}")) == -1 else largest
             for name, default in dataset.augmentation._asdict().items()))
     with value_errors_as_bad_input():
-        return SemiSupervisedData(
+        data = SemiSupervisedData(
             train_x, train_y, test_x, test_y, labelled, dataset.grey_levels, device,
             torch.from_numpy(kept)[labelled], validation, settings.sup_sample_weight, augmentation,
             settings.clf_noise, settings.spread_labels, classes)
+    _compare_with_run(settings, data)
+    return data
 
 
 def _run_of(settings: Settings) -> Path | None:
@@ -99,23 +102,40 @@ def _labelled_file(settings: Settings) -> str | Path:
     return settings.labelled
 
 
-def _compare_with_run(settings: Settings, ids: np.ndarray, classes: Sequence[str]) -> None:
+def _compare_with_run(settings: Settings, data: SemiSupervisedData) -> None:
     """Raise BadInput if the files of data have changed since the run that is resumed, or whose
-    weights are evaluated.
-
-    ids: the indices of the labelled examples
-    classes: their names
-    """
+    weights are evaluated."""
     run = _run_of(settings)
     if run is None:
         return
-    names = run / "classes.txt"
-    if names.is_file() and names.read_text("utf-8").splitlines() != list(classes):
-        raise BadInput(f"{names} has other classes than {settings.data_root} now")
+    now = data.shape, data.classes
+    if (run / DATA_FILE).is_file() and (then := read_shape_and_classes(run)) != now:
+        kind = "shape" if then[1] == data.classes else "classes"
+        raise BadInput(f"{run / DATA_FILE} has other {kind} than {settings.data_root} now")
     listed = run / "labelled.txt"
-    if settings.resume and listed.is_file() and sorted(read_indices(listed)) != sorted(ids):
+    if settings.resume and listed.is_file() and (
+            sorted(read_indices(listed)) != sorted(data.labelled_ids.tolist())):
         raise BadInput(f"{listed} lists other examples than those that the data and settings now "
                        "give: the data have changed")
+
+
+def write_shape_and_classes(run: Path, data: SemiSupervisedData) -> None:
+    """Keep what a model has to know of own images in the directory of a run."""
+    with atomic_write(run / DATA_FILE, encoding="utf-8") as f:
+        yaml.safe_dump({"shape": list(data.shape), "classes": list(data.classes)}, f,
+                       allow_unicode=True)
+
+
+def read_shape_and_classes(run: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """(C, H, W) of the own images of a run, and the names of their classes. Raises BadInput."""
+    path = run / DATA_FILE
+    if not path.is_file():
+        raise BadInput(f"there is no {path}, which says the shape and classes of own images")
+    content = read_params(path)
+    try:
+        return tuple(content["shape"]), tuple(content["classes"])
+    except (KeyError, TypeError):
+        raise BadInput(f"{path} is damaged: it has no shape and classes") from None
 
 
 def _load_mnist(settings: Settings) -> Source:
