@@ -68,8 +68,6 @@ class Method:
     grid: dict[str, tuple[float, ...]] | None = None
     max_unlabelled: int | None = 0
     fit_images: Callable[..., Any] | None = None
-    density: str = "no"         # whether it gives p(x)
-    samples: str = "no"
 
 
 def self_training(threshold, **settings):
@@ -118,8 +116,7 @@ METHODS = {
         MAX_UNLABELLED_RBF),
     "spreading-edges": Method("label spreading, edges", max_unlabelled=None,
                               fit_images=spread_along_edges),
-    "m1m2": Method("M1+M2 VAE", fit_images=fit_m1_m2, max_unlabelled=None,
-                   density="lower bound", samples="yes"),
+    "m1m2": Method("M1+M2 VAE", fit_images=fit_m1_m2, max_unlabelled=None),
     "fixmatch": Method("FixMatch, CNN", fit_images=fit_fixmatch, max_unlabelled=None),
 }
 
@@ -267,8 +264,8 @@ def summary(method, result, n_unlabelled):
         return None if None in values else round(sum(values) / len(values), 4)
     used = n_unlabelled if method.max_unlabelled is None else min(method.max_unlabelled,
                                                                   n_unlabelled)
-    return {**result, "unlabelled_used": used, "grid": method.grid, "density": method.density,
-            "samples": method.samples, "mean_test_error": mean("test_error"),
+    return {**result, "unlabelled_used": used, "grid": method.grid,
+            "mean_test_error": mean("test_error"),
             "mean_validation_error": mean("validation_error"), "mean_seconds": mean("seconds")}
 
 
@@ -285,7 +282,7 @@ def describe(name, run):
 def table(report):
     """The text that `main` prints."""
     headings = ["method", *(f"seed {seed}" for seed in report["seeds"]), "mean", "validation",
-                "unlabelled", "seconds", "settings", "p(x)", "samples"]
+                "unlabelled", "seconds", "settings"]
     rows = [headings]
     for method in report["methods"].values():
         runs, validation = method["runs"], method["mean_validation_error"]
@@ -294,7 +291,7 @@ def table(report):
             f"{method['mean_test_error']:.2f}",
             "-" if validation is None else f"{validation:.2f}",
             f"{method['unlabelled_used']:,}", f"{method['mean_seconds']:.1f}",
-            str(runs[0]["settings_tried"] or "fixed"), method["density"], method["samples"]])
+            str(runs[0]["settings_tried"] or "fixed")])
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join([row[0].ljust(widths[0]),
                         *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])

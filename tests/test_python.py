@@ -53,10 +53,10 @@ def test_weights_of_a_run(tmp_path, monkeypatch):
         assert model.n_classes == n_classes
         assert same(model.state_dict(), torch.load(run / "model.torch"))
     (run / "data.yaml").write_text("shape: 3")
-    with pytest.raises(ValueError, match="data.yaml is damaged: it has no shape and classes"):
+    with pytest.raises(ValueError, match="damaged: it has no shape and classes"):
         load(weights=run)
     (run / "data.yaml").unlink()
-    with pytest.raises(ValueError, match="there is no .*data.yaml"):
+    with pytest.raises(ValueError, match="which says the shape and classes"):
         load(weights=run)
 
 

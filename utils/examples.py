@@ -119,21 +119,23 @@ def choose_labelled(y: np.ndarray, classes: Sequence[str], supervised: int | str
 
 
 def integers(supervised: Any) -> int | list[int]:
-    """`supervised` as an integer, or as one of at least 1 for each class: "5,5,20" or (5, 5, 20).
+    """`supervised` as an integer from -1, or as one from 1 for each class: "5,5,20", (5, 5, 20).
     Raises BadInput if it is neither."""
-    given: Any = supervised.split(",") if isinstance(supervised, str) else supervised
+    given: Any = supervised
     try:
+        if isinstance(supervised, str):
+            given = [int(word) for word in supervised.split(",")]
+            given = given if len(given) > 1 else given[0]
         if isinstance(given, bool):
             raise TypeError
-        if np.ndim(given) == 0:
-            return operator.index(given)
-        counts = [int(n) if isinstance(n, str) else operator.index(n) for n in given]
+        numbers = list(map(operator.index, given)) if np.ndim(given) else operator.index(given)
     except (TypeError, ValueError):
         raise BadInput("supervised must be an integer, or one for each class, not "
-                       f"{reprlib.repr(supervised)}") from None
-    if min(counts, default=0) < 1:
-        raise BadInput(f"supervised must be at least 1 of each class, not {supervised}")
-    return counts
+                       f"{reprlib.repr(supervised)}: 100 or 5,5,20, for example") from None
+    if numbers < -1 if isinstance(numbers, int) else min(numbers, default=0) < 1:
+        raise BadInput("supervised must be at least 0 or -1, or at least 1 of each class, not "
+                       f"{reprlib.repr(supervised)}")
+    return numbers
 
 
 def set_aside(y: np.ndarray, n: int, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -23,6 +23,7 @@ from models.options import Option
 from . import Settings
 from .datasets import DATASETS
 from .errors import BadInput, given_twice, names_of_options
+from .examples import integers
 from .runs import PARAMS_FILE, RunParser, read_params, relative_to, started_in
 from .terminal import NO_BREAK, say
 
@@ -41,17 +42,10 @@ def _name(text: str) -> str:
 
 def _supervised(text: str) -> int | str:
     try:
-        numbers = [int(word) for word in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"invalid int value: {text!r} (or a number for each class: 5,5,20)") from None
-    if len(numbers) > 1 and min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1 of each class, not {text}")
-    if len(numbers) > 1:
-        return ",".join(map(str, numbers))
-    if problem := Option("", int, 0, "", low=0, also=(-1,)).problem(numbers[0]):
-        raise argparse.ArgumentTypeError(problem)
-    return numbers[0]
+        numbers = integers(text)
+    except BadInput as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("supervised ")) from None
+    return numbers if isinstance(numbers, int) else ",".join(map(str, numbers))
 
 
 def _path(text: str) -> str:
