@@ -38,7 +38,7 @@ def scnf(weights="mnist-best", config=None, data_shape=None, n_classes=None, **o
                               "rename it, or load the model in a process of its own")
     from models import MODEL_OPTIONS, build_model
     from training.checkpoint import PRETRAINED, load_pretrained
-    from utils.datasets import DATASETS, read_shape_and_classes
+    from utils.datasets import DATASETS, read_description
     from utils.settings import read_settings
 
     shipped = {file.stem: f"configs/{file.stem}.yaml" for file in PRETRAINED.glob("*.torch")}
@@ -62,13 +62,15 @@ def scnf(weights="mnist-best", config=None, data_shape=None, n_classes=None, **o
                          f"run, or None, not {weights!r}")
     _, settings = read_settings(argv)
     data = DATASETS[settings.data]
-    shape, classes = data.shape, data.classes
-    if shape is None and weights is not None:       # of own images
-        shape, classes = read_shape_and_classes(Path(weights))
-    elif shape is None and None in (data_shape, n_classes):
-        raise ValueError(f"{config} is for own images: data_shape and n_classes are needed")
-    model = build_model({**vars(settings), **options}, shape if data_shape is None else data_shape,
-                        len(classes) if n_classes is None else n_classes,
+    if data.shape is None and weights is not None:      # of own images
+        about = read_description(Path(weights))
+        data_shape, n_classes = about.get("shape"), about.get("n_classes")
+    shape = data.shape if data_shape is None else data_shape
+    if shape is None:
+        raise ValueError("the shape of own images is known from the data.yaml of a run, or from "
+                         "data_shape and n_classes")
+    model = build_model({**vars(settings), **options}, shape,
+                        len(data.classes) if n_classes is None else n_classes,
                         grey_levels=data.grey_levels)
     if weights is not None:
         load_pretrained(model, settings)

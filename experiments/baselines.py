@@ -38,7 +38,7 @@ from experiments.fixmatch import fit_fixmatch
 from experiments.m1_m2 import fit_m1_m2
 from training.distributed import Processes
 from training.device import set_up_torch
-from utils.datasets import load_data
+from utils.datasets import check_test_images, load_data
 from utils.errors import BadInput, OneLineParser, check_output, run_command
 from utils.files import atomic_write
 from utils.label_spreading import NEIGHBOURS, orientation_histograms, spread_labels
@@ -138,6 +138,7 @@ def main(argv=None):
     results = {name: {"title": METHODS[name].title, "runs": []} for name in args.methods}
     for seed, settings in zip(args.seeds, runs):
         data = load_data(settings, device)
+        check_test_images(data)
         methods = bar(list(results), f"seed {seed}", unit="method")
         for name in methods:
             if reason := why_not(METHODS[name], data):

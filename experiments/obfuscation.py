@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments.fixmatch import classify
 from experiments.pictures import load
+from utils.datasets import check_test_images
 from utils.errors import OneLineParser, check_output, run_command
 from utils.figures import CLASS_COLOURS, FORMATS, TITLE, save
 from utils.files import atomic_write
@@ -59,6 +60,7 @@ def main(argv=None):
             check_output(path, suffixes)
     model, data, settings = load(rest, ["--supervised", "-1", "--labelled="])    # all labels
     noise = torch.Generator(data.device).manual_seed(settings.seed)
+    check_test_images(data)
     y, test_y = data.train_y[data.labelled], data.test_y
     train, test = (latents(model, data.dequantize(x, noise), y, settings.test_bs)
                    for x, y in ((data.train_x[data.labelled], y), (data.test_x, test_y)))
@@ -80,7 +82,7 @@ def main(argv=None):
         with atomic_write(args.save, "wb") as f:
             np.savez_compressed(f, train_y=y.cpu().numpy(), test_y=test_y.cpu().numpy(), **arrays)
     if args.picture:
-        save(plot_latents(test, test_y, settings.seed), args.picture)
+        save(plot_latents(test, test_y, settings.seed, data.classes), args.picture)
         print(f"Saved {args.picture}")
 
 
@@ -137,24 +139,26 @@ def show(report):
         print(f"{part:6}{row['dimensions']:12}{row['classifier']:12.1%}{row['linear']:10.1%}")
 
 
-def plot_latents(z, y, seed):
+def plot_latents(z, y, seed, classes):
     """z_f and z_h of the first test images in the plane by t-SNE, coloured by class.
 
-    z: what `latents` returns; y: the labels, (N,).
+    z: what `latents` returns; y: the labels, (N,); classes: their names.
     """
     figure = Figure(figsize=(11, 5), layout="constrained")
     panels = figure.subplots(1, 2)
-    classes = y[:IN_PICTURE].cpu().numpy()
+    y = y[:IN_PICTURE].cpu().numpy()
     parts = (("z_f", "z_f"), ("z_h", "z_h, given the class"))
     for (part, title), axes in zip(bar(parts, "t-SNE", unit="part"), panels):
         plane = TSNE(random_state=seed, init="pca").fit_transform(
             z[part][:IN_PICTURE].cpu().numpy())
-        for k in range(classes.max() + 1):      # the mark is its digit
-            axes.scatter(*plane[classes == k].T, s=MARKER_SIZE, marker=f"${k}$", linewidths=0,
-                         color=CLASS_COLOURS[k])
-        axes.set_title(f"{title}, of {len(classes):,} test images", fontsize=TITLE)
+        for k, name in enumerate(classes):      # the mark is its number
+            axes.scatter(*plane[y == k].T, s=MARKER_SIZE, marker=f"${k}$", linewidths=0,
+                         color=CLASS_COLOURS[k % len(CLASS_COLOURS)], label=name)
+        axes.set_title(f"{title}, of {len(y):,} test images", fontsize=TITLE)
         axes.set_xticks([])
         axes.set_yticks([])
+    if list(classes) != [str(k) for k in range(len(classes))]:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     return figure
 
 

@@ -28,7 +28,7 @@ from training.device import set_up_torch
 from training.distributed import Processes
 from training.evaluation import Inference
 from training.speed import Accelerated
-from utils.datasets import load_data
+from utils.datasets import check_test_images, load_data
 from utils.errors import (BadInput, OneLineParser, check_output, run_command,
                           value_errors_as_bad_input)
 from utils.figures import (FORMATS, plot_curves_of_runs, plot_density, plot_interpolation,
@@ -101,6 +101,7 @@ def picture(args, model, data, settings):
         assessment = assess(infer, infer, data, examples, name, settings)
         with value_errors_as_bad_input():
             return assessment.plot_mistakes(examples)
+    check_test_images(data)
     noise = torch.Generator(data.device).manual_seed(settings.seed)
     x = data.dequantize(data.test_x, noise)
     of_class = [torch.nonzero(data.test_y == k)[:2, 0] for k in range(data.n_classes)]

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments.fixmatch import fit_fixmatch
 from experiments.pictures import MAX_TEMPERATURE, load
+from utils.datasets import check_test_images
 from utils.errors import (BadInput, Failed, OneLineParser, check_output, run_command,
                           value_errors_as_bad_input)
 from utils.files import atomic_write
@@ -34,7 +35,7 @@ def main(argv=None):
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.7], metavar="T",
                         help="standard deviations of the noise (default: 1 0.7)")
     parser.add_argument("--samples", type=int, default=1000, metavar="N",
-                        help="samples for each temperature, equally many of each class "
+                        help="samples for each temperature, at most, equally many of each class "
                              "(default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE.json")
     args, rest = parser.parse_known_args(argv)
@@ -45,8 +46,9 @@ def main(argv=None):
     model, data, settings = load(rest, ["--supervised", "-1", "--labelled="])    # all labels
     if not model.image:
         raise BadInput(f"samples are classified as images, unlike {settings.data}")
-    if args.samples < 1 or args.samples % data.n_classes:
-        raise BadInput(f"--samples must be a multiple of the {data.n_classes} classes")
+    if args.samples < data.n_classes:
+        raise BadInput(f"--samples must be at least one for each of the {data.n_classes} classes")
+    check_test_images(data)
     classify = fit_fixmatch(data, settings.seed)
     y = torch.arange(data.n_classes, device=data.device).repeat(args.samples // data.n_classes)
     noise = torch.randn(len(y), model.dim, generator=torch.Generator().manual_seed(settings.seed))

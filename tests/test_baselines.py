@@ -205,7 +205,7 @@ def test_label_spreading_along_edges_classifies_new_images(compare, tmp_path):
     edges, pixels = json.loads((tmp_path / "all.json").read_text())["methods"].values()
     assert edges["mean_test_error"] < 3 < pixels["mean_test_error"]
     assert edges["mean_validation_error"] < 5 and edges["runs"][0]["settings_tried"] == 0
-    assert " fixed " in out and edges["grid"] is None
+    assert "     fixed\n" in out and edges["grid"] is None
 
 
 def test_points_leave_out_what_is_for_images(compare):

@@ -11,6 +11,7 @@ from conftest import PROJECT, load_tiny, options, run_script, runs, words
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from experiments import pictures
 from utils import images
 from utils.data import Augmentation, SemiSupervisedData
 from utils.errors import BadInput
@@ -83,6 +84,37 @@ def test_labels_of_a_folder(folder):
     density = load(folder, supervised=0)
     assert len(density.train_x) == 76
     assert not len(density.labelled) and density.n_classes == 3
+    for image in (folder / "train" / "unlabeled").iterdir():
+        image.unlink()
+    assert not len(load(folder, supervised=-1).unlabelled)
+
+
+def test_without_test_images(folder, tmp_path, monkeypatch, capsys):
+    """A run on validation images alone; what needs test images says so."""
+    monkeypatch.chdir(tmp_path)
+    (folder / "test").rename(tmp_path / "away")
+    line = options(data="folder", data_root=folder, num_examples=-1, epochs=1, validation=9,
+                   supervised=6, test="false")
+    assert run_script(line) == 0
+    run, = runs(tmp_path)
+    assert run_script(["--pretrained", str(run), "--test", "true"]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    assert run_script(["--pretrained", str(run)]) == 0
+    assert "Validation error" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="this needs test images"):
+        pictures.main(["redrawn", "--pretrained", str(run), "--save", "redrawn.png"])
+
+
+def test_a_density_of_a_folder(folder, tmp_path, monkeypatch):
+    """A run without labels can be evaluated, resumed, and its latents probed with all labels."""
+    monkeypatch.chdir(tmp_path)
+    assert run_script(options(data="folder", data_root=folder, num_examples=-1, epochs=1,
+                              supervised=0)) == 0
+    run, = runs(tmp_path)
+    assert run_script(["--pretrained", str(run)]) == 0
+    assert run_script(["--resume", str(run), "--epochs", "2"]) == 0
+    _, data, _ = pictures.load(["--pretrained", str(run), "--supervised", "-1"])
+    assert data.classes == CLASSES
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -100,9 +132,10 @@ def test_settings_that_do_not_fit_a_folder(folder, tmp_path, monkeypatch, change
 
 
 @pytest.mark.parametrize("ids, message", [
-    ("0 1 99", "has 99, which is not among"), ("0 0 9 20", "must be different indices"),
-    ("0 1 2", "none of class 1"), ("0 9 20 -1", "has -1, which"), ("0 9 30", "class -1"),
-    ("0.5", "does not consist of indices"), ("", "lists no examples")])
+    ("0 1 99", "has 99, which is not among"), ("0 0 9 62", "has 0 twice"),
+    ("0 1 2", "no example of class null"), ("0 9 20 -1", "has -1, which"),
+    ("0 9 62 50", "has 50, an example without a label"), ("0.5", "does not consist of indices"),
+    ("", "no example of class eins")])
 def test_wrong_files_of_labelled_examples(folder, tmp_path, ids, message):
     (tmp_path / "ids.txt").write_text("\n".join(ids.split()))
     with pytest.raises(BadInput, match=message):
@@ -247,6 +280,14 @@ def test_a_run_whose_files_have_changed(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "ids.txt").write_text("0 9 62")
     assert run_script(["--resume", str(run), "--epochs", "3"]) == 2
     assert "labelled.txt lists other examples" in capsys.readouterr().err
+    (run / "labelled.txt").write_text("0 9 62")
+    again = [*line, "--labelled", str(run / "labelled.txt")]
+    write(folder / "train" / CLASSES[2] / "zzz.png", np.zeros((8, 8), np.uint8))
+    assert run_script(again) == 0                       # what comes later is no matter
+    write(folder / "train" / "eins" / "000a.png", np.zeros((8, 8), np.uint8))
+    for argv in (again, ["--resume", str(run), "--epochs", "3"]):
+        assert run_script(argv) == 2
+        assert "labelled.txt is of other images" in capsys.readouterr().err
 
 
 def arrays(**changes):
@@ -258,6 +299,8 @@ def arrays(**changes):
 
 @pytest.mark.parametrize("changes, shape", [
     ({}, (1, 8, 8)), ({"y_train": np.arange(60).astype(np.uint8) % 3}, (1, 8, 8)),
+    ({"x_test": np.random.default_rng(1).integers(256, size=(9, 8, 8, 3), dtype=np.uint8)},
+     (3, 8, 8)),
     ({f"x_{part}": np.random.default_rng(1).integers(256, size=(n, 8, 8, 3), dtype=np.uint8)
       for part, n in (("train", 60), ("test", 9))}, (3, 8, 8))])
 def test_arrays(tmp_path, changes, shape):
@@ -275,6 +318,9 @@ def test_own_arrays_with_options():
                                           augmentation=Augmentation(10, 0, 0))
     assert data.train_y[data.labelled].bincount().tolist() == [1, 2, 4] and data.classes[1] == "b"
     assert data.sample_batch(4, torch.Generator()).copies.shape == (4, 1, 8, 8)
+    held_out = SemiSupervisedData.from_arrays(*list(arrays().values())[:2], validation=9)
+    assert [len(x) for x in (held_out.train_x, held_out.val_x, held_out.test_x)] == [51, 9, 0]
+    assert held_out.val_y.bincount().tolist() == [3, 3, 3] and len(held_out.labelled) == 21
     points = np.arange(24).reshape(12, 2)
     data = SemiSupervisedData.from_arrays(points, [0, 1, -1] * 4, points[:2], [0, 1],
                                           grey_levels=None)
@@ -306,6 +352,15 @@ def test_own_arrays_are_copied(form):
     ({"y_train": np.full(60, 2**64 - 1, np.uint64)}, "there is a class 18446744073709551615"),
     ({"x_train": [[1], [2, 3]]}, "x_train "),
     ({"augmentation": (1, 2, 3)}, "must be an Augmentation"),
+    ({"augmentation": Augmentation(float("nan"), 0, 0)}, "rotation must be .* not nan"),
+    ({"augmentation": Augmentation(10, 5, 0)}, "scaling must be at most 0.9"),
+    ({"augmentation": Augmentation(10, 0, "a")}, "shift must be of type float"),
+    ({"sup_sample_weight": "a"}, "sup_sample_weight must be of type float"),
+    ({"spread_labels": 1}, "spread_labels must be at most"),
+    ({"seed": 1.5}, "seed must be of type int"),
+    ({"validation": (1, 2)}, "validation must be of type int"),
+    ({"validation": 28}, "validation must be at least one"),
+    ({"y_test": None}, "x_test and y_test belong together"),
     ({"grey_levels": 256.5}, "grey_levels must be of type int"),
     ({"supervised": (10, 10, 11)}, "have 10 of class 2, and 11 would be needed"),
     ({"y_test": [0, 1, -1] * 3}, "test_y has class -1"),
@@ -323,10 +378,10 @@ def test_own_arrays_that_are_refused(changes, message):
     ({"x_test": np.zeros((0, 8, 8), np.uint8)}, "x_test is empty"),
     ({"y_train": np.zeros(60)}, "labels must be integers"),
     ({"y_train": np.zeros(59, int)}, "labels must be integers of shape .60,."),
-    ({"y_train": np.full(60, -2)}, "labels must be integers of shape .60,., classes from 0"),
+    ({"y_train": np.full(60, -2)}, "y_train has a label -2: labels are classes from 0"),
     ({"x_train": np.zeros((60, 3, 8, 8), np.uint8)}, "of shape .N, H, W. or .N, H, W, 3."),
     ({"y_train": np.full(60, 10**9)}, "there is a class 1000000000"),
-    ({"x_test": np.zeros((9, 12, 12), np.uint8)}, "test_x and test_y have shapes"),
+    ({"x_test": np.zeros((9, 12, 12), np.uint8)}, "x_test has shape .9, 12, 12.: all must be of"),
     ({"y_train": np.array([None] * 60)}, "no .npz file that can be read")])
 def test_arrays_that_are_refused(tmp_path, changes, message):
     np.savez(tmp_path / "own.npz", **arrays(**changes))

@@ -166,7 +166,7 @@ def test_a_cnn_recognises_typical_samples(tmp_path):
     assert set(report["inversion_error"]) == {"test", "0.5"}        # none at 10 is finite
     assert max(report["inversion_error"].values()) < 1e-4
     assert report["sample_accuracy"]["0.5"] > 0.9 and report["sample_accuracy"]["10"] < 0.6
-    for argv, message in ((["--samples", "15"], "multiple of the 10 classes"),
+    for argv, message in ((["--samples", "9"], "at least one for each of the 10 classes"),
                           (["--temperatures", "-1"], "--temperatures must be from 0"),
                           (["--json", "no/a.json"], "no folder no")):
         with pytest.raises(BadInput, match=message):

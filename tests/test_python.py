@@ -53,10 +53,10 @@ def test_weights_of_a_run(tmp_path, monkeypatch):
         assert model.n_classes == n_classes
         assert same(model.state_dict(), torch.load(run / "model.torch"))
     (run / "data.yaml").write_text("shape: 3")
-    with pytest.raises(ValueError, match="damaged: it has no shape and classes"):
+    with pytest.raises(ValueError, match="damaged: it lacks an entry"):
         load(weights=run)
     (run / "data.yaml").unlink()
-    with pytest.raises(ValueError, match="which says the shape and classes"):
+    with pytest.raises(ValueError, match=r"from the data.yaml of a run"):
         load(weights=run)
 
 
@@ -74,7 +74,7 @@ def test_random_weights():
 
 @pytest.mark.parametrize("arguments, message", [
     ({"weights": "nothing"}, "must be one of digits, mnist-best, .* not 'nothing'"),
-    ({"weights": None, "config": "configs/folder.yaml"}, "data_shape and n_classes are needed"),
+    ({"weights": None, "config": "configs/folder.yaml"}, "or from data_shape and n_classes"),
     ({"weights": "digits", "n_classes": 0}, "are for weights=None"),
     ({"config": "configs/moons.yaml"}, "are for weights=None"),
     ({"weights": None, "widht": 3}, "no option widht: conv, hh_factors"),

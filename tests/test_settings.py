@@ -205,6 +205,8 @@ def test_a_resumed_run_finds_its_data_from_another_folder(here, monkeypatch, is_
         resumed = read("--resume", str(path))
         assert Path(resumed.data_root).resolve() == here / "images"
         assert Run.resumed(resumed).run == run and saved() == data_root
+    repeated = read("--config", str(run / "params.yaml"))
+    assert Path(repeated.data_root).resolve() == here / "images"
     resumed = read("--resume", str(run), "--data_root", "other")
     assert resumed.data_root == "other"
     Run.resumed(resumed)

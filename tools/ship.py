@@ -32,7 +32,7 @@ from training.evaluation import Inference, evaluate
 from training.device import choose_speed, device_name, set_up_torch
 from training.distributed import Processes
 from training.speed import Accelerated
-from utils.datasets import load_data
+from utils.datasets import check_test_images, load_data
 from utils.errors import BadInput, OneLineParser, run_command, value_errors_as_bad_input
 from utils.files import PROJECT, atomic_write, sha256
 from utils.metrics import average_is_better, read_metrics
@@ -78,6 +78,7 @@ def main(argv=None):
                        "has none")
     device = set_up_torch(settings, Processes())
     data = load_data(settings, device)
+    check_test_images(data)
     rows = read_metrics(args.run / "metrics.csv")
     if not rows or not math.isfinite(seconds := sum(row["seconds"] for row in rows)):
         raise BadInput(f"{args.run / 'metrics.csv'} has no rows, or none with seconds")

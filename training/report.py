@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from matplotlib.figure import Figure
 
 from models import SemiConditionalFlow
 from utils import Settings
 from utils.data import SemiSupervisedData
-from utils.datasets import DATASETS, write_shape_and_classes
+from utils.datasets import DATA_FILE, DATASETS, describe
 from utils.figures import TEMPERATURE, dispensable, plot_curves, plot_run, save
 from utils.files import atomic_write, from_here
 from utils.metrics import MetricsLog, Row, average_is_better
@@ -92,7 +93,8 @@ class RunFiles:
             self.weights.rename(run_dir / f"model-epoch{epoch}.torch")
         if not (run_dir / "labelled.txt").exists():
             if DATASETS[settings.data].shape is None:
-                write_shape_and_classes(run_dir, data)
+                with atomic_write(run_dir / DATA_FILE, encoding="utf-8") as f:
+                    yaml.safe_dump(describe(data), f, allow_unicode=True)
             with atomic_write(run_dir / "labelled.txt") as f:
                 np.savetxt(f, data.labelled_ids, "%d")
         validated = ("val", "ema_val")[:bool(settings.validation) * (1 + bool(settings.ema))]
@@ -158,18 +160,15 @@ def report_run(evaluation: RunEvaluation, rows: list[Row], run_dir: Path) -> Non
             save(assessment.plot_mistakes(examples), picture)
         else:
             picture.unlink(missing_ok=True)         # of an earlier end of this run
-        write_report(run_dir, settings, rows, assessment, device_name(data.device))
+        write_report(run_dir, settings, rows, assessment, data)
 
 
 def write_report(run_dir: Path, settings: Settings, rows: list[Row], assessment: Assessment,
-                 device: str) -> None:
+                 data: SemiSupervisedData) -> None:
     """Write report.html to the directory of a run, with the pictures that are there.
 
-    run_dir: of the run
-    settings: of the run
     rows: the metrics of its epochs
     assessment: of its model
-    device: the name of the one that it ended on
     """
     title = f"{run_dir.name}: {settings.data}, {settings.model}, {settings.ssl_model}"
     pictures = ""
@@ -187,8 +186,10 @@ def write_report(run_dir: Path, settings: Settings, rows: list[Row], assessment:
     commit = f"started at commit {str(commit)[:7]}" if commit else "no commit"
     changed = ", with changes" if params.get("dirty") else ""
     done = (f"{rows[-1]['epoch']:.0f} epochs, {seconds:,.0f} s of training and evaluation; "
-            f"{commit}{changed}, ended on {html.escape(device)}. The figures below are of the "
-            f"{len(assessment.predicted):,} {assessment.name} examples.")
+            f"{commit}{changed}, ended on {html.escape(device_name(data.device))}. "
+            f"{len(data.labelled):,} training examples were labelled, {len(data.unlabelled):,} "
+            f"unlabelled. The figures below are of the {len(assessment.predicted):,} "
+            f"{assessment.name} examples.")
     options = _table([(key, str(value)) for key, value in sorted(vars(settings).items())])
     auroc = f"<p>{assessment.meaning_of_auroc}</p>" if assessment.auroc else ""
     confusion = ("<h2>Confusion</h2>\n<p>Row: the true class; column: the predicted one.</p>\n"

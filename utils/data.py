@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from models.checks import check_grey_levels, check_integers
 from models.options import Option
 
-from .examples import Examples, as_array, choose_labelled, source_of_arrays
+from .examples import Examples, as_array, choose_labelled, set_aside, source_of_arrays
 from .label_spreading import orientation_histograms, spread_labels
 
 class Batch(NamedTuple):
@@ -34,15 +34,23 @@ class Batch(NamedTuple):
         return Batch(self.x[index], self.y[index], *more)
 
 
-LEVELS = Option("grey_levels", int, 256, "of images", low=2)
-
-
 class Augmentation(NamedTuple):
     """The largest changes that `augment` makes."""
 
     rotation: float     # degrees
     scaling: float      # share of the size
     shift: float        # pixels
+
+
+# Arguments that are numbers or words.
+ARGUMENTS = {option.name: option for option in (
+    Option("grey_levels", int, 256, "of images", low=2),
+    Option("sup_sample_weight", float, 0.5, "", low=0, open_below=True, also=(-1,)),
+    Option("clf_noise", str, "true", "", choices=("true", "train", "false")),
+    Option("spread_labels", float, 0, "", low=0, high=1 - 1e-9),
+    Option("rotation", float, 0, "", low=0, high=180),
+    Option("scaling", float, 0, "", low=0, high=0.9), Option("shift", float, 0, "", low=0),
+    Option("validation", int, 0, "", low=0), Option("seed", int, 0, "", low=0))}
 
 
 class SemiSupervisedData:
@@ -78,18 +86,14 @@ class SemiSupervisedData:
                  clf_noise: str = "true", spread_labels: float = 0.0,
                  classes: Sequence[str] = ()):
         val_x, val_y = validation or (train_x[:0], train_y[:0])
-        if clf_noise not in ("true", "train", "false"):
-            raise ValueError(f"clf_noise must be true, train or false, not {clf_noise!r}")
-        if not (sup_sample_weight == -1 or 0 < sup_sample_weight < math.inf):
-            raise ValueError(f"sup_sample_weight must be positive or -1, not {sup_sample_weight}")
-        if not 0 <= spread_labels < 1:
-            raise ValueError(f"spread_labels must be from 0 to 1, not {spread_labels}")
         if grey_levels is None and augmentation:
             raise ValueError("points cannot be augmented")
         if augmentation and not isinstance(augmentation, Augmentation):
             raise ValueError(f"augmentation must be an Augmentation, not {augmentation!r}")
-        if grey_levels is not None and (problem := LEVELS.problem(grey_levels)):
-            raise ValueError(f"grey_levels {problem}")
+        _check_arguments(sup_sample_weight=sup_sample_weight, clf_noise=clf_noise,
+                         spread_labels=spread_labels,
+                         **(augmentation._asdict() if augmentation else {}),
+                         **({} if grey_levels is None else {"grey_levels": grey_levels}))
         _check_indices(labelled, len(train_x))
         for name, x, y in (("train", train_x, train_y), ("test", test_x, test_y),
                            ("val", val_x, val_y)):
@@ -124,29 +128,38 @@ class SemiSupervisedData:
         self.device = torch.device(device)
 
     @classmethod
-    def from_arrays(cls, x_train: Any, y_train: Any, x_test: Any, y_test: Any,
-                    supervised: int | Sequence[int] = -1, grey_levels: int | None = 256,
-                    seed: int = 0, classes: Sequence[str] = (), **options: Any
-                    ) -> "SemiSupervisedData":
+    def from_arrays(cls, x_train: Any, y_train: Any, x_test: Any = None, y_test: Any = None,
+                    supervised: int | Sequence[int] = -1, validation: int = 0,
+                    grey_levels: int | None = 256, seed: int = 0, classes: Sequence[str] = (),
+                    **options: Any) -> "SemiSupervisedData":
         """The data of one's own arrays or tensors, which are copied.
 
-        x_train, y_train, x_test, y_test: as in `source_of_arrays`; a label of -1 is hidden
+        x_train, y_train, x_test, y_test: as in `source_of_arrays`; a label of -1 is hidden; without
+            the last two there are no test examples
+        validation: how many of the training examples with labels are set aside
         supervised: how many of the other training labels are shown: a number, equally many of each
             class, or a number for each class; -1: all; 0: none
         grey_levels: 256 for values up to 255; None for points
         seed: of the choice of the labels that are shown
         classes: their names; (): their numbers
-        options: the other arguments of the class, such as augmentation
+        options: augmentation, device, sup_sample_weight, clf_noise, spread_labels, as of the class
 
         Raises ValueError as `source_of_arrays`, `choose_labelled` and the class do.
         """
+        _check_arguments(seed=seed, validation=validation)
+        if (x_test is None) != (y_test is None):
+            raise ValueError("x_test and y_test belong together")
         named = {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
-        source = source_of_arrays(grey_levels=grey_levels, **{
-            name: as_array(name, values) for name, values in named.items()})
-        names = tuple(classes) or source.classes
-        chosen = choose_labelled(source.train_y.numpy(), names, supervised,
-                                 np.random.default_rng(seed))
-        return cls(*source[:4], torch.from_numpy(chosen), grey_levels, classes=names, **options)
+        x, y, test_x, test_y, names = source_of_arrays(grey_levels=grey_levels, **{
+            name: as_array(name, values) for name, values in named.items() if values is not None})
+        names, kept, held_out = tuple(classes) or names, np.arange(len(y)), None
+        if validation:
+            kept, others = set_aside(y.numpy(), validation, names)
+            held_out = x[others], y[others]
+        chosen = choose_labelled(y[kept].numpy(), names, supervised, np.random.default_rng(seed))
+        return cls(x[kept], y[kept], test_x, test_y, torch.from_numpy(chosen), grey_levels,
+                   labelled_ids=torch.from_numpy(kept[chosen]), validation=held_out, classes=names,
+                   **options)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -234,6 +247,13 @@ class SemiSupervisedData:
         if self.grey_levels is None:
             return math.nan
         return math.log2(self.grey_levels) - log_p / (math.prod(self.shape) * math.log(2))
+
+
+def _check_arguments(**values: Any) -> None:
+    """Raise ValueError unless these values of ARGUMENTS are allowed."""
+    for name, value in values.items():
+        if problem := ARGUMENTS[name].problem(value):
+            raise ValueError(f"{name} {problem}")
 
 
 def _check_examples(name: str, x: Tensor, y: Tensor, shape: tuple[int, ...],

@@ -1,6 +1,7 @@
 """Loading of datasets. images.py reads one's own."""
 
 import contextlib
+import hashlib
 import http.client
 import io
 import os
@@ -9,10 +10,10 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 from . import Settings
@@ -25,18 +26,19 @@ from .runs import PARAMS_FILE, read_params
 from .terminal import say
 
 MOONS_NOISE, CIRCLES_NOISE, CIRCLES_FACTOR = 0.1, 0.05, 0.5
-DATA_FILE = "data.yaml"     # in the directory of a run on own images: their shape and classes
+DATA_FILE = "data.yaml"     # in the directory of a run on own images
 
 
 def load_data(settings: Settings, device: str | torch.device = "cpu") -> SemiSupervisedData:
     """The dataset that settings.data names, on `device`.
 
-    settings: data, data_root, image_size, validation, num_examples, data_seed, supervised,
+    settings: data, data_root, image_size, validation, test, num_examples, data_seed, supervised,
         labelled, sup_sample_weight, cons_weight, clf_noise, spread_labels, aug_rotation,
         aug_scaling, aug_shift; resume, pretrained: of a run, whose files are compared with the data
 
     The validation images are the same whatever the seeds; they are chosen among those that have
-    labels, as the labelled ones are. Batches have augmented copies if cons_weight is positive.
+    labels, as the labelled ones are. With test false own images need no test set, and have none.
+    Batches have augmented copies if cons_weight is positive.
     Raises BadInput if the files cannot be had, the settings ask for more examples than there are,
     or points for what is for images.
     """
@@ -67,7 +69,7 @@ def load_data(settings: Settings, device: str | torch.device = "cpu") -> SemiSup
         kept = kept[np.sort(rng.permutation(len(kept))[:settings.num_examples])]
     train_x, train_y = train_x[kept], train_y[kept]
     if settings.labelled:
-        chosen = listed(_labelled_file(settings), kept)
+        chosen = listed(_labelled_file(settings), kept, train_y.numpy(), classes)
     else:
         chosen = choose_labelled(train_y.numpy(), classes, settings.supervised, rng)
     labelled = torch.from_numpy(chosen)
@@ -103,39 +105,51 @@ def _labelled_file(settings: Settings) -> str | Path:
 
 
 def _compare_with_run(settings: Settings, data: SemiSupervisedData) -> None:
-    """Raise BadInput if the files of data have changed since the run that is resumed, or whose
-    weights are evaluated."""
-    run = _run_of(settings)
-    if run is None:
-        return
-    now = data.shape, data.classes
-    if (run / DATA_FILE).is_file() and (then := read_shape_and_classes(run)) != now:
-        kind = "shape" if then[1] == data.classes else "classes"
-        raise BadInput(f"{run / DATA_FILE} has other {kind} than {settings.data_root} now")
-    listed = run / "labelled.txt"
-    if settings.resume and listed.is_file() and (
-            sorted(read_indices(listed)) != sorted(data.labelled_ids.tolist())):
-        raise BadInput(f"{listed} lists other examples than those that the data and settings now "
-                       "give: the data have changed")
+    """Raise BadInput if the files of data have changed since the run that is resumed, whose weights
+    are evaluated, or whose labelled.txt is taken."""
+    run, now = _run_of(settings), describe(data)
+    then = read_description(run) if run else {}
+    for key in ("shape", "classes"):
+        if then and then[key] != now[key] and then[key] and now[key]:   # [] without labels
+            raise BadInput(f"{run}/{DATA_FILE} has other {key} than {settings.data_root} now")
+    files = [Path(settings.labelled)] if settings.labelled and not settings.pretrained else []
+    if run and settings.resume and (run / "labelled.txt").is_file():
+        files.append(own := run / "labelled.txt")
+        if sorted(read_indices(own)) != sorted(data.labelled_ids.tolist()):
+            raise BadInput(f"{own} lists other examples than those that the data and settings now "
+                           "give: the data have changed")
+    for file in files:
+        then = read_description(file.parent)
+        if then and then["shape"] == now["shape"] and then["labelled"] != now["labelled"]:
+            raise BadInput(f"{file} is of other images than those that {settings.data_root} now "
+                           "has at these places: files have been added, removed or changed")
 
 
-def write_shape_and_classes(run: Path, data: SemiSupervisedData) -> None:
-    """Keep what a model has to know of own images in the directory of a run."""
-    with atomic_write(run / DATA_FILE, encoding="utf-8") as f:
-        yaml.safe_dump({"shape": list(data.shape), "classes": list(data.classes)}, f,
-                       allow_unicode=True)
+def describe(data: SemiSupervisedData) -> dict[str, Any]:
+    """What a run on own images keeps of them: what a model has to know, and a checksum of the
+    labelled ones."""
+    order = data.labelled_ids.argsort().to(data.device)
+    images = data.train_x[data.labelled[order]].cpu().numpy()
+    return {"shape": list(data.shape), "n_classes": data.n_classes,
+            "classes": list(data.classes) if len(data.labelled) else [],
+            "labelled": hashlib.sha256(images.tobytes()).hexdigest()}
 
 
-def read_shape_and_classes(run: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """(C, H, W) of the own images of a run, and the names of their classes. Raises BadInput."""
+def read_description(run: Path) -> dict[str, Any]:
+    """What `describe` returned, from the directory of a run on own images; {} of another directory.
+    Raises BadInput if it is damaged."""
     path = run / DATA_FILE
-    if not path.is_file():
-        raise BadInput(f"there is no {path}, which says the shape and classes of own images")
-    content = read_params(path)
-    try:
-        return tuple(content["shape"]), tuple(content["classes"])
-    except (KeyError, TypeError):
-        raise BadInput(f"{path} is damaged: it has no shape and classes") from None
+    content = read_params(path) if path.is_file() else {}
+    if content and not {"shape", "n_classes", "classes", "labelled"} <= content.keys():
+        raise BadInput(f"{path} is damaged: it lacks an entry")
+    return content
+
+
+def check_test_images(data: SemiSupervisedData) -> None:
+    """Raise BadInput if there are none."""
+    if not len(data.test_x):
+        raise BadInput("this needs test images, and with test false own ones are not read: give "
+                       "--test true")
 
 
 def _load_mnist(settings: Settings) -> Source:

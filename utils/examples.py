@@ -42,8 +42,8 @@ def as_array(name: str, values: Any) -> np.ndarray:
         raise ValueError(f"{name} is no array: {e}") from None
 
 
-def source_of_arrays(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray,
-                     y_test: np.ndarray, grey_levels: int | None = 256) -> Source:
+def source_of_arrays(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray | None = None,
+                     y_test: np.ndarray | None = None, grey_levels: int | None = 256) -> Source:
     """The examples in arrays.
 
     x: images, (N, H, W) or (N, H, W, 1 or 3), uint8; or, if grey_levels is None, points (N, D)
@@ -51,8 +51,10 @@ def source_of_arrays(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarra
 
     Images are grey if all have three equal channels. Raises ValueError for anything else.
     """
-    images = []
-    for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
+    given, images = [("train", x_train, y_train)], []
+    if x_test is not None and y_test is not None:
+        given.append(("test", x_test, y_test))
+    for part, x, y in given:
         if grey_levels is None:
             if x.ndim != 2 or x.dtype.kind not in "iuf":
                 raise ValueError(f"x_{part} has shape {x.shape} and type {x.dtype}: points must be "
@@ -63,20 +65,29 @@ def source_of_arrays(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarra
                              "uint8, of shape (N, H, W) or (N, H, W, 3)")
         if not x.size:
             raise ValueError(f"x_{part} is empty")
-        if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < -1:
+        if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
             raise ValueError(f"y_{part} has shape {y.shape} and type {y.dtype}: labels must be "
-                             f"integers of shape ({len(x)},), classes from 0, or -1 for none")
+                             f"integers of shape ({len(x)},)")
+        if y.min() < -1:
+            raise ValueError(f"y_{part} has a label {y.min()}: labels are classes from 0, or -1 "
+                             "for none")
         images.append(torch.from_numpy(x if x.ndim == 4 else x[..., None]))
-    n_classes = int(max(y_train.max(), y_test.max())) + 1
+    n_classes = int(max(y.max() for _, _, y in given)) + 1
     if n_classes > len(y_train):
         raise ValueError(f"there is a class {n_classes - 1}, and too few examples to have them all")
     if grey_levels is None:
         images = [x.to(torch.get_default_dtype()) for x in images]
     elif all((rows == rows[..., :1]).all() for x in images for rows in x.split(ROWS)):
         images = [x[..., :1] for x in images]
-    train_x, test_x = (x.permute(0, 3, 1, 2).contiguous() for x in images)
-    train_y, test_y = (torch.from_numpy(y.astype(np.int64)) for y in (y_train, y_test))
-    return Source(train_x, train_y, test_x, test_y, tuple(map(str, range(n_classes))))
+    else:
+        images = [x.expand(-1, -1, -1, 3) for x in images]
+    if len({x.shape[1:] for x in images}) > 1:
+        raise ValueError(f"x_train has shape {x_train.shape}, and x_test has shape "
+                         f"{given[1][1].shape}: all must be of one size")
+    train, *test = ((x.permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y.astype(np.int64)))
+                    for x, (_, _, y) in zip(images, given))
+    test_x, test_y = test[0] if test else (part[:0] for part in train)
+    return Source(*train, test_x, test_y, tuple(map(str, range(n_classes))))
 
 
 def choose_labelled(y: np.ndarray, classes: Sequence[str], supervised: int | str | Sequence[int],
@@ -95,6 +106,8 @@ def choose_labelled(y: np.ndarray, classes: Sequence[str], supervised: int | str
     numbers = integers(supervised)
     if numbers == 0:
         return np.arange(0)
+    if not len(given):
+        raise BadInput("no training example has a label: for the density alone set supervised to 0")
     of_class = [rng.permutation(np.flatnonzero(y == k)) for k in range(n_classes)]
     counts = [1] * n_classes if isinstance(numbers, int) else numbers
     if len(counts) != n_classes:
@@ -106,7 +119,7 @@ def choose_labelled(y: np.ndarray, classes: Sequence[str], supervised: int | str
                            f"{len(members) or 'none'} of class {name}, and {count} would be needed")
     if not isinstance(numbers, int):
         return np.sort(np.concatenate([m[:count] for m, count in zip(of_class, counts)]))
-    if numbers == -1 and len(given):
+    if numbers == -1:
         return given
     if not n_classes <= numbers <= len(given):
         raise BadInput(f"supervised must be at least one for each of the {n_classes} classes and "
@@ -168,15 +181,22 @@ def read_indices(path: str | Path) -> np.ndarray:
         raise BadInput(f"{path} does not consist of indices of examples") from None
 
 
-def listed(path: str | Path, kept: np.ndarray) -> np.ndarray:
+def listed(path: str | Path, kept: np.ndarray, y: np.ndarray,
+           classes: Sequence[str]) -> np.ndarray:
     """The places in `kept` of the indices in the file at `path`, as a run's labelled.txt has them.
 
-    Raises BadInput if it has others, or none.
+    y: the classes of the examples in `kept`; classes: the names of all. Raises BadInput if the file
+    lists others, one of them twice, one without a label, or none of a class.
     """
     ids = read_indices(path)
-    if not len(ids):
-        raise BadInput(f"{path}, the file labelled, lists no examples")
     if len(missing := np.setdiff1d(ids, kept)):
         raise BadInput(f"{path} has {missing[0]}, which is not among the training examples, or is "
                        "set aside for validation")
-    return np.searchsorted(kept, ids)
+    places = np.searchsorted(kept, ids)
+    if (without := y[places] < 0).any():
+        raise BadInput(f"{path} has {ids[without][0]}, an example without a label")
+    if absent := set(range(len(classes))) - set(y[places]):
+        raise BadInput(f"{path} has no example of class {classes[min(absent)]}")
+    if len(twice := np.flatnonzero(np.bincount(places) > 1)):
+        raise BadInput(f"{path} has {kept[twice[0]]} twice")
+    return places

@@ -6,6 +6,7 @@ which writes those of a run to its directory. experiments/pictures.py has comman
 
 import contextlib
 import itertools
+import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +46,7 @@ LEGEND = 150                        # characters that fit below three panels
 IMAGES_PER_CLASS, POINTS_PER_CLASS = 10, 1000
 PADDING = 0.5                       # the grey between images
 TEMPERATURE = 0.7                   # of a run's second picture of samples
-TITLE = 11                          # points
+TITLE, CHARACTERS = 11, 12          # of a title: points; characters of an inch
 LONGEST_CLASS = 16                  # characters of a name in pictures
 FORMATS = (".png", ".pdf", ".svg")
 
@@ -231,11 +232,12 @@ def draw_grid(x: Tensor, title: str) -> tuple[Figure, Axes]:
 
     finite = x.isfinite().flatten(2).all(2)                                 # (rows, columns)
     x = x.where(finite[:, :, None, None, None], PADDING)
-    title += left_out(int((~finite).sum()), finite.numel())
     rows, columns = x.shape[:2]
+    width = max(columns * 0.6 + 0.5, 4.2)
+    title = (textwrap.fill(title, int(CHARACTERS * width))
+             + left_out(int((~finite).sum()), finite.numel()))
     grid = make_grid(x.flatten(0, 1).clamp(0, 1), nrow=columns, padding=1, pad_value=PADDING)
-    figure = Figure(figsize=(max(columns * 0.6 + 0.5, 4.2), rows * 0.6 + 0.8),     # of the title
-                    layout="constrained")
+    figure = Figure(figsize=(width, rows * 0.6 + 0.8), layout="constrained")
     axes = figure.subplots()
     axes.imshow(grid.permute(1, 2, 0).numpy(), vmin=0, vmax=1, interpolation="nearest")
     axes.set_title(title, fontsize=TITLE)

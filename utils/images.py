@@ -25,8 +25,8 @@ def load_folder(settings: Settings) -> Source:
     """The images in settings.data_root: train/CLASS/*, train/unlabelled/* and test/CLASS/*, also in
     folders within these. A class is a folder of train; they are in alphabetical order.
 
-    settings: data_root; image_size; supervised, with 0 the classes of test images do not matter;
-        pretrained, with which nothing is written
+    settings: data_root; image_size; test, without which there are no test images; supervised, with
+        0 their classes do not matter; pretrained, with which nothing is written
 
     Images are grey if all of them are, or have three equal channels; else they have three channels.
     What takes more than CACHE_SECONDS is kept in a cache in the folder of runs. Raises BadInput if
@@ -34,10 +34,10 @@ def load_folder(settings: Settings) -> Source:
     another size than the others.
     """
     root = Path(settings.data_root)
-    train, test = _files(root / "train"), _files(root / "test")
+    train, test = _files(root / "train"), _files(root / "test") if settings.test else {}
     classes = [name for name in train if name.lower() not in UNLABELLED]
     unknown = [name for name in test if name not in classes and name.lower() not in UNLABELLED]
-    if unknown and settings.supervised:
+    if classes and unknown and settings.supervised:
         raise BadInput(f"{root / 'test'} has a class {unknown[0]}, and {root / 'train'} has none")
     number = {name: k for k, name in enumerate(classes)}
     paths = [path for part in (train, test) for files in part.values() for path in files]
@@ -78,6 +78,8 @@ def _files(folder: Path) -> dict[str, list[Path]]:
             below[:] = sorted(b for b in below if not b.startswith(".")
                               and os.path.realpath(os.path.join(parent, b)) not in seen)
             files += [Path(parent, file) for file in sorted(names) if is_image(file)]
+        if not files and name.lower() in UNLABELLED:
+            continue
         if not files:
             raise BadInput(f"there are no images in {place}: {', '.join(IMG_EXTENSIONS)}")
         found[name] = files
@@ -153,19 +155,20 @@ def _read(path: Path, image_size: int) -> np.ndarray:
 
 
 def load_arrays(settings: Settings) -> Source:
-    """The arrays in the .npz file settings.data_root: x_train, y_train, x_test and y_test, images
-    and labels as in `source_of_arrays`. Raises BadInput for anything else."""
-    path = settings.data_root
+    """The arrays in the .npz file settings.data_root: x_train, y_train and, with settings.test,
+    x_test and y_test, as in `source_of_arrays`. Raises BadInput for anything else."""
+    path, names = settings.data_root, ARRAYS if settings.test else ARRAYS[:2]
     try:
         with open(path, "rb") as f, np.load(f) as file:
-            arrays = {name: file[name] for name in ARRAYS if name in file}
+            arrays = {name: file[name] for name in names if name in file}
     except MemoryError:
         raise
     except Exception as e:      # damaged files raise errors of many types
+        reason = one_line(e) if isinstance(e, OSError | ValueError) else type(e).__name__
         raise BadInput(f"{path}, the data_root of data npz, is no .npz file that can be read "
-                       f"({type(e).__name__})") from None
-    if missing := [name for name in ARRAYS if name not in arrays]:
-        raise BadInput(f"{path} has no {missing[0]}: data npz takes {', '.join(ARRAYS)}")
+                       f"({reason})") from None
+    if missing := [name for name in names if name not in arrays]:
+        raise BadInput(f"{path} has no {missing[0]}: data npz takes {', '.join(names)}")
     try:
         return source_of_arrays(**arrays)
     except ValueError as e:

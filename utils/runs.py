@@ -148,10 +148,8 @@ class Run(exman.parser.ExmanDirectory):
             return ""
         command, how = self.resume_command, ""
         if diverged:
-            here = [] if started_in(str(self.run)) == Path.cwd() else [
-                "--data_root", settings.data_root]      # the config's is seen from there
             command, how = shlex.join([
-                "python", sys.argv[0], "--config", from_here(self.run / PARAMS_FILE), *here,
+                "python", sys.argv[0], "--config", from_here(self.run / PARAMS_FILE),
                 "--initial_weights", from_here(self.run), "--lr", f"{settings.lr / 10:g}",
             ]), " with a lower learning rate"
         return f". The last good checkpoint is {checkpoint}; to go on from it{how}: {command}"

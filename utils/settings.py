@@ -324,6 +324,9 @@ class SettingsParser(RunParser):
             self.error(f"no file {s.pretrained}")       # before any data are loaded
         if s.pretrained != SHIPPED and os.path.isdir(s.pretrained):
             s = self._parse_evaluated(s.pretrained, argv)
+        if os.path.basename(s.config_file or "") == PARAMS_FILE and not (
+                s.resume or "--data_root" in names_of_options(argv)):
+            s.data_root = data_root_of_run(s.data_root, os.path.dirname(s.config_file))
         if os.path.isdir(s.initial_weights):
             s.initial_weights = str(weights_of_run(s.initial_weights))
         of_labels = [key for key in ("cl_weight", "cons_weight", "vat_weight", "spread_labels")
@@ -406,12 +409,9 @@ class SettingsParser(RunParser):
         params = Path(run_dir, PARAMS_FILE)
         if not params.is_file():
             self.error(f"{run_dir} is not the directory of a run: it has no {params.name}")
-        names = names_of_options(argv)
-        if "--config" not in names:
+        if "--config" not in names_of_options(argv):
             argv = ["--config", str(params), *argv]
         settings = self._parse(argv)
-        if not {"--config", "--data_root"} & set(names):
-            settings.data_root = data_root_of_run(settings.data_root, run_dir)
         settings.pretrained = str(weights_of_run(run_dir, settings.weights == "averaged"))
         return settings
 
