@@ -25,36 +25,24 @@ PIXELS: dict[str, Callable[..., Bijection]] = {     # (shape, grey_levels=...)
 # The options that describe a model. The defaults describe the paper's MNIST run.
 MODEL_OPTIONS: dict[str, tuple[Option, ...]] = {
     "f_w: the large flow, independent of y": (
-        Option("model", str, "mnist-masked", "architecture", choices=(*FLOWS, "pyramid")),
-        Option("pixels", str, "logit",
-               "its first layer, for images: logit, or marginal: each pixel's values are "
-               "transformed to a Gaussian by their distribution in the training images",
-               choices=tuple(PIXELS)),
-        Option("width", int, 0, "channels of its networks, except toy's; 0: the model's default",
-               low=0, high=4096),
-        Option("n_blocks", int, 0, "residual blocks of these networks; 0: the model's default",
-               low=0, high=100),
-        Option("position_bias", bool, False, "give them a learned bias per pixel"),
-        Option("conv", str, "full", "invertible 1x1 convolutions", choices=tuple(CONVS)),
-        Option("hh_factors", int, 2, "Householder reflections of conv qr, qr-abs and hh", low=1,
-               high=1000),
-        Option("l", int, 8, "flow steps of model toy", low=1, high=1000),
+        Option("model", str, "mnist-masked", choices=(*FLOWS, "pyramid")),
+        Option("pixels", str, "logit", choices=tuple(PIXELS)),
+        Option("width", int, 0, low=0, high=4096),
+        Option("n_blocks", int, 0, low=0, high=100),
+        Option("position_bias", bool, False),
+        Option("conv", str, "full", choices=tuple(CONVS)),
+        Option("hh_factors", int, 2, low=1, high=1000),
+        Option("l", int, 8, low=1, high=1000),
     ),
     "h_phi: the small flow, conditioned on y": (
-        Option("ssl_model", str, "cond-flow",
-               "cond-flow (SCNF-GLOW), cond-shift (SCNF-GMM), or cond-gmm, SCNF-GMM with a "
-               "diagonal covariance of each class", choices=tuple(HEADS)),
-        Option("ssl_dim", int, 196, "dimensions of z_f, an even number; -1: all of z; -2: a "
-               "quarter of z, 196 for MNIST", low=2, also=(-1, -2)),
-        Option("ssl_l", int, 2, "levels of cond-flow", low=1, high=100),
-        Option("ssl_k", int, 4, "flow steps per level of cond-flow", low=1, high=1000),
-        Option("ssl_hd", int, 256, "width of the networks of cond-flow", low=1, high=4096),
-        Option("ssl_std", float, 1.0,
-               "standard deviation of the means of cond-shift and cond-gmm at the start",
-               low=0, open_below=True),
-        Option("ssl_conv", str, "full", "invertible 1x1 convolutions", choices=tuple(CONVS)),
-        Option("ssl_hh", int, 2, "Householder reflections of ssl_conv qr, qr-abs and hh", low=1,
-               high=1000),
+        Option("ssl_model", str, "cond-flow", choices=tuple(HEADS)),
+        Option("ssl_dim", int, 196, low=2, also=(-1, -2)),
+        Option("ssl_l", int, 2, low=1, high=100),
+        Option("ssl_k", int, 4, low=1, high=1000),
+        Option("ssl_hd", int, 256, low=1, high=4096),
+        Option("ssl_std", float, 1.0, low=0, open_below=True),
+        Option("ssl_conv", str, "full", choices=tuple(CONVS)),
+        Option("ssl_hh", int, 2, low=1, high=1000),
     ),
 }
 
@@ -79,7 +67,7 @@ def build_model(settings: Mapping[str, Any] | SimpleNamespace | argparse.Namespa
         raise ValueError(f"data_shape must be (C, H, W), not {tuple(data_shape)}")
     for name, number, least in (*(("a side of data_shape", side, 1) for side in data_shape),
                                 ("n_classes", n_classes, 1), ("grey_levels", grey_levels, 2)):
-        problem = Option(name, int, least, "", low=least).problem(number)
+        problem = Option(name, int, least, low=least).problem(number)
         if number is not None and problem:
             raise ValueError(f"{name} {problem}")
     given = settings if isinstance(settings, Mapping) else vars(settings)

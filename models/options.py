@@ -17,7 +17,6 @@ class Option:
     name: on the command line, with two hyphens before it, and in a config file.
     type: int, float, bool, or another function of the text that is given.
     default: the value if none is given.
-    help: what it means, for `--help`.
     choices: the values that a word may have; (): any.
     low, high: the range of a number, which has a `low` always; high: None for that of LARGEST.
     open_below: whether a number has to be more than `low`.
@@ -28,7 +27,6 @@ class Option:
     name: str
     type: Callable[[str], Any]
     default: Any
-    help: str
     choices: tuple[str, ...] = ()
     low: float | None = None
     high: float | None = None

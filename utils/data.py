@@ -44,13 +44,13 @@ class Augmentation(NamedTuple):
 
 # Arguments that are numbers or words.
 ARGUMENTS = {option.name: option for option in (
-    Option("grey_levels", int, 256, "of images", low=2),
-    Option("sup_sample_weight", float, 0.5, "", low=0, open_below=True, also=(-1,)),
-    Option("clf_noise", str, "true", "", choices=("true", "train", "false")),
-    Option("spread_labels", float, 0, "", low=0, high=1 - 1e-9),
-    Option("rotation", float, 0, "", low=0, high=180),
-    Option("scaling", float, 0, "", low=0, high=0.9), Option("shift", float, 0, "", low=0),
-    Option("validation", int, 0, "", low=0), Option("seed", int, 0, "", low=0))}
+    Option("grey_levels", int, 256, low=2),
+    Option("sup_sample_weight", float, 0.5, low=0, open_below=True, also=(-1,)),
+    Option("clf_noise", str, "true", choices=("true", "train", "false")),
+    Option("spread_labels", float, 0, low=0, high=1 - 1e-9),
+    Option("rotation", float, 0, low=0, high=180),
+    Option("scaling", float, 0, low=0, high=0.9), Option("shift", float, 0, low=0),
+    Option("validation", int, 0, low=0), Option("seed", int, 0, low=0))}
 
 
 class SemiSupervisedData:

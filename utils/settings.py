@@ -7,6 +7,7 @@ import argparse
 import difflib
 import itertools
 import os
+import re
 import reprlib
 import sys
 from collections import Counter
@@ -24,6 +25,7 @@ from . import Settings
 from .datasets import DATASETS
 from .errors import BadInput, given_twice, names_of_options
 from .examples import integers
+from .files import PROJECT
 from .runs import PARAMS_FILE, RunParser, read_params, relative_to, started_in
 from .terminal import NO_BREAK, say
 
@@ -68,118 +70,70 @@ def _weights(text: str) -> str:
     return os.path.join(".", text) if text == SHIPPED else _path(text)      # a file of that name
 
 
-# All options, in the groups and the order of config.yaml, which explains them at length.
+# All options, in the groups and the order of config.yaml, whose comments explain them.
 OPTION_GROUPS: dict[str, tuple[Option, ...]] = {
     "Run": (
-        Option("name", _name, "", "suffix of the run directory's name"),
-        Option("seed", int, 0, "seed of initial weights, batches and dequantisation noise", low=0),
+        Option("name", _name, ""),
+        Option("seed", int, 0, low=0),
     ),
     "Data": (
-        Option("data", str, "mnist", "dataset", choices=tuple(DATASETS)),
-        Option("data_root", _path, "data", "folder that contains MNIST/raw; of data folder: "
-               "the one with train and test; of data npz: the file", resumable=True),
-        Option("image_size", int, 0, "crop the images of data folder to squares, and resize them "
-               "to so many pixels; 0: as they are", low=0, high=4096),
-        Option("num_examples", int, -1, "training examples; -1: all, or 1000 points",
-               low=1, high=10**6, also=(-1,)),
-        Option("data_seed", int, 0,
-               "seed of the choice of labelled examples and num_examples, and of the points",
-               low=0),
-        Option("validation", int, 0,
-               "training examples that are set aside, to choose settings and weights by", low=0,
-               high=10**6),
-        Option("test", bool, True, "evaluate the test set; false: only validation examples",
-               resumable=True),
-        Option("supervised", _supervised, 100, "labelled examples, or a number for each "
-               "class: 5,5,20; -1: all that have labels; 0: none, for the density alone"),
-        Option("labelled", _path_from_anywhere, "",
-               "file of the indices of the labelled examples, such as the labelled.txt of a run, "
-               "in place of supervised"),
-        Option("sup_sample_weight", float, 0.5,
-               "w: a row of a batch is labelled with probability w / (1 + w); -1: the share of "
-               "labelled examples", low=0, open_below=True, also=(-1,)),
+        Option("data", str, "mnist", choices=tuple(DATASETS)),
+        Option("data_root", _path, "data", resumable=True),
+        Option("image_size", int, 0, low=0, high=4096),
+        Option("num_examples", int, -1, low=1, high=10**6, also=(-1,)),
+        Option("data_seed", int, 0, low=0),
+        Option("validation", int, 0, low=0, high=10**6),
+        Option("test", bool, True, resumable=True),
+        Option("supervised", _supervised, 100),
+        Option("labelled", _path_from_anywhere, ""),
+        Option("sup_sample_weight", float, 0.5, low=0, open_below=True, also=(-1,)),
     ),
     "Optimisation": (
-        Option("optimizer", str, "adamax", "optimiser", choices=("adamax", "adam")),
-        Option("lr", float, 1e-3, "learning rate", low=0, open_below=True),
-        Option("lr_schedule", str, "linear",
-               "no: constant; linear: to zero, per epoch; cosine: to zero, per training step",
-               choices=("no", "linear", "cosine")),
-        Option("warmup_steps", int, 0, "training steps of linear warm-up", low=0),
-        Option("weight_decay", float, 1e-5, "L2 penalty", low=0),
-        Option("epochs", int, 500, "epochs of ceil(training examples / train_bs) training steps",
-               low=1, resumable=True),
-        Option("train_bs", int, 256, "batch size in training", low=2, high=2**16),
-        Option("test_bs", int, 512, "batch size in evaluation", low=1),
-        Option("ema", float, 0.0, "decay of a moving average of the weights; 0: none",
-               low=0, high=1 - 1e-9),
-        Option("log_each", int, 2, "epochs between evaluations, log lines and checkpoints",
-               low=1, resumable=True),
+        Option("optimizer", str, "adamax", choices=("adamax", "adam")),
+        Option("lr", float, 1e-3, low=0, open_below=True),
+        Option("lr_schedule", str, "linear", choices=("no", "linear", "cosine")),
+        Option("warmup_steps", int, 0, low=0),
+        Option("weight_decay", float, 1e-5, low=0),
+        Option("epochs", int, 500, low=1, resumable=True),
+        Option("train_bs", int, 256, low=2, high=2**16),
+        Option("test_bs", int, 512, low=1),
+        Option("ema", float, 0.0, low=0, high=1 - 1e-9),
+        Option("log_each", int, 2, low=1, resumable=True),
     ),
     **MODEL_OPTIONS,
     "Loss": (
-        Option("ssl_alg", str, "sgd",
-               "likelihood of unlabelled images: sgd: log p(x); em: E_q log p(x, y), where "
-               "q = p(y | x) gets no gradient", choices=("sgd", "em")),
-        Option("sup_weight", float, 1.0, "weight of log p(x, y) relative to log p(x)",
-               low=0, open_below=True),
-        Option("cl_weight", float, 0.0, "weight of the cross-entropy of labelled rows", low=0),
+        Option("ssl_alg", str, "sgd", choices=("sgd", "em")),
+        Option("sup_weight", float, 1.0, low=0, open_below=True),
+        Option("cl_weight", float, 0.0, low=0),
     ),
     "Loss beyond the paper": (
-        Option("cons_weight", float, 0.0, "weight of the consistency term: a confident p(y | x) "
-               "of an unlabelled image is the target for its augmented copy", low=0),
-        Option("target_weights", str, "last", "which weights give the targets of cons_weight",
-               choices=("last", "averaged")),
-        Option("vat_weight", float, 0.0,
-               "weight of virtual adversarial training, in model pyramid", low=0),
-        Option("vat_eps", float, 2.0, "Euclidean norm of vat_weight's perturbation of an image",
-               low=0, open_below=True),
-        Option("spread_labels", float, 0.0, "weight, in the prior of the targets of the "
-               "consistency term, of label spreading over the training images",
-               low=0, high=1 - 1e-9),
-        Option("clf_noise", str.lower, "true", "which images are classified with dequantisation "
-               "noise: config.yaml explains it", choices=("true", "train", "false")),
-        Option("aug_rotation", float, -1.0, "largest rotation of an augmented copy, degrees; "
-               "-1: the data's", low=0, high=180, also=(-1,)),
-        Option("aug_scaling", float, -1.0, "largest change of size of a copy, as a share; "
-               "-1: the data's", low=0, high=0.9, also=(-1,)),
-        Option("aug_shift", float, -1.0, "largest translation of a copy, pixels; -1: the data's",
-               low=0, high=1000, also=(-1,)),
+        Option("cons_weight", float, 0.0, low=0),
+        Option("target_weights", str, "last", choices=("last", "averaged")),
+        Option("vat_weight", float, 0.0, low=0),
+        Option("vat_eps", float, 2.0, low=0, open_below=True),
+        Option("spread_labels", float, 0.0, low=0, high=1 - 1e-9),
+        Option("clf_noise", str.lower, "true", choices=("true", "train", "false")),
+        Option("aug_rotation", float, -1.0, low=0, high=180, also=(-1,)),
+        Option("aug_scaling", float, -1.0, low=0, high=0.9, also=(-1,)),
+        Option("aug_shift", float, -1.0, low=0, high=1000, also=(-1,)),
     ),
     "Evaluation": (
-        Option("pretrained", _weights, "",
-               "evaluate the weights in FILE, or of a run's directory, and stop; without a value, "
-               "those shipped for the config"),
-        Option("weights", str, "last", "which weights of a checkpoint.pt to evaluate",
-               choices=("last", "averaged"), resumable=True),
-        Option("draws", int, 1, "samples of the dequantisation noise over which to average",
-               low=1, high=1000, resumable=True),
+        Option("pretrained", _weights, ""),
+        Option("weights", str, "last", choices=("last", "averaged"), resumable=True),
+        Option("draws", int, 1, low=1, high=1000, resumable=True),
     ),
     "Where and how": (
-        Option("initial_weights", _path_from_anywhere, "",
-               "start from the weights in FILE, not from random ones"),
-        Option("resume", _path, "", "continue the run in this directory", resumable=True),
-        Option("device", str, "auto", "auto, cpu, cuda or cuda:N; auto: cuda if available",
-               resumable=True),
-        Option("threads", int, 0, "CPU threads; 0: PyTorch's number or, if training "
-               "measures that it is faster, 1",
-               low=0, high=4096, resumable=True),
-        Option("time_limit", float, 0.0,
-               "minutes of this start after which the run stops with a checkpoint; 0: no limit",
-               low=0, resumable=True),
+        Option("initial_weights", _path_from_anywhere, ""),
+        Option("resume", _path, "", resumable=True),
+        Option("device", str, "auto", resumable=True),
+        Option("threads", int, 0, low=0, high=4096, resumable=True),
+        Option("time_limit", float, 0.0, low=0, resumable=True),
     ),
     "Speed": (
-        Option("precision", str, "auto", "of the couplings' networks; auto: bf16 for images on a "
-               "GPU that supports it, or if training measures on a CPU that it is faster; else "
-               "fp32; tf32: of convolutions, on a GPU",
-               choices=("auto", "fp32", "tf32", "bf16"), resumable=True),
-        Option("compile", str, "auto", "torch.compile; auto: on a GPU",
-               choices=("auto", "off", "on"), resumable=True),
-        Option("cuda_graph", str, "auto", "a training step as one CUDA graph; auto: on one GPU",
-               choices=("auto", "off", "on"), resumable=True),
-        Option("micro_bs", int, 0, "micro-batch size, over which a training step accumulates "
-               "gradients; 0: chosen to save memory on a CPU, on a GPU the batch",
-               low=0, resumable=True),
+        Option("precision", str, "auto", choices=("auto", "fp32", "tf32", "bf16"), resumable=True),
+        Option("compile", str, "auto", choices=("auto", "off", "on"), resumable=True),
+        Option("cuda_graph", str, "auto", choices=("auto", "off", "on"), resumable=True),
+        Option("micro_bs", int, 0, low=0, resumable=True),
     ),
 }
 OPTIONS = {option.name: option for group in OPTION_GROUPS.values() for option in group}
@@ -243,6 +197,13 @@ def read_settings(argv: Sequence[str] | None = None, fixed: Sequence[str] = ()
     return parser, parser.read([*argv, *fixed])
 
 
+def _explanations() -> dict[str, str]:
+    """What config.yaml says of each option, as argparse wants it."""
+    text = (PROJECT / "config.yaml").read_text("utf-8")
+    return {name: " ".join(re.findall(r"# *(.*)", lines)).replace("%", "%%")
+            for name, lines in re.findall(r"^(\w+):(.*(?:\n +#.*)*)", text, re.MULTILINE)}
+
+
 def _boolean(text: str) -> bool:
     if text.lower() not in ("true", "false", "yes", "no", "on", "off", "1", "0"):
         raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
@@ -277,12 +238,13 @@ class SettingsParser(RunParser):
             add_env_var_help=False, conflict_handler="resolve",     # our `name` replaces exman's
             config_file_open_func=_open,
             description="Train or evaluate a semi-conditional normalizing flow; see config.yaml.")
+        explained = {"resume": "continue the run in this directory", **_explanations()}
         for title, options in OPTION_GROUPS.items():
             group = self.add_argument_group(title)
             for option in options:
                 group.add_argument(
                     f"--{option.name}", type=_converter(option), default=option.default,
-                    help=f"{option.help} (default: {option.default!r})",
+                    help=f"{explained[option.name]} (default: {option.default!r})",
                     choices=option.choices or None,
                     metavar="true|false" if option.type is bool else None)
         for action in self._actions:
