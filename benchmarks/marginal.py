@@ -24,7 +24,6 @@ fit into memory.
 
 import argparse
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -50,7 +49,7 @@ from models.scnf import DiagonalGaussian
 from training.device import device_name
 from utils.errors import BadInput, OneLineParser, check_output, run_command
 from utils.figures import FORMATS, save
-from utils.files import atomic_write
+from utils.files import write_json
 
 BATCH, SAMPLES = 64, 100
 F_W = {"model": "mnist-glow", "ssl_l": 1, "ssl_hd": 64}      # sizes of configs/mnist-glow.yaml
@@ -320,8 +319,7 @@ def main(argv=None):
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args(argv)
     for path, suffixes in ((args.json, ()), (args.picture, FORMATS)):
-        if path:
-            check_output(path, suffixes)
+        check_output(path, suffixes)
     if min(*args.classes, args.rounds, args.threads) < 1 or any(
             side % 4 or side < 8 for side in args.sides):
         raise BadInput("classes, rounds and threads must be at least 1, and sides multiples of 4 "
@@ -332,8 +330,7 @@ def main(argv=None):
     for side, k in itertools.product(dict.fromkeys(args.sides), sorted(set(args.classes))):
         rows += measure((1, side, side), k, args.rounds, args.longest)
         if args.json:                               # also of a run that is stopped early
-            with atomic_write(args.json) as f:
-                f.write(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+            write_json(args.json, {**about, "rows": rows})
     table = pd.DataFrame(rows)
     print(f"PyTorch {torch.__version__} on {about['device']}")
     print(table.to_string(index=False, float_format="{:.1f}".format))

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import gc
 import itertools
-import json
 import platform
 import resource
 import statistics
@@ -24,7 +23,7 @@ from training.speed import WARM_UP_CALLS, Speed
 from utils.data import SemiSupervisedData
 from utils.datasets import DATASETS
 from utils.errors import BadInput, OneLineParser, check_output, value_errors_as_bad_input
-from utils.files import atomic_write
+from utils.files import write_json
 from utils.settings import read_settings
 
 NAME_LENGTH = 100               # of a kernel, in the profile
@@ -59,8 +58,7 @@ def read_arguments(description, count, default, what):
         raise BadInput(f"--profile must be at least 0, not {args.profile}")
     if getattr(args, count) < 1:
         raise BadInput(f"{count} must be at least 1, not {getattr(args, count)}")
-    if args.json:
-        check_output(args.json)
+    check_output(args.json)
     if settings.cons_weight and DATASETS[settings.data].grey_levels is None:
         raise BadInput(f"cons_weight needs images, for augmentation; {settings.data} has points")
     device = set_up_torch(settings, Processes())
@@ -289,5 +287,4 @@ def report(title, device, limits, rows, columns, path):
     if path:
         content = {"title": title, "torch": torch.__version__, "device": device_name(device),
                    "limits_tflops": limits, "modes": rows}
-        with atomic_write(path) as f:
-            f.write(json.dumps(content, indent=1) + "\n")
+        write_json(path, content)

@@ -14,7 +14,6 @@ and of classifying the test examples (without the search), the chosen settings.
 """
 
 import itertools
-import json
 import sys
 import time
 import warnings
@@ -40,7 +39,7 @@ from training.distributed import Processes
 from training.device import set_up_torch
 from utils.datasets import check_test_images, load_data
 from utils.errors import BadInput, OneLineParser, check_output, run_command
-from utils.files import atomic_write
+from utils.files import write_json
 from utils.label_spreading import NEIGHBOURS, orientation_histograms, spread_labels
 from utils.settings import read_settings
 from utils.terminal import bar
@@ -130,8 +129,7 @@ def main(argv=None):
                         metavar="NAME", help=f"of {', '.join(METHODS)}; default: all")
     parser.add_argument("--save", type=Path, metavar="FILE.json", help="write the results here")
     args, rest = parser.parse_known_args(argv)
-    if args.save:
-        check_output(args.save)
+    check_output(args.save)
     runs = [read_settings(rest, [f"--seed={seed}", f"--data_seed={seed}"])[1]
             for seed in args.seeds]
     device = set_up_torch(runs[0], Processes())
@@ -158,8 +156,7 @@ def main(argv=None):
                     for name, result in results.items()}}
     print(table(report))
     if args.save:
-        with atomic_write(args.save) as f:
-            f.write(json.dumps(report, indent=1, allow_nan=False) + "\n")
+        write_json(args.save, report)
 
 
 def why_not(method, data):

@@ -16,7 +16,6 @@ t-SNE; --save writes the latents of all images.
 """
 
 import itertools
-import json
 import sys
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from experiments.pictures import load
 from utils.datasets import check_test_images
 from utils.errors import OneLineParser, check_output, run_command
 from utils.figures import CLASS_COLOURS, FORMATS, TITLE, save
-from utils.files import atomic_write
+from utils.files import atomic_write, write_json
 from utils.terminal import bar
 
 PARTS = ("z_f", "z_h", "z_aux")
@@ -56,8 +55,7 @@ def main(argv=None):
     parser.add_argument("--json", type=Path, metavar="FILE.json")
     args, rest = parser.parse_known_args(argv)
     for path, suffixes in ((args.picture, FORMATS), (args.save, (".npz",)), (args.json, ())):
-        if path:
-            check_output(path, suffixes)
+        check_output(path, suffixes)
     model, data, settings = load(rest, ["--supervised", "-1", "--labelled="])    # all labels
     noise = torch.Generator(data.device).manual_seed(settings.seed)
     check_test_images(data)
@@ -74,8 +72,7 @@ def main(argv=None):
               "train": len(y), "test": len(test_y), "chance": chance, "parts": rows}
     show(report)
     if args.json:
-        with atomic_write(args.json) as f:
-            f.write(json.dumps(report, indent=1) + "\n")
+        write_json(args.json, report)
     if args.save:
         arrays = {f"{name}_{part}": z[part].cpu().numpy()
                   for name, z in (("train", train), ("test", test)) for part in PARTS}

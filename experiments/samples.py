@@ -11,7 +11,6 @@ are finite, and of as many test images with dequantisation noise. Prints these f
 writes too.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from experiments.pictures import MAX_TEMPERATURE, load
 from utils.datasets import check_test_images
 from utils.errors import (BadInput, Failed, OneLineParser, check_output, run_command,
                           value_errors_as_bad_input)
-from utils.files import atomic_write
+from utils.files import write_json
 
 
 @value_errors_as_bad_input()        # of a matrix in the weights that has no inverse
@@ -39,8 +38,7 @@ def main(argv=None):
                              "(default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE.json")
     args, rest = parser.parse_known_args(argv)
-    if args.json:
-        check_output(args.json)
+    check_output(args.json)
     if not all(0 <= t <= MAX_TEMPERATURE for t in args.temperatures):
         raise BadInput(f"--temperatures must be from 0 to {MAX_TEMPERATURE}")
     model, data, settings = load(rest, ["--supervised", "-1", "--labelled="])    # all labels
@@ -77,8 +75,7 @@ def main(argv=None):
             line += f"; inversion error {error:.1e}"
         print(line)
     if args.json:
-        with atomic_write(args.json) as f:
-            f.write(json.dumps(report, indent=1) + "\n")
+        write_json(args.json, report)
 
 
 def accuracy(classify, images, y):

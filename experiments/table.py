@@ -259,11 +259,7 @@ def spread(values, digits):
 
 
 def report(rows, runs, folder):
-    """Print the table and which `runs` are missing, and write them and the runs' figures.
-
-    rows: of the table, as from `row_of`.
-    folder: of table.md, table.csv and runs.csv.
-    """
+    """Print the table and which `runs` are missing, and write them and the runs' figures."""
     cells = [COLUMNS, ["---"] * len(COLUMNS), *rows]
     text = "\n".join(f"| {' | '.join(map(str, row))} |" for row in cells) + "\n"
     missing = {}                # {why: names}, as one reason often stops all

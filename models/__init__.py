@@ -80,9 +80,8 @@ def build_model(settings: Mapping[str, Any] | SimpleNamespace | argparse.Namespa
     dim = math.prod(data_shape)
     options.ssl_dim = {-1: dim, -2: dim // 8 * 2}.get(options.ssl_dim, options.ssl_dim)
     is_pyramid = options.model == "pyramid"
-    pixels = partial(PIXELS[options.pixels], grey_levels=grey_levels)
-    f_w = (pixel_pyramid if is_pyramid else FLOWS[options.model])(
-        tuple(data_shape), options, pixels)
+    options.first_layer = partial(PIXELS[options.pixels], grey_levels=grey_levels)
+    f_w = (pixel_pyramid if is_pyramid else FLOWS[options.model])(tuple(data_shape), options)
     if not 2 <= options.ssl_dim <= dim or options.ssl_dim % 2:
         raise ValueError(f"ssl_dim must be an even number from 2 to the data's {dim} dimensions "
                          f"(or -1 for all of them, -2 for a quarter), not {options.ssl_dim}")

@@ -27,13 +27,6 @@ def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
                          f"(B, {', '.join(map(str, shape))})")
 
 
-def check_type(name: str, x: Tensor, dtype: torch.dtype, is_image: bool) -> None:
-    """x, called `name`, has to be of type `dtype`."""
-    if x.dtype != dtype:
-        raise ValueError(f"{name} is of type {x.dtype}, and must be of {dtype}"
-                         f"{', with values in [0, 1]' * is_image}")
-
-
 @_disable_dynamo
 def check_values(name: str, x: Tensor, good: Tensor, is_image: bool) -> None:
     """`good`, of the shape of x, has to be true everywhere.
@@ -49,13 +42,6 @@ def check_values(name: str, x: Tensor, good: Tensor, is_image: bool) -> None:
     if is_image and ((x == 0) | (x == 1)).double().mean() > MOST:
         warnings.warn("most values of x are 0 or 1: log p(x) means nothing for images that are not "
                       "dequantised, x = (grey level + u) / levels", stacklevel=1)
-
-
-def check_same_length(z: Tensor, y: Tensor) -> None:
-    """There has to be a label in the tensor y for each row of z."""
-    check_tensor("y", y)
-    if len(z) != len(y):
-        raise ValueError(f"there are {len(y)} labels for {len(z)} rows")
 
 
 @_disable_dynamo

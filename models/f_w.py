@@ -23,15 +23,14 @@ from .conv1x1 import invertible_conv
 from .networks import PointNetwork, resnet3x3
 
 
-def masked_glow(shape: Shape, options: SimpleNamespace, pixels: Callable[[Shape], Bijection],
-                width: int, n_blocks: int, squeeze_first: bool = False,
-                padding_mode: str = "reflect") -> MultiScale:
+def masked_glow(shape: Shape, options: SimpleNamespace, width: int, n_blocks: int,
+                squeeze_first: bool = False, padding_mode: str = "reflect") -> MultiScale:
     """f_w for images: checkerboard and channel couplings on three scales.
 
     shape: (C, H, W)
-    options: conv and hh_factors; width and n_blocks, which override those below if positive;
-        position_bias, with which the networks know where in the image they are
-    pixels: makes the first layer
+    options: first_layer, called with the shape; conv and hh_factors; width and n_blocks, which
+        override those below if positive; position_bias, with which the networks know where in the
+        image they are
     width: channels of the couplings' networks
     n_blocks: residual blocks of these networks
     squeeze_first: whether the first squeeze precedes the first couplings, which then work on a
@@ -64,7 +63,7 @@ def masked_glow(shape: Shape, options: SimpleNamespace, pixels: Callable[[Shape]
             inv(c), ChannelCoupling(net(c // 2, c, size), net(c // 2, c, size)), ActNorm(c))]
 
     return MultiScale(shape, [
-        pixels(shape),
+        options.first_layer(shape),
         # C x H x W, and from the squeeze on 4C x H/2 x W/2
         *([Squeeze(), *checkerboard(4 * c, size2)] if squeeze_first else
           [*checkerboard(c, size1), Squeeze()]),
@@ -78,13 +77,11 @@ def masked_glow(shape: Shape, options: SimpleNamespace, pixels: Callable[[Shape]
     ])
 
 
-def toy_flow(shape: Shape, options: SimpleNamespace,
-             pixels: Callable[[Shape], Bijection]) -> MultiScale:
+def toy_flow(shape: Shape, options: SimpleNamespace) -> MultiScale:
     """f_w for points in the plane: `l` flow steps.
 
     shape: (2, 1, 1)
     options: l, conv and hh_factors
-    pixels: makes the first layer of an f_w for images; not used
 
     Raises ValueError for other shapes, and for options.pixels and options.position_bias, which are
     for images.

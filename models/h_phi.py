@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .bijections import ActNorm, ChannelCoupling, MultiScale, Split, split_size
-from .checks import check_labels, check_same_length, check_shape
+from .checks import check_labels, check_shape, check_tensor
 from .conv1x1 import invertible_conv
 from .networks import resnet1x1
 
@@ -56,7 +56,9 @@ class Conditional(nn.Module):
     def check(self, name: str, z: Tensor, y: Tensor) -> None:
         """Raise ValueError unless z, called `name`, is (B, ssl_dim) and y (B,) are labels."""
         check_shape(name, z, (self.dim,))
-        check_same_length(z, y)
+        check_tensor("y", y)
+        if len(z) != len(y):
+            raise ValueError(f"there are {len(y)} labels for {len(z)} rows")
         if self.checks_values:
             check_labels(y, self.n_classes)
 

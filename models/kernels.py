@@ -71,8 +71,7 @@ def extended(w: Tensor, size: int) -> Tensor:
 
 
 def beside(function: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Callable[[], Tensor]:
-    """Start a function of `inputs` on a GPU's side stream -> a function that waits for its result.
-    """
+    """Start a function of `inputs` on a side stream -> a function that waits for its result."""
     if not inputs[0].is_cuda or torch.distributed.is_initialized():     # hooks expect one stream
         return function
     main, side = torch.cuda.current_stream(), _side_stream(inputs[0].device)

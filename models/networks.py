@@ -167,8 +167,7 @@ def resnet3x3(c_in: int, c_out: int, width: int = 64, n_blocks: int = 4,
 
 
 def resnet1x1(c_in: int, c_out: int, width: int = 256, n_blocks: int = 4) -> ResNet:
-    """A ResNet of linear layers, which are 1x1 convolutions of one pixel: (B, c_in) -> (B, c_out).
-    """
+    """A ResNet of linear layers, 1x1 convolutions of one pixel: (B, c_in) -> (B, c_out)."""
     return ResNet(Linear, c_in, c_out, width, n_blocks)
 
 

@@ -12,33 +12,20 @@ LARGEST: dict[Any, float] = {int: 2**31 - 1, float: 1e30}       # `high` by the 
 
 @dataclass(frozen=True)
 class Option:
-    """One option: a row of the table of options.
+    """One option: a row of the table of options."""
 
-    name: on the command line, with two hyphens before it, and in a config file.
-    type: int, float, bool, or another function of the text that is given.
-    default: the value if none is given.
-    choices: the values that a word may have; (): any.
-    low, high: the range of a number, which has a `low` always; high: None for that of LARGEST.
-    open_below: whether a number has to be more than `low`.
-    also: other values that a number may have, outside the range.
-    resumable: whether a resumed run may change it.
-    """
-
-    name: str
-    type: Callable[[str], Any]
+    name: str                       # on the command line, after two hyphens, and in a config file
+    type: Callable[[str], Any]      # int, float, bool, or another function of the text
     default: Any
-    choices: tuple[str, ...] = ()
-    low: float | None = None
-    high: float | None = None
-    open_below: bool = False
-    also: tuple[float, ...] = ()
-    resumable: bool = False
+    choices: tuple[str, ...] = ()   # the values that a word may have; (): any
+    low: float | None = None        # a number always has one
+    high: float | None = None       # None: that of LARGEST
+    open_below: bool = False        # whether a number has to be more than `low`
+    also: tuple[float, ...] = ()    # other values of a number, outside the range
+    resumable: bool = False         # whether a resumed run may change it
 
     def problem(self, value: Any) -> str:
-        """Say what is wrong with a value; "" if it is allowed.
-
-        value: of this option.
-        """
+        """What is wrong with a value; "" if it is allowed."""
         kind = TYPES.get(self.type)
         if kind and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
             return f"must be of type {self.type.__name__}, not {value!r}"

@@ -12,16 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bijections import (
-    Affine,
-    Bijection,
-    ChannelCoupling,
-    MultiScale,
-    Shape,
-    Split,
-    scale_shift,
-    sum_per_sample,
-)
+from .bijections import (Affine, Bijection, ChannelCoupling, MultiScale, Shape, Split, scale_shift,
+                         sum_per_sample)
 from .conv1x1 import invertible_conv
 from .marginal import MarginalGaussian, grey_value, normal_quantile
 from .networks import Network, resnet1x1, resnet3x3
@@ -308,10 +300,9 @@ class PixelPyramid(SemiConditionalFlow):
         return self.log_zf_joint(z_f)
 
 
-def pixel_pyramid(shape: Shape, options: SimpleNamespace, pixels: Callable[[Shape], Bijection],
-                  width: int = 64, n_blocks: int = 2, n_bins: int = 32, n_maps: int = 8,
-                  shift_width: int = 64, shift_blocks: int = 2, vector_width: int = 512,
-                  vector_steps: int = 3) -> MultiScale:
+def pixel_pyramid(shape: Shape, options: SimpleNamespace, width: int = 64, n_blocks: int = 2,
+                  n_bins: int = 32, n_maps: int = 8, shift_width: int = 64, shift_blocks: int = 2,
+                  vector_width: int = 512, vector_steps: int = 3) -> MultiScale:
     """f_w of pixels from coarse to fine, each conditioned on the coarser ones and z_f.
 
     z_f are the pixels of odd rows and even columns, which come last.
@@ -319,7 +310,6 @@ def pixel_pyramid(shape: Shape, options: SimpleNamespace, pixels: Callable[[Shap
     shape: (1, H, W)
     options: grey_levels, ssl_dim, conv and hh_factors; width and n_blocks, which override those
         below if positive
-    pixels: makes the first layer of other models; not used
     width, n_blocks: of the networks of the pixels
     n_bins: of grey levels
     n_maps: images made from z_f in the input of these networks

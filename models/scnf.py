@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .bijections import ActNorm, Bijection, MultiScale, Shape
-from .checks import check_labels, check_shape, check_type, check_values
+from .checks import check_labels, check_shape, check_values
 from .h_phi import ConditionalFlow, ConditionalShift
 
 
@@ -201,7 +201,9 @@ class SemiConditionalFlow(nn.Module):
         has values that x, z or eps can have."""
         is_x, is_image = name == "x", name == "x" and self.image
         check_shape(name, x, shape)
-        check_type(name, x, self.log_p_y.dtype, is_image)
+        if x.dtype != self.log_p_y.dtype:
+            raise ValueError(f"{name} is of type {x.dtype}, and must be of {self.log_p_y.dtype}"
+                             f"{', with values in [0, 1]' * is_image}")
         if values and self.checks_values:
             first: Any = self.f_w.levels[0][0]
             check_values(name, x, first.in_domain(x) if is_x else x.isfinite(), is_image)

@@ -13,7 +13,6 @@ and on every 20th. Then writes
 with float32's to 0.02 points and 0.001; it says so if they do not.
 """
 
-import json
 import math
 import re
 import shutil
@@ -34,7 +33,7 @@ from training.distributed import Processes
 from training.speed import Accelerated
 from utils.datasets import check_test_images, load_data
 from utils.errors import BadInput, OneLineParser, run_command, value_errors_as_bad_input
-from utils.files import PROJECT, atomic_write, sha256
+from utils.files import PROJECT, atomic_write, sha256, write_json
 from utils.metrics import average_is_better, read_metrics
 from utils.runs import read_params
 from utils.settings import read_settings
@@ -116,8 +115,7 @@ def main(argv=None):
         "commit": args.commit or params.get("commit"), "changed": params.get("dirty"),
         "training_seconds": round(seconds),
         "evaluated_on": device_name(device), "torch": torch.__version__, **results}
-    with atomic_write(evidence / "evaluation.json") as f:
-        f.write(json.dumps(evaluation, indent=1, allow_nan=False) + "\n")
+    write_json(evidence / "evaluation.json", evaluation)
     list_sum(pretrained / "SHA256SUMS", path.name, digest)      # last: now the weights ship
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, SHA-256 {digest}")
     print(f"Evidence in {evidence}")

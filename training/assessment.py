@@ -108,10 +108,7 @@ def assess(infer: Inference, others: Inference, data: SemiSupervisedData, exampl
            predictions: tuple[Tensor, Tensor] | None = None) -> Assessment:
     """The Assessment of `examples`, images and classes as in `data`.
 
-    infer: the model's functions, for the examples
     others: the same for images of other kinds, as each accepts batches of one size only
-    data: what the examples are from
-    name: of the examples
     settings: data, data_root, test_bs, seed
     predictions: what `predict` returned for the examples, if it has been called
 

@@ -1,5 +1,6 @@
 """Files of weights, and checkpoints."""
 
+import contextlib
 import io
 import math
 import os
@@ -10,7 +11,6 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
@@ -232,8 +232,7 @@ def shapes_of(tensors: Any) -> dict[str, tuple[int, ...]]:
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], path: str | Path) -> None:
-    """Raise BadInput, which names the first of the named tensors with a value that is not finite.
-    """
+    """Raise BadInput, which names the first of the named tensors that has a value not finite."""
     for name, tensor in tensors:
         if not tensor.isfinite().all():
             raise BadInput(f"{path} has values that are not finite: {name}")
@@ -343,7 +342,7 @@ def verified(f: IO[bytes]) -> IO[bytes]:
     return copy
 
 
-class CheckpointWriter:
+class CheckpointWriter(contextlib.AbstractContextManager):
     """A context whose `write` copies a checkpoint to the CPU and returns; a thread writes the file.
 
     path: of the file; None on the processes that write nothing: of several, all but the main one
@@ -374,11 +373,7 @@ class CheckpointWriter:
         """Wait for the last checkpoint. Raises the error that writing it raised."""
         self.pending.result()
 
-    def __enter__(self) -> "CheckpointWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(self, *_: Any) -> None:
         self.thread.shutdown()
         self.wait()
 

@@ -83,15 +83,8 @@ class Processes:
         """This process's rows of a Batch, whose number is a multiple of `size`."""
         return batch.rows(slice(self.rank, None, self.size))
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of `tensor` over the processes."""
-        return self._reduced(tensor, dist.ReduceOp.SUM)
-
-    def min(self, tensor: Tensor) -> Tensor:
-        """The minimum of `tensor` over the processes."""
-        return self._reduced(tensor, dist.ReduceOp.MIN)
-
-    def _reduced(self, tensor: Tensor, op: Any) -> Tensor:
+    def sum(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """The sum of `tensor` over the processes, or what else `op` makes of it."""
         if self.size > 1:
             tensor = tensor.clone()
             dist.all_reduce(tensor, op)
@@ -99,11 +92,7 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true in some process. It does not wait for a GPU."""
-        if self.size == 1:
-            return flag
-        count = torch.tensor(int(flag))
-        dist.all_reduce(count)
-        return bool(count)
+        return flag if self.size == 1 else bool(self.sum(torch.tensor(int(flag))))
 
     def first(self, value: Any) -> Any:
         """The first `value` in the order of the ranks that is not None."""

@@ -23,7 +23,6 @@ from .speed import Accelerated, Captured
 class Inference:
     """A model's functions without gradient, in micro-batches: x (B, C, H, W) -> (B, K).
 
-    accelerated: the model
     compiled: whether to use what is compiled, or to call the same functions as they are
 
     log_joint: log p(x, y)
@@ -52,10 +51,7 @@ def predict(infer: Inference, data: SemiSupervisedData, images: Tensor, batch_si
             seed: int, processes: Processes | None = None) -> tuple[Tensor, Tensor]:
     """log p(x), (N,), in nats, and log p(y | x) up to a term that does not depend on y, (N, K).
 
-    infer: called with batches of one size
-    data: what the images are from
     images: grey levels, or points, (N, C, H, W)
-    batch_size: the largest size of a batch
     seed: of the dequantisation noise: two calls with the same weights on the same device agree
     processes: each computes its share of the batches, and gets all of the results; None: this
         process computes alone
@@ -121,10 +117,7 @@ def summary(log_p: Tensor, logits: Tensor, y: Tensor) -> tuple[float, float]:
 class RunEvaluation:
     """The evaluation of a run on its validation and test examples.
 
-    accelerated: the model
-    data: of the run
     settings: epochs, ema, test, test_bs, seed
-    processes: of the run
 
     evaluation(optimizer, epoch) -> val_log_p, val_acc, val_bpd, if there are validation
     examples; the same with the prefix ema_, of the averaged weights, if there are such; and

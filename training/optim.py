@@ -43,7 +43,6 @@ def learning_rate(epoch: int, step: int, steps_per_epoch: int, settings: Setting
 class Optimizer:
     """Adamax or Adam on the parameters of a model, with a moving average of them.
 
-    model: on its device
     settings: optimizer, lr, weight_decay, ema
 
     With settings.ema, step t = 1, 2, ... changes the average (`averaged`) by 1 - d times its

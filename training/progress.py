@@ -1,16 +1,16 @@
-"""How far a run is: epochs and training steps, what its epoch has summed up, when it has to stop.
-"""
+"""How far a run is: epochs, training steps, what its epoch has summed up, when it has to stop."""
 
 import math
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ReduceOp
 
 from utils import Settings
 from utils.errors import Failed
@@ -64,8 +64,7 @@ class Limits:
         if not self.signal:
             self.signal, self.signalled = signal.Signals(number).name, now
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(self, *_: Any) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -74,12 +73,6 @@ class Progress:
     """The training steps of a run, and the sums of their terms over an epoch.
 
     A context, which shows a progress bar of the run. `steps` is for use within it.
-
-    steps_per_epoch: training steps of an epoch
-    settings: train_bs, epochs
-    parameters: of the model, which have to stay finite
-    processes: of the run
-    limits: when the run has to stop
 
     epoch: finished epochs
     steps_done: training steps of the next epoch that are done
@@ -109,8 +102,7 @@ class Progress:
                        initial=self._steps_of_run * train_bs)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(self, *_: Any) -> None:
         self.bar.close()
 
     def __str__(self) -> str:
@@ -142,7 +134,7 @@ class Progress:
                     self._show(float(self.sums["loss"]))
                 self.last_read = time.perf_counter()
                 self._estimate(self.last_read)
-        self._check_losses(first, self.processes.min(self.n_finite))
+        self._check_losses(first, self.processes.sum(self.n_finite, ReduceOp.MIN))
         self.ended = time.perf_counter()
         if first == 1 and not self.stopped:
             self._compare(self.ended - started)
@@ -192,8 +184,7 @@ class Progress:
             self.estimated = True
 
     def _compare(self, seconds: float) -> None:
-        """Print, once, if an epoch of so many seconds is slow. On a GPU other programs matter less.
-        """
+        """Say, once, if an epoch of so many seconds is slow. On a GPU others matter less."""
         self.fastest = min(self.fastest, seconds)
         if (seconds > max(SLOW * self.fastest, SLOW_SECONDS) and not (self.on_gpu or self.was_slow)
                 and torch.get_num_threads() > 1):

@@ -77,7 +77,6 @@ class RunFiles:
     report.html.
 
     run_dir: of the run; None on the processes that write nothing: of several, all but the main one
-    model, data, settings: of the run
     epoch: finished epochs; weights of fewer epochs are kept under the name model-epochN.torch
     """
 
@@ -140,8 +139,6 @@ def report_run(evaluation: RunEvaluation, rows: list[Row], run_dir: Path) -> Non
     evaluation: of the model, which has the weights that the run keeps. It has test predictions of
         these, unless the run had already finished when it was resumed; its validation predictions
         may be of other weights
-    rows: of metrics.csv
-    run_dir: the directory
 
     A failure does not end the run, as described at `dispensable`. Raises Failed if predictions are
     not finite.
@@ -165,11 +162,7 @@ def report_run(evaluation: RunEvaluation, rows: list[Row], run_dir: Path) -> Non
 
 def write_report(run_dir: Path, settings: Settings, rows: list[Row], assessment: Assessment,
                  data: SemiSupervisedData) -> None:
-    """Write report.html to the directory of a run, with the pictures that are there.
-
-    rows: the metrics of its epochs
-    assessment: of its model
-    """
+    """Write report.html to the directory of a run, with the pictures that are there."""
     title = f"{run_dir.name}: {settings.data}, {settings.model}, {settings.ssl_model}"
     pictures = ""
     for heading, names in PICTURES.items():

@@ -253,7 +253,7 @@ def _check_arguments(**values: Any) -> None:
     """Raise ValueError unless these values of ARGUMENTS are allowed."""
     for name, value in values.items():
         if problem := ARGUMENTS[name].problem(value):
-            raise ValueError(f"{name} {problem}")
+            raise ValueError(f"{name}: {problem}")
 
 
 def _check_examples(name: str, x: Tensor, y: Tensor, shape: tuple[int, ...],
@@ -301,8 +301,6 @@ def augment(images: Tensor, largest: Augmentation, generator: torch.Generator) -
     """Augmented copies of images, each transformed at random. (The paper has none.)
 
     images: (B, C, H, W), uint8
-    largest: the largest changes
-    generator: of the transformations
 
     With probability 1/2 an image is rotated, scaled and translated, uniformly up to the largest
     changes, with bilinear interpolation. Otherwise it is translated by whole pixels only, because

@@ -84,9 +84,11 @@ class OneLineParser(argparse.ArgumentParser):
         exit_with(self.prog, message)
 
 
-def check_output(path: Path, suffixes: Sequence[str] = ()) -> None:
-    """Raise BadInput if no file can be written at `path`, before anything is computed for it, or if
-    its suffix is not one of `suffixes`, where there are such."""
+def check_output(path: Path | None, suffixes: Sequence[str] = ()) -> None:
+    """Raise BadInput if no file can be written at `path`, if there is one, before anything is
+    computed for it, or if its suffix is not one of `suffixes`, where there are such."""
+    if path is None:
+        return
     if suffixes and path.suffix not in suffixes:
         raise BadInput(f"{path} must end in {' or '.join(suffixes)}")
     if not path.parent.is_dir():

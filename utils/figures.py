@@ -55,12 +55,6 @@ def plot_run(model: SemiConditionalFlow, data: SemiSupervisedData, rows: list[Ro
              run_dir: Path, seed: int) -> None:
     """Write the pictures of a run to its directory.
 
-    model: with the weights of the last row
-    data: training and test points, and the names of classes
-    rows: of metrics.csv
-    run_dir: the directory
-    seed: of the noise of samples
-
     A failure does not end the run, as described at `dispensable`.
     """
     pictures = {"curves.png": lambda: plot_curves(rows),
@@ -122,27 +116,33 @@ def plot_curves(rows: list[Row], columns: int = 3) -> Figure:
         axes.plot(epoch, values, label=label, color=colour,
                   marker="D" if single else "." if len(rows) < 30 else None)
 
-    def error_percent(accuracy: float) -> float:
-        return 100 * (1 - accuracy)
     curve(loss, "train", "loss")
-    loss.set_ylabel("loss, nats")
     shown = [name for name in ("val", "ema_val", "test")
              if any(np.isfinite(row[f"{name}_log_p"]) for row in rows)]
     for error in errors:
         for name in ("labelled", *shown):
-            curve(error, name, "acc", error_percent)
-        error.set_ylabel("error, %")
-        error.set_ylim(bottom=0)
+            curve(error, name, "acc", lambda accuracy: 100 * (1 - accuracy))
     images = any(np.isfinite(row[f"{name}_bpd"]) for row in rows for name in shown)
     for name in shown:
         curve(likelihood, name, "bpd" if images else "log_p")
-    likelihood.set_ylabel("bits/dim" if images else "log p(x), nats")
+    _label_panels(figure, "loss, nats", "error, %", "bits/dim" if images else "log p(x), nats")
+    for axes in figure.axes:
+        axes.legend()
+    return figure
+
+
+def _label_panels(figure: Figure, loss: str, error: str, likelihood: str) -> None:
+    """Labels and grids of the panels of loss, error, if there is one, and likelihood."""
+    first, *errors, last = figure.axes
+    first.set_ylabel(loss)
+    last.set_ylabel(likelihood)
+    for axes in errors:
+        axes.set_ylabel(error)
+        axes.set_ylim(bottom=0)
     for axes in figure.axes:
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        axes.legend()
-    return figure
 
 
 def plot_curves_of_runs(runs: dict[str, list[Row]]) -> Figure:
@@ -176,16 +176,8 @@ def plot_curves_of_runs(runs: dict[str, list[Row]]) -> Figure:
     if len(units) > 1:
         raise ValueError("runs of images and runs of points have no likelihood in common: draw "
                          "them in two pictures")
-    likelihood.set_ylabel(units.pop())
-    loss.set_ylabel("training loss, nats")
     figure.legend(loc="outside lower center", ncols=columns)
-    for error in errors:
-        error.set_ylabel("error (validation, else test), %")
-        error.set_ylim(bottom=0)
-    for axes in figure.axes:
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
+    _label_panels(figure, "training loss, nats", "error (validation, else test), %", units.pop())
     return figure
 
 
@@ -193,7 +185,6 @@ def plot_samples(model: SemiConditionalFlow, seed: int, temperature: float = 1.0
                  classes: Sequence[str] = ()) -> Figure:
     """Samples from p(x | y), a column per class, a row per noise vector.
 
-    model: of images or points
     seed: of the noise, which depends on nothing else
     temperature: standard deviation of the noise; less than 1 gives samples that are less varied and
         more typical
@@ -294,7 +285,6 @@ def plot_interpolation(model: SemiConditionalFlow, x: Tensor, other: Tensor, y: 
 
     x, other: the first and the last images of the rows, (N, C, H, W)
     y: their classes, (N,)
-    steps: images of a row
     """
     def encode(images: Tensor) -> Tensor:
         z_aux, z_f = model.split_latent(model.encode(images)[0])
@@ -318,7 +308,6 @@ def plot_mistakes(x: Tensor, y: Tensor, predicted: Tensor, confidence: Tensor,
     y: their classes, (N,)
     predicted: what the model takes them for, (N,)
     confidence: its p(y | x) of that, (N,)
-    classes: names of all
     """
     columns = 5
     rows = -(-len(x) // columns)

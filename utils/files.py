@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,6 @@ def atomic_write(path: str | Path, mode: str = "w", **options: Any) -> Iterator[
     Readers see either the old file or the new one, never a part. An error leaves `path` as it was;
     an OSError, such as that of a full disk, names `path`. If `path` is a link, the file that it
     points to is replaced; what is not a file, such as a folder or a device, raises an OSError.
-    options: as for `open`.
     """
     path = os.path.realpath(path)
     if os.path.exists(path) and not os.path.isfile(path):
@@ -44,6 +44,12 @@ def atomic_write(path: str | Path, mode: str = "w", **options: Any) -> Iterator[
         if isinstance(cause, OSError):
             raise OSError(cause.errno, cause.strerror, path) from error
         raise
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write `content` to `path`, atomically."""
+    with atomic_write(path) as f:
+        f.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def from_here(path: Path) -> str:

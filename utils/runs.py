@@ -36,7 +36,6 @@ class RunParser(exman.ExParser):
     RESERVED_DIRECTORIES: frozenset[str] = frozenset()      # what ExParser creates
 
     def __init__(self, **options: Any):
-        """options: as for ExParser."""
         super().__init__(root=Path.cwd(), git=git_worktree(), **options)
         self.root = Path.cwd() / "logs" / "exman-train-flow-ssl.py"
 
@@ -46,7 +45,6 @@ class RunParser(exman.ExParser):
         These are exman's steps at the end of `parse_args`, where a run exists once its params.yaml
         does.
 
-        settings: all of them, checked against data and model.
         Raises BadInput if exman's folders cannot be created.
         """
         try:
@@ -69,20 +67,6 @@ class RunParser(exman.ExParser):
                 raise OSError(e.errno, e.strerror, str(run / PARAMS_FILE)) from None
             raise
         return Run(self.root, run)
-
-    def params_to_resume(self, run_dir: str) -> Path:
-        """The params.yaml of a run.
-
-        run_dir: its directory.
-        Raises BadInput if it has none, or lies in no folder of runs.
-        """
-        params = Path(run_dir) / PARAMS_FILE
-        if not os.path.isfile(params):      # False where Path.is_file would raise
-            raise BadInput(f"no run to resume in {run_dir}: it has no {params.name}")
-        root = Path(run_dir).resolve().parent.parent
-        if not all((root / folder).is_dir() for folder in Run.RESERVED_DIRECTORIES):
-            raise BadInput(f"{run_dir} is not in a folder of runs: move it to {self.runs}")
-        return params
 
     def dump_git_diff(self, diff_file: Path) -> None:
         """Write the uncommitted changes. They may have bytes that are not UTF-8."""
@@ -140,7 +124,6 @@ class Run(exman.parser.ExmanDirectory):
         """What the message of a run that failed adds: its last checkpoint, if there is one, and the
         command that goes on from there.
 
-        settings: of the run
         diverged: whether a number was not finite: then a new run has a lower learning rate
         """
         checkpoint = self.run / "checkpoint.pt"
@@ -236,11 +219,7 @@ def started_in(run_dir: str) -> Path:
 
 
 def relative_to(path: str, before: Path, after: Path) -> str:
-    """A path as seen from another folder.
-
-    path: absolute, or relative to `before`.
-    before, after: absolute folders.
-    """
+    """A path as seen from another folder."""
     if Path(path).is_absolute() or before == after:
         return path
     return os.path.relpath(before / path, after)

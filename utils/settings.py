@@ -26,7 +26,7 @@ from .datasets import DATASETS
 from .errors import BadInput, given_twice, names_of_options
 from .examples import integers
 from .files import PROJECT
-from .runs import PARAMS_FILE, RunParser, read_params, relative_to, started_in
+from .runs import PARAMS_FILE, Run, RunParser, read_params, relative_to, started_in
 from .terminal import NO_BREAK, say
 
 SHIPPED = "shipped"     # the value of a bare --pretrained, instead of a file
@@ -186,7 +186,6 @@ def read_settings(argv: Sequence[str] | None = None, fixed: Sequence[str] = ()
 
     settings is a namespace with every option. Nothing is written.
 
-    argv: the command line; None: sys.argv[1:].
     fixed: options that the calling program sets; argv must not contain them.
     Raises BadInput if a value is wrong, by itself or beside others.
     """
@@ -264,7 +263,6 @@ class SettingsParser(RunParser):
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
         """The settings that a command line and its config file give, checked. No run is created.
 
-        argv: the command line.
         Raises BadInput if a value is wrong, by itself or beside others.
         """
         argv = list(argv)
@@ -346,7 +344,11 @@ class SettingsParser(RunParser):
 
         Raises BadInput for changes of settings that are not in RESUMABLE.
         """
-        params = self.params_to_resume(run_dir)
+        params, root = Path(run_dir) / PARAMS_FILE, Path(run_dir).resolve().parent.parent
+        if not os.path.isfile(params):      # False where Path.is_file would raise
+            raise BadInput(f"no run to resume in {run_dir}: it has no {params.name}")
+        if not all((root / folder).is_dir() for folder in Run.RESERVED_DIRECTORIES):
+            raise BadInput(f"{run_dir} is not in a folder of runs: move it to {self.runs}")
         base = vars(self._parse(["--config", str(params)]))
         read_params(params)                 # its dates have to be right, too, before the run starts
         del base["config_file"]             # as a default, it would be read again
@@ -470,7 +472,6 @@ class _ConfigFile(configargparse.YAMLConfigFileParser):
     def parse(self, stream: IO[str], extending: Sequence[Path] = ()) -> dict[str, Any]:
         """The values in a file.
 
-        stream: the file.
         extending: the files that extend it, directly or not.
         Raises BadInput if it is not such a mapping.
         """

@@ -84,11 +84,7 @@ def show(text: str, stream: IO[str] | None = None) -> None:
 
 
 def bar(items: Iterable[Any] | None, what: str, **options: Any) -> "tqdm[Any]":
-    """A progress bar over `items`, on a terminal only, which disappears at the end.
-
-    what: what is being done, in words
-    options: as for tqdm
-    """
+    """A progress bar over `items`, on a terminal only, which disappears at the end."""
     return tqdm(items, what, **{"leave": False, "dynamic_ncols": True,
                                 "disable": None if sys.stdout else True, **options})
 
