@@ -146,8 +146,8 @@ def plot_latents(z, y, seed, classes):
     y = y[:IN_PICTURE].cpu().numpy()
     parts = (("z_f", "z_f"), ("z_h", "z_h, given the class"))
     for (part, title), axes in zip(bar(parts, "t-SNE", unit="part"), panels):
-        plane = TSNE(random_state=seed, init="pca").fit_transform(
-            z[part][:IN_PICTURE].cpu().numpy())
+        plane = TSNE(perplexity=min(30, (len(y) - 1) / 3), random_state=seed, init="pca"
+                     ).fit_transform(z[part][:IN_PICTURE].cpu().numpy())
         for k, name in enumerate(classes):      # the mark is its number
             axes.scatter(*plane[y == k].T, s=MARKER_SIZE, marker=f"${k}$", linewidths=0,
                          color=CLASS_COLOURS[k % len(CLASS_COLOURS)], label=name)
