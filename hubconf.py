@@ -43,7 +43,8 @@ def scnf(weights="mnist-best", config=None, data_shape=None, n_classes=None, **o
 
     shipped = {file.stem: f"configs/{file.stem}.yaml" for file in PRETRAINED.glob("*.torch")}
     shipped["model"] = "config.yaml"
-    weights = None if weights is None else os.path.expanduser(weights)
+    if isinstance(weights, str | os.PathLike):
+        weights = os.path.expanduser(weights)
     changes = {**options, "config": config, "data_shape": data_shape, "n_classes": n_classes}
     if weights is not None and any(value is not None for value in changes.values()):
         raise ValueError("config, data_shape, n_classes and options are for weights=None")
@@ -53,9 +54,9 @@ def scnf(weights="mnist-best", config=None, data_shape=None, n_classes=None, **o
                          "gives the model")
     if weights is None:
         argv = ["--config", os.path.join(_FOLDER, config or "config.yaml")]
-    elif weights in shipped:
+    elif isinstance(weights, str) and weights in shipped:
         argv = ["--config", os.path.join(_FOLDER, shipped[weights]), "--pretrained"]
-    elif os.path.isdir(weights):
+    elif isinstance(weights, str) and os.path.isdir(weights):
         argv = ["--pretrained", weights]
     else:
         raise ValueError(f"weights must be one of {', '.join(sorted(shipped))}, the directory of a "
@@ -64,12 +65,13 @@ def scnf(weights="mnist-best", config=None, data_shape=None, n_classes=None, **o
     data = DATASETS[settings.data]
     if data.shape is None and weights is not None:      # of own images
         about = read_description(Path(weights))
-        data_shape, n_classes = about.get("shape"), about.get("n_classes")
-    shape = data.shape if data_shape is None else data_shape
-    if shape is None:
-        raise ValueError("the shape of own images is known from the data.yaml of a run, or from "
-                         "data_shape and n_classes")
-    model = build_model({**vars(settings), **options}, shape,
+        if not about:
+            raise ValueError(f"{weights} has no data.yaml: resume the run with its images, once")
+        data_shape, n_classes = about["shape"], about["n_classes"]
+    elif data.shape is None and None in (data_shape, n_classes):
+        raise ValueError(f"{config} is for own images, and needs data_shape and n_classes")
+    model = build_model({**vars(settings), **options},
+                        data.shape if data_shape is None else data_shape,
                         len(data.classes) if n_classes is None else n_classes,
                         grey_levels=data.grey_levels)
     if weights is not None:

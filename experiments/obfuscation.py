@@ -35,7 +35,7 @@ from experiments.fixmatch import classify
 from experiments.pictures import load
 from utils.datasets import check_test_images
 from utils.errors import OneLineParser, check_output, run_command
-from utils.figures import CLASS_COLOURS, FORMATS, TITLE, save
+from utils.figures import CLASS_COLOURS, FORMATS, TITLE, save, short
 from utils.files import atomic_write, write_json
 from utils.terminal import bar
 
@@ -44,6 +44,7 @@ WIDTH, DROPOUT, EPOCHS, BATCH = 256, 0.3, 100, 256      # of the authors' classi
 LEARNING_RATE = 1e-3
 MAX_ITERATIONS = 1000                                   # of logistic regression
 IN_PICTURE, MARKER_SIZE = 5000, 20                      # test images, and their size
+NAMED = 20                                              # classes, at most, in the legend
 
 
 def main(argv=None):
@@ -148,14 +149,18 @@ def plot_latents(z, y, seed, classes):
     for (part, title), axes in zip(bar(parts, "t-SNE", unit="part"), panels):
         plane = TSNE(perplexity=min(30, (len(y) - 1) / 3), random_state=seed, init="pca"
                      ).fit_transform(z[part][:IN_PICTURE].cpu().numpy())
-        for k, name in enumerate(classes):      # the mark is its number
+        for k in range(len(classes)):           # the mark is its number
             axes.scatter(*plane[y == k].T, s=MARKER_SIZE, marker=f"${k}$", linewidths=0,
-                         color=CLASS_COLOURS[k % len(CLASS_COLOURS)], label=name)
+                         color=CLASS_COLOURS[k % len(CLASS_COLOURS)])
         axes.set_title(f"{title}, of {len(y):,} test images", fontsize=TITLE)
         axes.set_xticks([])
         axes.set_yticks([])
-    if list(classes) != [str(k) for k in range(len(classes))]:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    if list(classes) != list(map(str, range(len(classes)))) and len(classes) <= NAMED:
+        legend = figure.legend(
+            axes.collections, [f"{k} {short(name)}" for k, name in enumerate(classes)],
+            loc="outside right center")
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     return figure
 
 

@@ -50,7 +50,7 @@ def main(argv=None):
     classify = fit_fixmatch(data, settings.seed)
     y = torch.arange(data.n_classes, device=data.device).repeat(args.samples // data.n_classes)
     noise = torch.randn(len(y), model.dim, generator=torch.Generator().manual_seed(settings.seed))
-    test_x = data.dequantize(data.test_x[:args.samples],
+    test_x = data.dequantize(data.test_x[:len(y)],
                              torch.Generator(data.device).manual_seed(settings.seed))
     report = {"weights": settings.pretrained, "config": settings.config_file,
               "samples": len(y), "seed": settings.seed,

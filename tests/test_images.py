@@ -11,7 +11,7 @@ from conftest import PROJECT, load_tiny, options, run_script, runs, words
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from experiments import pictures
+from experiments import obfuscation, pictures
 from utils import images
 from utils.data import Augmentation, SemiSupervisedData
 from utils.errors import BadInput
@@ -103,6 +103,30 @@ def test_without_test_images(folder, tmp_path, monkeypatch, capsys):
     assert "Validation error" in capsys.readouterr().out
     with pytest.raises(BadInput, match="this needs test images"):
         pictures.main(["redrawn", "--pretrained", str(run), "--save", "redrawn.png"])
+
+
+def test_colours_in_test_images_alone(folder, tmp_path, monkeypatch):
+    """Without these, a model of colour images gets grey ones in three channels."""
+    monkeypatch.chdir(tmp_path)
+    write(folder / "test" / "eins" / "colour.png",
+          np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8))
+    assert run_script(options(data="folder", data_root=folder, num_examples=-1, epochs=1,
+                              validation=9, supervised=6)) == 0
+    run, = runs(tmp_path)
+    assert run_script(["--pretrained", str(run), "--test", "false"]) == 0
+    assert load(folder, test=False, validation=9).shape == (1, 8, 8)
+
+
+def test_names_in_the_picture_of_latents():
+    z = torch.randn(12, 4)
+    names = ("_eins", "a$^$b", "x" * 40)
+    figure = obfuscation.plot_latents({"z_f": z, "z_h": z}, torch.arange(12) % 3, 0, names)
+    figure.canvas.draw()
+    legend, = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "0 _eins", "1 a$^$b", f"2 {'x' * 13}..."]
+    assert not obfuscation.plot_latents({"z_f": z, "z_h": z}, torch.arange(12) % 3, 0,
+                                        "012").legends
 
 
 def test_a_density_of_a_folder(folder, tmp_path, monkeypatch):
@@ -273,7 +297,7 @@ def test_a_run_whose_files_have_changed(folder, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     for argv in (["--pretrained", str(run)], ["--resume", str(run), "--epochs", "3"]):
         assert run_script(argv) == 2
-        assert "data.yaml has other classes" in capsys.readouterr().err
+        assert "data.yaml names other classes" in capsys.readouterr().err
     (folder / "train" / "acht").rename(folder / "train" / "eins")
     (folder / "test" / "acht").rename(folder / "test" / "eins")
     (run / "labelled.txt").write_text("0 9 61")
@@ -284,6 +308,11 @@ def test_a_run_whose_files_have_changed(folder, tmp_path, monkeypatch, capsys):
     again = [*line, "--labelled", str(run / "labelled.txt")]
     write(folder / "train" / CLASSES[2] / "zzz.png", np.zeros((8, 8), np.uint8))
     assert run_script(again) == 0                       # what comes later is no matter
+    beside = tmp_path / "beside"                        # another program's file of that name
+    beside.mkdir()
+    (beside / "data.yaml").write_text("nc: 3")
+    (beside / "labelled.txt").write_text("0 9 62")
+    assert run_script([*line, "--labelled", str(beside / "labelled.txt")]) == 0
     write(folder / "train" / "eins" / "000a.png", np.zeros((8, 8), np.uint8))
     for argv in (again, ["--resume", str(run), "--epochs", "3"]):
         assert run_script(argv) == 2

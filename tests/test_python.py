@@ -56,7 +56,7 @@ def test_weights_of_a_run(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="damaged: it lacks an entry"):
         load(weights=run)
     (run / "data.yaml").unlink()
-    with pytest.raises(ValueError, match=r"from the data.yaml of a run"):
+    with pytest.raises(ValueError, match=r"has no data\.yaml"):
         load(weights=run)
 
 
@@ -74,7 +74,9 @@ def test_random_weights():
 
 @pytest.mark.parametrize("arguments, message", [
     ({"weights": "nothing"}, "must be one of digits, mnist-best, .* not 'nothing'"),
-    ({"weights": None, "config": "configs/folder.yaml"}, "or from data_shape and n_classes"),
+    ({"weights": ["digits"]}, "directory of a run, or None, not"),
+    ({"weights": None, "config": "configs/folder.yaml", "data_shape": (1, 8, 8)},
+     "needs data_shape and n_classes"),
     ({"weights": "digits", "n_classes": 0}, "are for weights=None"),
     ({"config": "configs/moons.yaml"}, "are for weights=None"),
     ({"weights": None, "widht": 3}, "no option widht: conv, hh_factors"),

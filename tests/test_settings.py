@@ -15,7 +15,8 @@ from conftest import PROJECT, TINY, execute, options, runs, words
 from utils.datasets import DATASETS
 from utils.errors import BadInput
 from utils.runs import Run
-from utils.settings import GONE, OPTION_GROUPS, OPTIONS, UNUSED_PUBLISHED_KEYS, read_settings
+from utils.settings import (GONE, OPTION_GROUPS, OPTIONS, UNUSED_PUBLISHED_KEYS, SettingsParser,
+                            read_settings)
 
 
 @pytest.fixture(autouse=True)
@@ -111,13 +112,16 @@ def test_config_yaml_is_the_paper_s_run_and_holds_the_table_of_options():
     assert all(settings[name] == option.default for name, option in OPTIONS.items())
     _, *paragraphs = path.read_text().split("\n\n")
     assert len(paragraphs) == len(OPTION_GROUPS)
+    shown = "".join(SettingsParser().format_help().split())
     for paragraph, (title, group) in zip(paragraphs, OPTION_GROUPS.items()):
         heading, *parts = re.split(r"^(\w+):", paragraph, flags=re.MULTILINE)
         assert heading == f"# {title}\n"
         assert parts[::2] == [option.name for option in group if option.name != "resume"]
         for name, text in zip(parts[::2], parts[1::2]):
             words = re.findall(r"[\w-]+", text.partition("#")[2])
-            assert set(OPTIONS[name].choices) <= set(words), name
+            assert words and set(OPTIONS[name].choices) <= set(words), name
+            explanation = "".join("".join(re.findall(r"#(.*)", text)).split())
+            assert f"{explanation}(default:" in shown, name
 
 
 @pytest.mark.parametrize("config", sorted((PROJECT / "configs").glob("**/*.yaml")),
@@ -207,6 +211,10 @@ def test_a_resumed_run_finds_its_data_from_another_folder(here, monkeypatch, is_
         assert Run.resumed(resumed).run == run and saved() == data_root
     repeated = read("--config", str(run / "params.yaml"))
     assert Path(repeated.data_root).resolve() == here / "images"
+    elsewhere = here / "a" / "b" / "c" / "params.yaml"          # in no folder of runs
+    elsewhere.parent.mkdir(parents=True)
+    elsewhere.write_text("data_root: images")
+    assert read("--config", str(elsewhere)).data_root == "images"
     resumed = read("--resume", str(run), "--data_root", "other")
     assert resumed.data_root == "other"
     Run.resumed(resumed)

@@ -90,10 +90,10 @@ class RunFiles:
         self.weights = run_dir / "model.torch"
         if epoch < settings.epochs and self.weights.exists():
             self.weights.rename(run_dir / f"model-epoch{epoch}.torch")
+        if DATASETS[settings.data].shape is None and not (run_dir / DATA_FILE).exists():
+            with atomic_write(run_dir / DATA_FILE, encoding="utf-8") as f:
+                yaml.safe_dump(describe(data), f, allow_unicode=True)
         if not (run_dir / "labelled.txt").exists():
-            if DATASETS[settings.data].shape is None:
-                with atomic_write(run_dir / DATA_FILE, encoding="utf-8") as f:
-                    yaml.safe_dump(describe(data), f, allow_unicode=True)
             with atomic_write(run_dir / "labelled.txt") as f:
                 np.savetxt(f, data.labelled_ids, "%d")
         validated = ("val", "ema_val")[:bool(settings.validation) * (1 + bool(settings.ema))]

@@ -129,19 +129,19 @@ class SemiSupervisedData:
 
     @classmethod
     def from_arrays(cls, x_train: Any, y_train: Any, x_test: Any = None, y_test: Any = None,
-                    supervised: int | Sequence[int] = -1, validation: int = 0,
-                    grey_levels: int | None = 256, seed: int = 0, classes: Sequence[str] = (),
-                    **options: Any) -> "SemiSupervisedData":
+                    supervised: int | Sequence[int] = -1, grey_levels: int | None = 256,
+                    seed: int = 0, classes: Sequence[str] = (), validation: int = 0, **options: Any
+                    ) -> "SemiSupervisedData":
         """The data of one's own arrays or tensors, which are copied.
 
         x_train, y_train, x_test, y_test: as in `source_of_arrays`; a label of -1 is hidden; without
             the last two there are no test examples
-        validation: how many of the training examples with labels are set aside
         supervised: how many of the other training labels are shown: a number, equally many of each
             class, or a number for each class; -1: all; 0: none
         grey_levels: 256 for values up to 255; None for points
         seed: of the choice of the labels that are shown
         classes: their names; (): their numbers
+        validation: how many of the training examples with labels are set aside
         options: augmentation, device, sup_sample_weight, clf_noise, spread_labels, as of the class
 
         Raises ValueError as `source_of_arrays`, `choose_labelled` and the class do.

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import Settings
 from .data import Augmentation, SemiSupervisedData
 from .errors import BadInput, value_errors_as_bad_input
-from .examples import Examples, Source, choose_labelled, listed, read_indices, set_aside
+from .examples import ROWS, Examples, Source, choose_labelled, listed, read_indices, set_aside
 from .files import atomic_write
 from .images import load_arrays, load_folder
 from .runs import PARAMS_FILE, read_params
@@ -51,6 +51,9 @@ def load_data(settings: Settings, device: str | torch.device = "cpu") -> SemiSup
     if settings.image_size and settings.data != "folder":
         raise BadInput(f"image_size is for data folder, not {settings.data}")
     train_x, train_y, test_x, test_y, classes = dataset.load(settings)
+    run = _run_of(settings)
+    if dataset.shape is None and run and read_description(run).get("shape", "")[:1] == [3]:
+        train_x, test_x = (x.expand(-1, 3, -1, -1) for x in (train_x, test_x))
     if len(classes) < 2 and settings.supervised:
         raise BadInput(f"the data have {len(classes) or 'no'} class{'es' * (not classes)}, and a "
                        "classifier needs two: for the density alone set supervised to 0")
@@ -107,11 +110,13 @@ def _labelled_file(settings: Settings) -> str | Path:
 def _compare_with_run(settings: Settings, data: SemiSupervisedData) -> None:
     """Raise BadInput if the files of data have changed since the run that is resumed, whose weights
     are evaluated, or whose labelled.txt is taken."""
-    run, now = _run_of(settings), describe(data)
+    run = _run_of(settings)
     then = read_description(run) if run else {}
-    for key in ("shape", "classes"):
-        if then and then[key] != now[key] and then[key] and now[key]:   # [] without labels
-            raise BadInput(f"{run}/{DATA_FILE} has other {key} than {settings.data_root} now")
+    if then and then["shape"] != list(data.shape):
+        raise BadInput(f"{run}/{DATA_FILE} names another shape, {then['shape']}, than "
+                       f"{settings.data_root} has now, {list(data.shape)}")
+    if then and then["classes"] and len(data.labelled) and then["classes"] != list(data.classes):
+        raise BadInput(f"{run}/{DATA_FILE} names other classes than {settings.data_root} has now")
     files = [Path(settings.labelled)] if settings.labelled and not settings.pretrained else []
     if run and settings.resume and (run / "labelled.txt").is_file():
         files.append(own := run / "labelled.txt")
@@ -119,28 +124,32 @@ def _compare_with_run(settings: Settings, data: SemiSupervisedData) -> None:
             raise BadInput(f"{own} lists other examples than those that the data and settings now "
                            "give: the data have changed")
     for file in files:
-        then = read_description(file.parent)
-        if then and then["shape"] == now["shape"] and then["labelled"] != now["labelled"]:
+        then = read_description(file.parent) if file.name == "labelled.txt" else {}
+        if then and then["shape"] == list(data.shape) and (
+                then["labelled"] != describe(data)["labelled"]):
             raise BadInput(f"{file} is of other images than those that {settings.data_root} now "
-                           "has at these places: files have been added, removed or changed")
+                           "has at these places: they, or the list, have changed")
 
 
 def describe(data: SemiSupervisedData) -> dict[str, Any]:
     """What a run on own images keeps of them: what a model has to know, and a checksum of the
     labelled ones."""
-    order = data.labelled_ids.argsort().to(data.device)
-    images = data.train_x[data.labelled[order]].cpu().numpy()
+    order, checksum = data.labelled_ids.argsort().to(data.device), hashlib.sha256()
+    for part in data.labelled[order].split(ROWS):
+        checksum.update(data.train_x[part].cpu().numpy().data)
     return {"shape": list(data.shape), "n_classes": data.n_classes,
             "classes": list(data.classes) if len(data.labelled) else [],
-            "labelled": hashlib.sha256(images.tobytes()).hexdigest()}
+            "labelled": checksum.hexdigest()}
 
 
 def read_description(run: Path) -> dict[str, Any]:
     """What `describe` returned, from the directory of a run on own images; {} of another directory.
     Raises BadInput if it is damaged."""
     path = run / DATA_FILE
-    content = read_params(path) if path.is_file() else {}
-    if content and not {"shape", "n_classes", "classes", "labelled"} <= content.keys():
+    is_one = path.is_file() and path.with_name(PARAMS_FILE).is_file()
+    content = read_params(path) if is_one else {}
+    if content and not ({"n_classes", "classes", "labelled"} <= content.keys()
+                        and isinstance(content.get("shape"), list)):
         raise BadInput(f"{path} is damaged: it lacks an entry")
     return content
 
@@ -148,7 +157,7 @@ def read_description(run: Path) -> dict[str, Any]:
 def check_test_images(data: SemiSupervisedData) -> None:
     """Raise BadInput if there are none."""
     if not len(data.test_x):
-        raise BadInput("this needs test images, and with test false own ones are not read: give "
+        raise BadInput("this needs test images, which are not read with test false: give "
                        "--test true")
 
 

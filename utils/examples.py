@@ -146,8 +146,8 @@ def integers(supervised: Any) -> int | list[int]:
         raise BadInput("supervised must be an integer, or one for each class, not "
                        f"{reprlib.repr(supervised)}: 100 or 5,5,20, for example") from None
     if numbers < -1 if isinstance(numbers, int) else min(numbers, default=0) < 1:
-        raise BadInput("supervised must be at least 0 or -1, or at least 1 of each class, not "
-                       f"{reprlib.repr(supervised)}")
+        raise BadInput("supervised must be at least 0 or -1, in a list at least 1 of each class, "
+                       f"not {reprlib.repr(supervised)}")
     return numbers
 
 

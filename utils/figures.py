@@ -242,14 +242,15 @@ def left_out(n: int, of: int) -> str:
     return f"\n{n} of {of} left out: not finite" if n else ""
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
+    """The name of a class, of up to LONGEST_CLASS characters."""
     return name if len(name) <= LONGEST_CLASS else f"{name[:LONGEST_CLASS - 3]}..."
 
 
 def _name_columns(axes: Axes, x: Tensor, names: Sequence[object]) -> None:
     """Label the columns of `draw_grid`(x), upright if a name is longer than its column."""
     width = x.shape[-1] + 1                     # with the line between images
-    labels = [_short(str(name)) for name in names]
+    labels = [short(str(name)) for name in names]
     axes.set_xticks([(j + 0.5) * width for j in range(len(labels))], labels,
                     rotation=90 if max(map(len, labels)) > 5 else 0, parse_math=False)
 
@@ -320,7 +321,7 @@ def plot_mistakes(x: Tensor, y: Tensor, predicted: Tensor, confidence: Tensor,
     for axes, image, true, taken_for, p in zip(panels, x, y, predicted, confidence):
         axes.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray",
                     interpolation="nearest")
-        names = _short(classes[true]), _short(classes[taken_for])
+        names = short(classes[true]), short(classes[taken_for])
         gap = "\n" if max(map(len, names)) > 5 else " "
         axes.set_title(f"{names[0]}, predicted{gap}{names[1]}: {float(p):.1%}", fontsize=8,
                        parse_math=False)

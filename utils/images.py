@@ -54,7 +54,8 @@ def _files(folder: Path) -> dict[str, list[Path]]:
 
     if not folder.is_dir():
         raise BadInput(f"there is no folder {folder}: data folder takes train/CLASS, "
-                       f"train/{UNLABELLED[0]} and test/CLASS in data_root, with images in each")
+                       f"train/{UNLABELLED[0]} and, without --test false, test/CLASS in data_root, "
+                       "with images in each")
 
     def is_image(name: str) -> bool:
         return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
@@ -94,7 +95,8 @@ def _read_cached(paths: list[Path], root: Path, settings: Settings) -> Tensor:
     for path in paths:
         status = path.stat()
         key.update(os.fsencode(path) + f" {status.st_size} {status.st_mtime_ns}\n".encode())
-    place = hashlib.sha256(os.fsencode(os.path.abspath(root)) + str(settings.image_size).encode())
+    place = hashlib.sha256(os.fsencode(os.path.abspath(root))
+                           + f"{settings.image_size} {settings.test}".encode())
     cache = Path("logs", "exman-train-flow-ssl.py", "cache", f"{place.hexdigest()[:16]}.npz")
     try:
         with open(cache, "rb") as file, np.load(file) as kept:
@@ -164,11 +166,12 @@ def load_arrays(settings: Settings) -> Source:
     except MemoryError:
         raise
     except Exception as e:      # damaged files raise errors of many types
-        reason = one_line(e) if isinstance(e, OSError | ValueError) else type(e).__name__
+        reason = one_line(e) if isinstance(e, OSError) else type(e).__name__
         raise BadInput(f"{path}, the data_root of data npz, is no .npz file that can be read "
                        f"({reason})") from None
     if missing := [name for name in names if name not in arrays]:
-        raise BadInput(f"{path} has no {missing[0]}: data npz takes {', '.join(names)}")
+        raise BadInput(f"{path} has no {missing[0]}: data npz takes {', '.join(names)}"
+                       f"{' (--test false: the first two)' * settings.test}")
     try:
         return source_of_arrays(**arrays)
     except ValueError as e:

@@ -196,13 +196,6 @@ def read_settings(argv: Sequence[str] | None = None, fixed: Sequence[str] = ()
     return parser, parser.read([*argv, *fixed])
 
 
-def _explanations() -> dict[str, str]:
-    """What config.yaml says of each option, as argparse wants it."""
-    text = (PROJECT / "config.yaml").read_text("utf-8")
-    return {name: " ".join(re.findall(r"# *(.*)", lines)).replace("%", "%%")
-            for name, lines in re.findall(r"^(\w+):(.*(?:\n +#.*)*)", text, re.MULTILINE)}
-
-
 def _boolean(text: str) -> bool:
     if text.lower() not in ("true", "false", "yes", "no", "on", "off", "1", "0"):
         raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
@@ -237,13 +230,11 @@ class SettingsParser(RunParser):
             add_env_var_help=False, conflict_handler="resolve",     # our `name` replaces exman's
             config_file_open_func=_open,
             description="Train or evaluate a semi-conditional normalizing flow; see config.yaml.")
-        explained = {"resume": "continue the run in this directory", **_explanations()}
         for title, options in OPTION_GROUPS.items():
             group = self.add_argument_group(title)
             for option in options:
                 group.add_argument(
                     f"--{option.name}", type=_converter(option), default=option.default,
-                    help=f"{explained[option.name]} (default: {option.default!r})",
                     choices=option.choices or None,
                     metavar="true|false" if option.type is bool else None)
         for action in self._actions:
@@ -254,6 +245,17 @@ class SettingsParser(RunParser):
             self.add_argument(f"--{key}", nargs="?", const="true", type=_number_or_word,
                               help=argparse.SUPPRESS)
         self._config_file_parser = _ConfigFile(self)
+
+    def format_help(self) -> str:
+        """The text of --help, where the comments in config.yaml explain the options."""
+        text = (PROJECT / "config.yaml").read_text("utf-8", "replace")
+        explained = {name: " ".join(re.findall(r"# *(.*)", lines)).replace("%", "%%")
+                     for name, lines in re.findall(r"^(\w+) *:(.*(?:\n +#.*)*)", text, re.M)}
+        explained["resume"] = "continue the run in this directory"
+        for action in self._actions:
+            if action.dest in OPTIONS:
+                action.help = f"{explained.get(action.dest, '')} (default: {action.default!r})"
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         """Raise BadInput, which of several processes only the main one prints."""
@@ -344,10 +346,10 @@ class SettingsParser(RunParser):
 
         Raises BadInput for changes of settings that are not in RESUMABLE.
         """
-        params, root = Path(run_dir) / PARAMS_FILE, Path(run_dir).resolve().parent.parent
+        params = Path(run_dir) / PARAMS_FILE
         if not os.path.isfile(params):      # False where Path.is_file would raise
             raise BadInput(f"no run to resume in {run_dir}: it has no {params.name}")
-        if not all((root / folder).is_dir() for folder in Run.RESERVED_DIRECTORIES):
+        if not is_in_folder_of_runs(run_dir):
             raise BadInput(f"{run_dir} is not in a folder of runs: move it to {self.runs}")
         base = vars(self._parse(["--config", str(params)]))
         read_params(params)                 # its dates have to be right, too, before the run starts
@@ -380,8 +382,16 @@ class SettingsParser(RunParser):
         return settings
 
 
+def is_in_folder_of_runs(run_dir: str) -> bool:
+    """Whether the directory, or what it links to, lies in one of exman's folders."""
+    root = Path(run_dir).resolve().parent.parent
+    return all((root / folder).is_dir() for folder in Run.RESERVED_DIRECTORIES)
+
+
 def data_root_of_run(data_root: str, run_dir: str) -> str:
     """The data_root in the params.yaml of a run as seen from here, unless there is nothing."""
+    if not is_in_folder_of_runs(run_dir):
+        return data_root
     seen = relative_to(data_root, started_in(run_dir), Path.cwd())
     return seen if Path(seen).exists() else data_root   # the run may have moved away from its data
 
