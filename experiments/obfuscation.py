@@ -137,14 +137,16 @@ def show(report):
         print(f"{part:6}{row['dimensions']:12}{row['classifier']:12.1%}{row['linear']:10.1%}")
 
 
-def plot_latents(z, y, seed, classes):
+def plot_latents(z, y, seed, classes=()):
     """z_f and z_h of the first test images in the plane by t-SNE, coloured by class.
 
-    z: what `latents` returns; y: the labels, (N,); classes: their names.
+    z: what `latents` returns; y: the labels, (N,); classes: their names;
+    (): their numbers.
     """
     figure = Figure(figsize=(11, 5), layout="constrained")
     panels = figure.subplots(1, 2)
     y = y[:IN_PICTURE].cpu().numpy()
+    classes = classes or [str(k) for k in range(y.max() + 1)]
     parts = (("z_f", "z_f"), ("z_h", "z_h, given the class"))
     for (part, title), axes in zip(bar(parts, "t-SNE", unit="part"), panels):
         plane = TSNE(perplexity=min(30, (len(y) - 1) / 3), random_state=seed, init="pca"
