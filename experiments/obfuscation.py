@@ -140,8 +140,7 @@ def show(report):
 def plot_latents(z, y, seed, classes=()):
     """z_f and z_h of the first test images in the plane by t-SNE, coloured by class.
 
-    z: what `latents` returns; y: the labels, (N,); classes: their names;
-    (): their numbers.
+    z: what `latents` returns; y: the labels, (N,); classes: their names; (): their numbers.
     """
     figure = Figure(figsize=(11, 5), layout="constrained")
     panels = figure.subplots(1, 2)
