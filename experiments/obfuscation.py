@@ -156,7 +156,7 @@ def plot_latents(z, y, seed, classes=()):
         axes.set_title(f"{title}, of {len(y):,} test images", fontsize=TITLE)
         axes.set_xticks([])
         axes.set_yticks([])
-    if list(classes) != list(map(str, range(len(classes)))) and len(classes) <= NAMED:
+    if len(classes) <= NAMED and any(name != str(k) for k, name in enumerate(classes)):
         legend = figure.legend(
             axes.collections, [f"{k} {short(name)}" for k, name in enumerate(classes)],
             loc="outside right center")

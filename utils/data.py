@@ -155,9 +155,9 @@ class SemiSupervisedData:
         names, kept, held_out = tuple(classes) or names, np.arange(len(y)), None
         if validation:
             kept, others = set_aside(y.numpy(), validation, names)
-            held_out = x[others], y[others]
-        chosen = choose_labelled(y[kept].numpy(), names, supervised, np.random.default_rng(seed))
-        return cls(x[kept], y[kept], test_x, test_y, torch.from_numpy(chosen), grey_levels,
+            held_out, x, y = (x[others], y[others]), x[kept], y[kept]
+        chosen = choose_labelled(y.numpy(), names, supervised, np.random.default_rng(seed))
+        return cls(x, y, test_x, test_y, torch.from_numpy(chosen), grey_levels,
                    labelled_ids=torch.from_numpy(kept[chosen]), validation=held_out, classes=names,
                    **options)
 

@@ -52,7 +52,8 @@ def load_data(settings: Settings, device: str | torch.device = "cpu") -> SemiSup
         raise BadInput(f"image_size is for data folder, not {settings.data}")
     train_x, train_y, test_x, test_y, classes = dataset.load(settings)
     run = _run_of(settings)
-    if dataset.shape is None and run and read_description(run).get("shape", "")[:1] == [3]:
+    then = read_description(run) if run else {}
+    if then and dataset.shape is None and then["shape"][:1] == [3]:
         train_x, test_x = (x.expand(-1, 3, -1, -1) for x in (train_x, test_x))
     if len(classes) < 2 and settings.supervised:
         raise BadInput(f"the data have {len(classes) or 'no'} class{'es' * (not classes)}, and a "
@@ -72,7 +73,7 @@ def load_data(settings: Settings, device: str | torch.device = "cpu") -> SemiSup
         kept = kept[np.sort(rng.permutation(len(kept))[:settings.num_examples])]
     train_x, train_y = train_x[kept], train_y[kept]
     if settings.labelled:
-        chosen = listed(_labelled_file(settings), kept, train_y.numpy(), classes)
+        chosen = listed(_labelled_file(settings, run), kept, train_y.numpy(), classes)
     else:
         chosen = choose_labelled(train_y.numpy(), classes, settings.supervised, rng)
     labelled = torch.from_numpy(chosen)
@@ -86,7 +87,7 @@ def load_data(settings: Settings, device: str | torch.device = "cpu") -> SemiSup
             train_x, train_y, test_x, test_y, labelled, dataset.grey_levels, device,
             torch.from_numpy(kept)[labelled], validation, settings.sup_sample_weight, augmentation,
             settings.clf_noise, settings.spread_labels, classes)
-    _compare_with_run(settings, data)
+    _compare_with_run(settings, data, run, then)
     return data
 
 
@@ -99,19 +100,20 @@ def _run_of(settings: Settings) -> Path | None:
     return beside if is_run else None
 
 
-def _labelled_file(settings: Settings) -> str | Path:
+def _labelled_file(settings: Settings, run: Path | None) -> str | Path:
     """settings.labelled or, if it has gone, what the run in question has written."""
-    run = _run_of(settings)
     if run and not os.path.isfile(settings.labelled) and (run / "labelled.txt").is_file():
         return run / "labelled.txt"
     return settings.labelled
 
 
-def _compare_with_run(settings: Settings, data: SemiSupervisedData) -> None:
+def _compare_with_run(settings: Settings, data: SemiSupervisedData, run: Path | None,
+                      then: dict[str, Any]) -> None:
     """Raise BadInput if the files of data have changed since the run that is resumed, whose weights
-    are evaluated, or whose labelled.txt is taken."""
-    run = _run_of(settings)
-    then = read_description(run) if run else {}
+    are evaluated, or whose labelled.txt is taken.
+
+    run: the first or the second of these, if any; then: its `read_description`
+    """
     if then and then["shape"] != list(data.shape):
         raise BadInput(f"{run}/{DATA_FILE} names another shape, {then['shape']}, than "
                        f"{settings.data_root} has now, {list(data.shape)}")

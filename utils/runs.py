@@ -206,6 +206,12 @@ def read_params(path: Path) -> dict[str, Any]:
     return params
 
 
+def is_in_folder_of_runs(run_dir: str) -> bool:
+    """Whether the directory, or what it links to, lies in one of exman's folders."""
+    root = Path(run_dir).resolve().parent.parent
+    return all((root / folder).is_dir() for folder in Run.RESERVED_DIRECTORIES)
+
+
 def started_in(run_dir: str) -> Path:
     """The folder in which a run was started.
 

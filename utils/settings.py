@@ -26,7 +26,8 @@ from .datasets import DATASETS
 from .errors import BadInput, given_twice, names_of_options
 from .examples import integers
 from .files import PROJECT
-from .runs import PARAMS_FILE, Run, RunParser, read_params, relative_to, started_in
+from .runs import (PARAMS_FILE, RunParser, is_in_folder_of_runs, read_params, relative_to,
+                   started_in)
 from .terminal import NO_BREAK, say
 
 SHIPPED = "shipped"     # the value of a bare --pretrained, instead of a file
@@ -380,12 +381,6 @@ class SettingsParser(RunParser):
         settings = self._parse(argv)
         settings.pretrained = str(weights_of_run(run_dir, settings.weights == "averaged"))
         return settings
-
-
-def is_in_folder_of_runs(run_dir: str) -> bool:
-    """Whether the directory, or what it links to, lies in one of exman's folders."""
-    root = Path(run_dir).resolve().parent.parent
-    return all((root / folder).is_dir() for folder in Run.RESERVED_DIRECTORIES)
 
 
 def data_root_of_run(data_root: str, run_dir: str) -> str:
